@@ -1,0 +1,1 @@
+"""headwise: a laboratory for attention heads."""

@@ -1,0 +1,10 @@
+"""Kinds of attention, exchangeable by name. A new kind adds its file and one line here."""
+
+from headwise.attention import flash, flex, mha
+from headwise.attention.base import KINDS, Attention, AttentionShape, attention_kind, register
+from headwise.attention.config import AttentionConfig
+
+__all__ = [
+    "KINDS", "Attention", "AttentionConfig", "AttentionShape", "attention_kind",
+    "flash", "flex", "mha", "register",
+]  # fmt: skip

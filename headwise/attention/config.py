@@ -1,0 +1,46 @@
+"""`model.attention`: the kind, and one section of options for each kind that has any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from headwise.attention.base import attention_kind
+from headwise.errors import HeadwiseError
+
+
+@dataclass
+class AttentionConfig:
+    """Which attention, and how.
+
+    Attributes:
+        kind: a registered kind: mha, flash, flex.
+        dropout: share of attention weights dropped in training.
+    """
+
+    kind: str = "flash"
+    dropout: float = 0.0
+
+    def options(self) -> Any:
+        """The options of the chosen kind, or None where it has none."""
+        return getattr(self, self.kind, None)
+
+    def validate(self, *, n_heads: int, n_kv_heads: int) -> None:
+        """Refuse what the chosen kind cannot do.
+
+        Raises:
+            HeadwiseError: an unknown kind, a dropout outside [0, 1), or an unsupported combination.
+        """
+        supports = attention_kind(self.kind).supports
+        if not 0 <= self.dropout < 1:
+            raise HeadwiseError(f"model.attention.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
+        if self.dropout and "dropout" not in supports:
+            raise HeadwiseError(
+                f"model.attention.dropout is {self.dropout}, but kind {self.kind!r} cannot drop weights; "
+                "set it to 0 or choose mha or flash"
+            )
+        if n_kv_heads != n_heads and "gqa" not in supports:
+            raise HeadwiseError(
+                f"model.n_kv_heads is {n_kv_heads}, but kind {self.kind!r} needs as many key/value heads "
+                f"as query heads ({n_heads})"
+            )

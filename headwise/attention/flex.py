@@ -1,0 +1,67 @@
+"""`flex`: softmax attention through PyTorch's FlexAttention (Dong et al. 2024).
+
+    y_i = Σ_j softmax_j(scale · q_i·k_j + mask) v_j
+
+Compiled to a fused kernel on a GPU. On a CPU it computes forward only, unfused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from headwise.attention.base import Attention, register
+from headwise.functional.softmax_attention import additive_mask, zero_rows
+
+
+@register("flex")
+class FlexAttention(Attention):
+    """Softmax attention whose masks are programs."""
+
+    supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa"})
+    engine_family = "flex"
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
+        bias, empty = (
+            (None, None)
+            if mask is None
+            else additive_mask(mask, causal=causal, length=q.shape[-2], like=q.float())
+        )
+
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            assert bias is not None
+            return score + bias[b % bias.shape[0], 0, i, j]
+
+        block_mask = _causal_blocks(q.shape[-2], q.device) if causal and bias is None else None
+        arguments: dict[str, Any] = {
+            "score_mod": None if bias is None else add_bias,
+            "block_mask": block_mask,
+            "scale": self.scale,
+            "enable_gqa": k.shape[1] != q.shape[1],
+        }
+        self.record_engine("flex" if q.is_cuda else "flex-unfused")
+        if q.is_cuda:
+            y = _compiled()(q, k, v, **arguments)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+                y = flex_attention(q, k, v, **arguments)
+        return zero_rows(y, empty)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=16)
+def _causal_blocks(length: int, device: torch.device) -> BlockMask:
+    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i >= j
+
+    return create_block_mask(causal, None, None, length, length, device=str(device))

@@ -1,0 +1,115 @@
+"""`model`: the shape of the decoder and what it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from headwise.attention.base import AttentionShape
+from headwise.attention.config import AttentionConfig
+from headwise.errors import HeadwiseError, one_of
+
+NORMS = ("rmsnorm", "layernorm")
+MLPS = ("gelu", "swiglu")
+POSITIONS = ("rope", "sinusoidal", "learned", "none")
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only language model.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_heads: query heads per layer, H.
+        n_kv_heads: key/value heads per layer, K; H where not given. H % K == 0.
+        head_dim: width of a head, D; d_model / n_heads where not given, and free of it where given.
+        d_ff: width of the MLP's hidden layer; 4·d_model for gelu and 8/3·d_model (rounded up to a
+            multiple of 32) for swiglu where not given.
+        vocab_size: number of tokens; the data's where not given.
+        norm: rmsnorm or layernorm, before attention and MLP (pre-norm).
+        mlp: gelu or swiglu.
+        position: rope, sinusoidal, learned or none.
+        rope_theta: base of the rotation's frequencies.
+        max_seq_len: rows of the learned position table; data.seq_len where not given.
+        tie_embeddings: whether the output layer is the token embedding.
+        bias: whether linear layers and layer norms have biases.
+        dropout: share of residual-branch outputs and embeddings dropped in training.
+        init_std: standard deviation of the initial weights (GPT-2: 0.02).
+        attention: the kind of attention and its options.
+    """
+
+    d_model: int = 128
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    vocab_size: int | None = None
+    norm: str = "rmsnorm"
+    mlp: str = "gelu"
+    position: str = "rope"
+    rope_theta: float = 10_000.0
+    max_seq_len: int | None = None
+    tie_embeddings: bool = True
+    bias: bool = False
+    dropout: float = 0.0
+    init_std: float = 0.02
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def kv_heads(self) -> int:
+        """K, as given or H."""
+        return self.n_kv_heads or self.n_heads
+
+    def width_of_head(self) -> int:
+        """D, as given or d_model / n_heads."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    def width_of_mlp(self) -> int:
+        """d_ff, as given or the usual multiple of d_model."""
+        if self.d_ff:
+            return self.d_ff
+        return 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
+
+    def attention_shape(self, layer: int) -> AttentionShape:
+        """The sizes of the attention in `layer`."""
+        return AttentionShape(
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_kv_heads=self.kv_heads(),
+            head_dim=self.width_of_head(),
+            bias=self.bias,
+            dropout=self.attention.dropout,
+            layer=layer,
+        )
+
+    def validate(self) -> None:
+        """Refuse what no model can be built from.
+
+        Raises:
+            HeadwiseError: one line with the value received and what to do.
+        """
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HeadwiseError(f"model.{name} is {value}; it must be at least 1")
+        one_of("model.norm", self.norm, NORMS)
+        one_of("model.mlp", self.mlp, MLPS)
+        one_of("model.position", self.position, POSITIONS)
+        if self.n_heads % self.kv_heads():
+            raise HeadwiseError(
+                f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.kv_heads()}: "
+                "each key/value head serves the same number of query heads"
+            )
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise HeadwiseError(
+                f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}; "
+                "change one of them, or set model.head_dim, which is free of both"
+            )
+        if self.position == "rope" and self.width_of_head() % 2:
+            raise HeadwiseError(
+                f"model.head_dim is {self.width_of_head()}, and RoPE rotates pairs: "
+                "make it even, or choose another model.position"
+            )
+        if not 0 <= self.dropout < 1:
+            raise HeadwiseError(f"model.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
+        self.attention.validate(n_heads=self.n_heads, n_kv_heads=self.kv_heads())

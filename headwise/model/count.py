@@ -1,0 +1,56 @@
+"""What a model holds and what it costs: parameters and FLOPs, part by part.
+
+FLOPs are those of matrix products, two per multiply-add; scores and values are counted over all
+`seq_len` keys although half are masked, and the backward pass as twice the forward: the convention of
+PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most published numbers.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from headwise.model.decoder import Block, Decoder
+
+PARTS = ("embedding", "attention", "mlp", "norm", "head")
+
+
+def parameters_by_part(model: Decoder) -> dict[str, int]:
+    """Trainable parameters of each part; a tied output layer is counted once, as embedding."""
+    count = dict.fromkeys(PARTS, 0)
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            count[_part(name)] += parameter.numel()
+    return count
+
+
+def forward_flops_by_part(model: Decoder, seq_len: int) -> dict[str, int]:
+    """Forward FLOPs per token of each part, in sequences of `seq_len`."""
+    flops = {"attention_projections": 0, "attention_core": 0, "mlp": 0, "head": 0}
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        flops["attention_projections"] += 2 * _matrix_elements(block.attention)
+        flops["attention_core"] += block.attention.flops_per_token(block.attention.shape, seq_len)
+        flops["mlp"] += 2 * _matrix_elements(block.mlp)
+    flops["head"] += 2 * model.head.weight.numel()
+    return flops
+
+
+def training_flops_per_token(model: Decoder, seq_len: int) -> int:
+    """Forward and backward FLOPs per token."""
+    return 3 * sum(forward_flops_by_part(model, seq_len).values())
+
+
+def _part(name: str) -> str:
+    if name.startswith(("tokens.", "positions.")):
+        return "embedding"
+    if name.startswith("head."):
+        return "head"
+    if ".attention." in name:
+        return "attention"
+    return "mlp" if ".mlp." in name else "norm"
+
+
+def _matrix_elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)

@@ -1,0 +1,49 @@
+"""Rotary position embedding (Su et al. 2021), in the half-split convention of GPT-NeoX and Llama."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Rope(nn.Module):
+    """Rotates q and k by their positions. Tables grow with the longest sequence seen.
+
+    Pair d is the coordinates d and d + D/2; at position t it turns by t · theta^(-2d/D).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, theta: float = 10_000.0, length: int = 1024) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; RoPE rotates pairs and needs an even one")
+        self.head_dim, self.theta = head_dim, theta
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.extend(length)
+
+    def extend(self, length: int) -> None:
+        """Make the tables reach `length` positions, computed in float64."""
+        frequency = self.theta ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+        angle = torch.cat((angle, angle), dim=-1)
+        self.cos = angle.cos().float().to(self.cos.device)
+        self.sin = angle.sin().float().to(self.sin.device)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate q `(B, H, T, D)` and k `(B, K, T, D)`; token t is at position t."""
+        length = q.shape[-2]
+        if length > self.cos.shape[0]:
+            self.extend(length)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x (…, T, D)` by tables `(T, D)`, in their precision; the result has x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
