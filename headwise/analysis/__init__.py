@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: statistics, verdicts and honesty checks. No torch, no files."""

@@ -1,0 +1,264 @@
+"""Honesty checks: what a reader must know before believing a comparison.
+
+Plain facts about runs in, flags out; every flag is one sentence with its numbers. Which runs may
+be averaged is decided here too, so that a table and a flag never disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from headwise.analysis.verdict import NONFINITE_SHARE, SPIKE_SHARE
+
+CHANCE_MARGIN = 0.01
+PARAMETER_MARGIN = 0.02
+DATA_WAIT_LIMIT = 0.05
+MIN_STEPS = 50  # throughput and the smoothed loss look back over the last 50 steps
+SEVERITIES = ("error", "warning", "note")
+CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error",
+             "interrupted": "warning", "running": "warning",
+             "skipped": "note", "planned": "note"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the checks need of one run; None = not recorded."""
+
+    variant: str
+    seed: int | None
+    state: str
+    reason: str = ""
+    loss: float | None = None
+    chance_loss: float | None = None
+    engine: str | None = None
+    expected_engine: str | None = None
+    data_checksum: str | None = None
+    params_total: int | None = None
+    step: int | None = None
+    data_wait: float | None = None
+    nonfinite_share: float | None = None
+    spike_share: float | None = None
+    device: str | None = None
+    version: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether the run may enter an average: finished, finite, on the engine expected."""
+        return self.state == "finished" and _finite(self.loss) and not self.other_engine
+
+    @property
+    def other_engine(self) -> bool:
+        """Whether the run used another engine than its variant asked for."""
+        return None not in (self.engine, self.expected_engine) and (self.engine != self.expected_engine)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the final loss is within 1% of ln(vocabulary), or above it."""
+        if self.loss is None or self.chance_loss is None:
+            return False
+        return self.loss >= (1 - CHANCE_MARGIN) * self.chance_loss
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One thing to know. `code` is stable, for scripts; `text` is one sentence for people."""
+
+    severity: str
+    code: str
+    text: str
+    variant: str | None = None
+
+
+def check(runs: Sequence[RunFacts], baseline: str | None = None) -> list[Flag]:
+    """All flags of a set of runs, the gravest first."""
+    flags = [
+        *_each_variant(runs),
+        *_identical_variants(runs),
+        *_different_data(runs),
+        *_parameters(runs, baseline),
+        *_different_machines(runs),
+    ]
+    return sorted(flags, key=lambda flag: SEVERITIES.index(flag.severity))
+
+
+def _each_variant(runs: Sequence[RunFacts]) -> Iterable[Flag]:
+    for name in dict.fromkeys(run.variant for run in runs):
+        mine = [run for run in runs if run.variant == name]
+        yield from _at_chance(name, mine)
+        yield from _identical_seeds(name, mine)
+        yield from _left_out(name, mine)
+        yield from _few_seeds(name, mine)
+        yield from _short(name, mine)
+        yield from _unsteady(name, mine)
+
+
+def _at_chance(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    stuck = [run for run in runs if run.state == "finished" and run.at_chance]
+    if not stuck:
+        return
+    losses, chance = [run.loss for run in stuck if run.loss is not None], stuck[0].chance_loss
+    assert chance is not None
+    where = "is within 1% of" if max(losses) <= (1 + CHANCE_MARGIN) * chance else "is not below"
+    yield Flag(
+        "error", "at_chance",
+        f"{name} ({_seeds(stuck)}) at chance: nothing was learned; final loss "
+        f"{_span(losses)} {where} ln(vocabulary) = {chance:.4f}.", name,
+    )  # fmt: skip
+
+
+def _identical_seeds(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    usable = sorted((run for run in runs if run.usable), key=lambda run: _key(run.loss))
+    for loss, group in groupby(usable, key=lambda run: _key(run.loss)):
+        same = list(group)
+        if len({run.seed for run in same}) > 1:
+            yield Flag(
+                "error", "identical_losses",
+                f"{name}: {_seeds(same)} end on the identical loss {loss:.6f}; "
+                "different seeds should differ, so these are not independent runs.", name,
+            )  # fmt: skip
+
+
+def _left_out(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    order = sorted((r for r in runs if r.state in CUT_SHORT), key=lambda r: (r.state, r.reason))
+    for (state, reason), group in groupby(order, key=lambda run: (run.state, run.reason)):
+        out = list(group)
+        why = f": {reason.rstrip('.')}" if reason else ""
+        yield Flag(
+            CUT_SHORT[state], state,
+            f"{name} ({_seeds(out)}) {state.replace('_', ' ')}{why}; not in any average.", name,
+        )  # fmt: skip
+    finished = [run for run in runs if run.state == "finished"]
+    unreal = [run for run in finished if not _finite(run.loss)]
+    if unreal:
+        yield Flag(
+            "error", "nonfinite_loss",
+            f"{name} ({_seeds(unreal)}) finished without a finite loss; not in any average.", name,
+        )  # fmt: skip
+    swapped = [run for run in finished if run.other_engine]
+    if swapped:
+        yield Flag(
+            "error", "other_engine",
+            f"{name} ({_seeds(swapped)}) ran on engine {swapped[0].engine!r} where "
+            f"{swapped[0].expected_engine!r} was expected; not in any average.", name,
+        )  # fmt: skip
+
+
+def _few_seeds(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    n = sum(run.usable for run in runs)
+    if n == 1:
+        yield Flag("warning", "one_seed", f"{name}: n = 1, so there is no interval.", name)
+    elif n == 0 and any(run.state == "finished" for run in runs):
+        yield Flag("error", "no_usable_run", f"{name}: no run may be averaged (n = 0).", name)
+
+
+def _short(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    short = [run for run in runs if run.usable and run.step is not None and run.step < MIN_STEPS]
+    if short:
+        steps = _span([float(run.step) for run in short if run.step is not None], "g")
+        yield Flag(
+            "warning", "few_steps",
+            f"{name} ({_seeds(short)}) trained for {steps} steps only; fewer than {MIN_STEPS} "
+            "say little about a kind of attention.", name,
+        )  # fmt: skip
+
+
+def _unsteady(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    checks: list[tuple[str, Callable[[RunFacts], float | None], float, str]] = [
+        ("nonfinite", lambda run: run.nonfinite_share, NONFINITE_SHARE, "of steps had non-finite values"),
+        ("spikes", lambda run: run.spike_share, SPIKE_SHARE, "of steps were gradient-norm spikes"),
+        ("data_wait", lambda run: run.data_wait, DATA_WAIT_LIMIT, "of the time went to waiting for data"),
+    ]  # fmt: skip
+    for code, read, limit, what in checks:
+        high = [run for run in runs if (share := read(run)) is not None and share > limit]
+        if high:
+            worst = max(share for run in high if (share := read(run)) is not None)
+            yield Flag(
+                "warning", code,
+                f"{name} ({_seeds(high)}): up to {worst:.1%} {what} (limit {limit:.1%}).", name,
+            )  # fmt: skip
+
+
+def _identical_variants(runs: Sequence[RunFacts]) -> Iterable[Flag]:
+    losses: dict[tuple, list[str]] = {}
+    for name in dict.fromkeys(run.variant for run in runs):
+        ends = {run.seed: _key(run.loss) for run in runs if run.variant == name and run.usable}
+        if ends:
+            losses.setdefault(tuple(sorted(ends.items(), key=str)), []).append(name)
+    for names in losses.values():
+        if len(names) > 1:
+            yield Flag(
+                "warning", "identical_variants",
+                f"{' and '.join(names)} end on identical losses on every seed; "
+                "check that they compute different things.",
+            )  # fmt: skip
+
+
+def _different_data(runs: Sequence[RunFacts]) -> Iterable[Flag]:
+    checksums: dict[str, list[str]] = {}
+    for run in runs:
+        if run.data_checksum:
+            names = checksums.setdefault(run.data_checksum, [])
+            if run.variant not in names:
+                names.append(run.variant)
+    if len(checksums) > 1:
+        listed = "; ".join(f"{key[:12]}: {', '.join(names)}" for key, names in checksums.items())
+        yield Flag(
+            "error", "different_data",
+            f"The runs read {len(checksums)} different data sets (checksums {listed}); "
+            "only runs on the same data are compared.",
+        )  # fmt: skip
+
+
+def _parameters(runs: Sequence[RunFacts], baseline: str | None) -> Iterable[Flag]:
+    sizes = {run.variant: run.params_total for run in runs if run.params_total}
+    reference = sizes.get(baseline or "")
+    if not reference:
+        return
+    for name, size in sizes.items():
+        ratio = size / reference - 1
+        if abs(ratio) > PARAMETER_MARGIN:
+            yield Flag(
+                "warning", "parameters",
+                f"{name} has {size:,} parameters, {ratio:+.1%} against {baseline} "
+                f"({reference:,}); a fair comparison keeps within 2%.", name,
+            )  # fmt: skip
+
+
+def _different_machines(runs: Sequence[RunFacts]) -> Iterable[Flag]:
+    devices = list(dict.fromkeys(run.device for run in runs if run.device))
+    if len(devices) > 1:
+        yield Flag(
+            "warning", "different_devices",
+            f"The runs used different devices ({', '.join(devices)}): "
+            "do not compare their throughput or memory.",
+        )  # fmt: skip
+    versions = list(dict.fromkeys(run.version for run in runs if run.version))
+    if len(versions) > 1:
+        yield Flag(
+            "note", "different_versions",
+            f"The runs come from different versions of the code ({', '.join(versions)}).",
+        )  # fmt: skip
+
+
+def _seeds(runs: list[RunFacts]) -> str:
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    if not seeds:
+        return "no seed recorded"
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _span(values: list[float], style: str = ".4f") -> str:
+    low, high = format(min(values), style), format(max(values), style)
+    return low if low == high else f"{low} to {high}"
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _key(loss: float | None) -> float:
+    """Losses that agree to 7 digits are the same number to float32 and to any reader."""
+    return float(f"{loss:.7g}") if loss is not None else math.nan
