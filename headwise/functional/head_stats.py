@@ -27,7 +27,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -292,7 +291,7 @@ def _hidden(
     key_mask: Tensor | None,
     b: int,
 ) -> Tensor | None:
-    """Which keys a query does not see, `(h or 1, c, n')` over the last n' keys; None where it sees all.
+    """Keys a query does not see, `(h or 1, c, n')` over the tile's last n' keys; None: sees all.
 
     Causality alone hides keys only at the tile's diagonal, which is all that is covered then.
     """
