@@ -9,7 +9,7 @@ from headwise.attention.config import AttentionConfig
 from headwise.errors import HeadwiseError, one_of
 
 NORMS = ("rmsnorm", "layernorm")
-MLPS = ("gelu", "swiglu")
+MLPS = ("gelu", "gelu_tanh", "swiglu")
 POSITIONS = ("rope", "sinusoidal", "learned", "none")
 
 
@@ -23,11 +23,11 @@ class ModelConfig:
         n_heads: query heads per layer, H.
         n_kv_heads: key/value heads per layer, K; H where not given. H % K == 0.
         head_dim: width of a head, D; d_model / n_heads where not given, and free of it where given.
-        d_ff: width of the MLP's hidden layer; 4·d_model for gelu and 8/3·d_model (rounded up to a
-            multiple of 32) for swiglu where not given.
+        d_ff: width of the MLP's hidden layer; 4·d_model, or for swiglu 8/3·d_model (rounded up to a
+            multiple of 32), where not given.
         vocab_size: number of tokens; the data's where not given.
         norm: rmsnorm or layernorm, before attention and MLP (pre-norm).
-        mlp: gelu or swiglu.
+        mlp: gelu, gelu_tanh (GPT-2's approximation) or swiglu.
         position: rope, sinusoidal, learned or none.
         rope_theta: base of the rotation's frequencies.
         max_seq_len: rows of the learned position table; data.seq_len where not given.
@@ -68,7 +68,7 @@ class ModelConfig:
         """d_ff, as given or the usual multiple of d_model."""
         if self.d_ff:
             return self.d_ff
-        return 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
+        return -(-8 * self.d_model // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.d_model
 
     def attention_shape(self, layer: int) -> AttentionShape:
         """The sizes of the attention in `layer`."""

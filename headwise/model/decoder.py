@@ -24,6 +24,7 @@ class Mlp(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
+        self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
         hidden = config.width_of_mlp()
         self.up = nn.Linear(config.d_model, hidden * (2 if self.gated else 1), bias=config.bias)
         self.down = nn.Linear(hidden, config.d_model, bias=config.bias)
@@ -33,7 +34,7 @@ class Mlp(nn.Module):
         if self.gated:
             gate, up = self.up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 class Block(nn.Module):

@@ -1,0 +1,179 @@
+"""The run folder: everything a run leaves behind, found and read without a server or a registry.
+
+config.yaml env.json metrics.csv heads/ maps/ checkpoints/step_<n>/ status.json summary.json log.txt
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headwise.errors import HeadwiseError
+from headwise.storage.atomic import replacing, write_json, write_text
+
+STATES = (
+    "planned", "running", "interrupted", "finished", "failed", "timed_out", "diverged", "skipped",
+)  # fmt: skip
+"""The states of a run, everywhere the same words."""
+
+HEARTBEAT_S = 5.0
+STALE_S = 60.0
+
+METRICS = (
+    "step", "split", "loss", "tokens_per_sec", "step_time_ms", "vram_mb", "grad_norm", "lr", "flops",
+    "bits_per_byte", "perplexity", "accuracy", "smooth_loss", "tokens", "flops_per_sec", "data_wait",
+)  # fmt: skip
+"""Columns of metrics.csv; a value that does not apply is empty."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and whole-file writes of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The complete, re-runnable configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def heads(self) -> Path:
+        """The head table's parts."""
+        return self.path / "heads"
+
+    @property
+    def maps(self) -> Path:
+        """Attention maps of fixed prompts."""
+        return self.path / "maps"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The log of measurements, one row each."""
+        return self.path / "metrics.csv"
+
+    @property
+    def summary(self) -> Path:
+        """The final numbers, written last."""
+        return self.path / "summary.json"
+
+    @property
+    def log(self) -> Path:
+        """What was said while it ran."""
+        return self.path / "log.txt"
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists()
+
+    def start(self, config_yaml: str) -> None:
+        """Claim the folder for a run.
+
+        Raises:
+            HeadwiseError: the folder cannot be written, or holds another run or other files.
+        """
+        if self.holds_run():
+            raise HeadwiseError(
+                f"{self.path} holds another run; pass --resume to continue it, or another --out"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise HeadwiseError(f"{self.path} exists and is no run folder; pass another --out")
+        try:
+            write_text(self.config, config_yaml)
+        except OSError as error:
+            raise HeadwiseError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json as it stands, or `{"state": "planned"}`."""
+        try:
+            return json.loads((self.path / "status.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {"state": "planned"}
+
+    def write_status(self, state: str, **values: Any) -> None:
+        """Replace status.json, keeping earlier values that are not given again."""
+        if state not in STATES:
+            raise ValueError(f"{state!r} is not one of {STATES}")
+        status = self.read_status() | {
+            "state": state, "pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time(),
+        }  # fmt: skip
+        write_json(self.path / "status.json", status | values)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, the last file of a run."""
+        write_json(self.summary, summary)
+
+    def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows to metrics.csv in one write.
+
+        Raises:
+            HeadwiseError: the disk is full.
+        """
+        fresh = not self.metrics.exists()
+        try:
+            with self.metrics.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, METRICS)
+                if fresh:
+                    writer.writeheader()
+                for row in rows:
+                    writer.writerow({k: "" if v is None else v for k, v in row.items()})
+        except OSError as error:
+            raise HeadwiseError(f"cannot write {self.metrics}: {error.strerror}; free space there") from error
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was measured after `step`, and a last line that a kill cut short; before a resume."""
+        if self.metrics.exists():
+            with self.metrics.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= step]
+            with replacing(self.metrics) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, METRICS)
+                writer.writeheader()
+                writer.writerows(rows)
+        for part in [*self.heads.glob("step_*.parquet"), *self.maps.glob("step_*.npz")]:
+            if int(part.stem.removeprefix("step_").split("-")[0]) > step:
+                part.unlink()
+        self.summary.unlink(missing_ok=True)
+
+    def say(self, line: str) -> None:
+        """Append a line with the time to log.txt."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def _whole(row: dict[str, Any]) -> bool:
+    return all(isinstance(row.get(column), str) for column in METRICS) and row["step"].isdigit()
+
+
+def state_of(status: dict[str, Any]) -> str:
+    """The state that `status` tells of; a `running` that stopped breathing is `interrupted`."""
+    state = status.get("state", "planned")
+    if state != "running":
+        return state
+    here = status.get("host") == socket.gethostname()
+    if here:
+        return "running" if _alive(status.get("pid")) else "interrupted"
+    return "running" if time.time() - status.get("heartbeat", 0) < STALE_S else "interrupted"
+
+
+def _alive(pid: int | None) -> bool:
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,150 @@
+"""`training` and `measure`: how a run learns, and what is recorded of it. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from headwise.errors import HeadwiseError, one_of
+
+SCHEDULES = ("cosine", "wsd", "constant")
+PRECISIONS = ("auto", "fp32", "bf16")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass
+class TrainingConfig:
+    """Optimisation, evaluation and checkpoints of one run.
+
+    Attributes:
+        max_steps: optimizer steps; the smallest of the three limits that are given ends the run.
+        max_tokens: training tokens.
+        max_flops: training FLOPs, counted as in `headwise.model.count`.
+        timeout_s: seconds of training after which the run stops as timed_out.
+        total_batch_tokens: tokens of one optimizer step, accumulated over passes of
+            `data.batch_size` sequences; one pass where not given.
+        lr: peak learning rate.
+        min_lr_share: the schedule ends at this share of `lr`.
+        schedule: cosine, wsd (warm-up, stable, linear decay) or constant, after the warm-up.
+        warmup_steps: steps of linear warm-up.
+        decay_share: share of the steps that wsd decays over.
+        weight_decay: of matrices; norms and biases have none.
+        beta1, beta2: AdamW's moments.
+        eps: AdamW's denominator.
+        grad_clip: largest norm of the gradient; 0 leaves it alone.
+        precision: bf16 (autocast), fp32, or auto: bf16 on a GPU that has it.
+        compile: torch.compile the model.
+        smoothing: weight of the past in the smoothed training loss.
+        log_every: steps between rows of training metrics.
+        eval_every: steps between evaluations; only the last where 0.
+        checkpoint_every: steps between checkpoints; only the last where 0.
+        keep_checkpoints: how many of the latest checkpoints stay.
+        keep_best: also keep the checkpoint with the lowest validation loss.
+        keep_optimizer: with --init-from, carry the optimizer state of parameters that still exist.
+        max_nonfinite: consecutive steps with a non-finite loss or gradient after which the run has
+            diverged; such a step is never applied.
+        debug_steps: steps in which every module's output is checked for NaN and infinity.
+        profile_steps: steps to profile, after two of warm-up, into `profile/`.
+        trackers: any of tensorboard, wandb, trackio.
+    """
+
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    max_flops: float | None = None
+    timeout_s: float | None = None
+    total_batch_tokens: int | None = None
+    lr: float = 1e-3
+    min_lr_share: float = 0.1
+    schedule: str = "cosine"
+    warmup_steps: int = 20
+    decay_share: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    precision: str = "auto"
+    compile: bool = False
+    smoothing: float = 0.95
+    log_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    keep_best: bool = True
+    keep_optimizer: bool = False
+    max_nonfinite: int = 10
+    debug_steps: int = 0
+    profile_steps: int = 0
+    trackers: list[str] = field(default_factory=list)
+
+    def validate(self) -> None:
+        """Refuse numbers that make no run.
+
+        Raises:
+            HeadwiseError: one line with the value received and what to do.
+        """
+        one_of("training.schedule", self.schedule, SCHEDULES)
+        one_of("training.precision", self.precision, PRECISIONS)
+        for tracker in self.trackers:
+            one_of("training.trackers", tracker, TRACKERS)
+        if self.max_steps is None and self.max_tokens is None and self.max_flops is None:
+            raise HeadwiseError(
+                "the run has no end: set training.max_steps, training.max_tokens or training.max_flops"
+            )
+        for name in ("max_steps", "max_tokens", "max_flops", "timeout_s", "total_batch_tokens", "lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise HeadwiseError(f"training.{name} is {value}; it must be above 0")
+        for name in ("log_every", "keep_checkpoints", "max_nonfinite"):
+            if getattr(self, name) < 1:
+                raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in (
+            "warmup_steps", "eval_every", "checkpoint_every", "debug_steps", "profile_steps",
+            "grad_clip", "weight_decay",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("smoothing", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("min_lr_share", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must be in [0, 1]")
+
+
+@dataclass
+class MeasureConfig:
+    """What is measured of every head at each evaluation.
+
+    Attributes:
+        heads: fill the head table.
+        sequences: validation sequences of the fixed batch that is measured.
+        scores: pre_rope or post_rope, the logits that are measured.
+        per_token: keep every token's row rather than the mean over tokens.
+        ignore_first: tokens whose entropy is left out, for they see almost no context.
+        maps: attention maps of this many fixed prompts, as figures; 0 keeps none.
+        map_tokens: tokens of each prompt.
+        prompts: texts for the maps; the first validation sequences where empty.
+    """
+
+    heads: bool = True
+    sequences: int = 4
+    scores: str = "post_rope"
+    per_token: bool = False
+    ignore_first: int = 2
+    maps: int = 1
+    map_tokens: int = 48
+    prompts: list[str] = field(default_factory=list)
+
+    def validate(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            HeadwiseError: one line with the value received and what to do.
+        """
+        one_of("measure.scores", self.scores, ("pre_rope", "post_rope"))
+        for name in ("sequences", "map_tokens"):
+            if getattr(self, name) < 1:
+                raise HeadwiseError(f"measure.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("ignore_first", "maps"):
+            if getattr(self, name) < 0:
+                raise HeadwiseError(f"measure.{name} is {getattr(self, name)}; it must not be negative")
