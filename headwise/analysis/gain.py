@@ -1,0 +1,353 @@
+"""How strongly a head answers to the length of its query: gains, their ratio, and what it may mean.
+
+    gain = slope of mean max_weight against ln(scale), ordinary least squares        (document 004)
+
+Two uncertainties are kept apart. The slope's standard error over the scales says how far from a
+straight line the response is; it does not shrink with more text. The spread of gains over samples
+says what another draw of text would give. A ratio's interval is Fieller's, and its reading is drawn
+from the samples where they are known, from the scales otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwise.analysis.statistics import t_quantile
+from headwise.errors import HeadwiseError
+
+Array = NDArray[np.float64]
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
+MEASURES = ("entropy", "max_weight", "k_eff")
+DIRECTIONS = {"entropy": -1, "max_weight": 1, "k_eff": -1}
+
+COLUMNS = {"entropy": "entropy", "max_weight": "max_attn", "k_eff": "k_eff"}
+"""Document 004's names in CSV files, with `mean_` or `std_` before them."""
+
+FLAT_SHARE = 0.05
+HIGHER, STRONG = 1.5, 2.0
+
+EXPECTATIONS = {
+    "entropy": "decreases (the strongest effect)",
+    "max_weight": "increases",
+    "k_eff": "decreases (the weakest effect)",
+}
+
+FAILURE_RULE = (
+    "If the target head does not exhibit monotonic trends while the control head remains flat, "
+    "the Phase-0 correlation is likely epiphenomenal."
+)
+MATHEMATICS = (
+    "Without bias or soft-capping, scaling q by β only sharpens a softmax: dH/dβ = -β·Var_p(s) <= 0. "
+    "Monotonic trends are forced for every head and prove nothing. What separates heads is the size of "
+    "the gain against the distribution over control heads, and the effect on the loss."
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One head's measures at S scales of its query.
+
+    Attributes:
+        head_type: `target` or `control`.
+        scales: `(S,)`, increasing.
+        mean, std: per measure `(S,)`, over tokens.
+        n_tokens: tokens with a defined entropy.
+        delta_loss: `(S,)` nats per token against the unchanged model; None where there is no loss.
+        kl: `(S,)` nats, KL(unchanged ‖ changed) of the next-token distribution; None likewise.
+        samples: mean max_weight `(S, N)` of every sample; None in a file without them.
+    """
+
+    layer: int
+    head: int
+    head_type: str
+    scales: Array
+    mean: dict[str, Array]
+    std: dict[str, Array]
+    n_tokens: int
+    delta_loss: Array | None = None
+    kl: Array | None = None
+    samples: Array | None = None
+
+    @property
+    def name(self) -> str:
+        """`L12 H0`."""
+        return f"L{self.layer} H{self.head}"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Least squares of values against ln(scale), for one or many series at once."""
+
+    slope: Array
+    intercept: Array
+    std_error: Array
+    r_squared: Array
+    n: int
+
+    @property
+    def half_width(self) -> Array:
+        """Half of the slope's 95% interval, Student's t with n - 2 degrees of freedom."""
+        return self.std_error * (t_quantile(self.n - 1) if self.n > 2 else math.nan)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain of one head; `low`, `high` its 95% interval over scales."""
+
+    layer: int
+    head: int
+    head_type: str
+    gain: float
+    intercept: float
+    std_error: float
+    low: float
+    high: float
+    r_squared: float
+    gain_entropy: float
+    gain_k_eff: float
+    monotonic: bool
+    n_scales: int
+    per_sample: Array | None = None
+
+    @property
+    def name(self) -> str:
+        """`L12 H0`."""
+        return f"L{self.layer} H{self.head}"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """gain(target) / gain(control), a 95% interval, and where the interval comes from."""
+
+    value: float
+    low: float
+    high: float
+    over: str
+
+
+def fit(scales: Array | Sequence[float], values: Array) -> Fit:
+    """Regress `values (S, ...)` on ln(scale).
+
+    Raises:
+        ValueError: fewer than two different scales, or one that is not positive.
+    """
+    scales, values = np.asarray(scales, np.float64), np.asarray(values, np.float64)
+    if (scales <= 0).any() or np.unique(scales).size < 2:
+        raise ValueError(f"a gain needs two different scales above 0, got {scales.tolist()}")
+    x = np.log(scales) - np.log(scales).mean()
+    mean = values.mean(0)
+    slope = np.tensordot(x, values, axes=(0, 0)) / (x @ x)
+    residual = values - mean - np.multiply.outer(x, slope)
+    left, total = (residual**2).sum(0), ((values - mean) ** 2).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        std_error = np.sqrt(left / (x.size - 2) / (x @ x)) if x.size > 2 else np.full_like(slope, np.nan)
+        r_squared = np.where(total > 0, 1 - left / total, np.nan)
+    return Fit(slope, mean - slope * np.log(scales).mean(), std_error, r_squared, x.size)
+
+
+def gain_of(sweep: Sweep) -> Gain:
+    """The gain of a sweep, with the slopes of entropy and k_eff beside it."""
+    by = {name: fit(sweep.scales, sweep.mean[name]) for name in MEASURES}
+    main = by["max_weight"]
+    return Gain(
+        layer=sweep.layer,
+        head=sweep.head,
+        head_type=sweep.head_type,
+        gain=float(main.slope),
+        intercept=float(main.intercept),
+        std_error=float(main.std_error),
+        low=float(main.slope - main.half_width),
+        high=float(main.slope + main.half_width),
+        r_squared=float(main.r_squared),
+        gain_entropy=float(by["entropy"].slope),
+        gain_k_eff=float(by["k_eff"].slope),
+        monotonic=all(monotonic(sweep).values()),
+        n_scales=main.n,
+        per_sample=None if sweep.samples is None else fit(sweep.scales, sweep.samples).slope,
+    )
+
+
+def monotonic(sweep: Sweep, tolerance: float = 1e-6) -> dict[str, bool]:
+    """Per measure, whether it never moves against the expected direction (beyond rounding)."""
+    slack = {name: tolerance * max(1.0, float(np.abs(v).max())) for name, v in sweep.mean.items()}
+    return {
+        name: bool((np.diff(sweep.mean[name]) * direction >= -slack[name]).all())
+        for name, direction in DIRECTIONS.items()
+    }
+
+
+def flat(gain: Gain, median: float) -> bool:
+    """Whether the gain's interval contains 0, or it is below 5% of the median head's."""
+    return gain.low <= 0 <= gain.high or gain.gain < FLAT_SHARE * median
+
+
+def gain_ratio(target: Gain, control: Gain) -> Ratio:
+    """Target over control, from the samples that both measured, or else from the fits."""
+    a, b = target.per_sample, control.per_sample
+    if a is not None and b is not None and a.size == b.size and a.size > 1:
+        n = a.size
+        covariance = np.cov(a, b) / n
+        interval = fieller(float(a.mean()), float(b.mean()), covariance, t_quantile(n))
+        return Ratio(_divide(a.mean(), b.mean()), *interval, over=f"{n} samples")
+    covariance = np.diag([target.std_error**2, control.std_error**2])
+    degrees = min(target.n_scales, control.n_scales) - 2  # of the worse fit: never too bold
+    t = t_quantile(degrees + 1) if degrees > 0 else math.nan
+    interval = fieller(target.gain, control.gain, covariance, t)
+    return Ratio(_divide(target.gain, control.gain), *interval, over="scales")
+
+
+def fieller(a: float, b: float, covariance: Array, t: float) -> tuple[float, float]:
+    """Interval of a/b by Fieller's theorem; (-inf, inf) where b is not distinguishable from 0.
+
+    Args:
+        covariance: `(2, 2)`, of the estimates a and b.
+        t: Student quantile.
+    """
+    (va, cov), (_, vb) = np.asarray(covariance, np.float64)
+    if not np.isfinite([a, b, va, vb, cov, t]).all():
+        return math.nan, math.nan
+    # all ratios r with (a - r·b)² <= t²·Var(a - r·b)
+    square, cross, rest = b * b - t * t * vb, a * b - t * t * cov, a * a - t * t * va
+    if square <= 0:
+        return -math.inf, math.inf
+    root = math.sqrt(max(cross * cross - square * rest, 0.0))
+    return (cross - root) / square, (cross + root) / square
+
+
+def reading(ratio: Ratio) -> str:
+    """What the ratio means, drawn from its interval; INCONCLUSIVE where it spans a threshold."""
+    if not np.isfinite([ratio.value, ratio.low, ratio.high]).all():
+        return "INCONCLUSIVE: the control's gain cannot be told from 0, so the ratio has no bounds"
+    if ratio.low >= STRONG:
+        return "strong evidence of head-specific exploitation (the whole interval is at least 2.0)"
+    if ratio.low >= HIGHER:
+        return "the target is more sensitive (the whole interval is at least 1.5)"
+    if ratio.high < 1:
+        return "the target is less sensitive than the control (the whole interval is below 1.0)"
+    if ratio.high < HIGHER:
+        near = "contains" if ratio.low <= 1 else "lies between 1.0 and 1.5, not far from"
+        return f"no functional distinction, a universal mechanism (the interval {near} 1.0, below 1.5)"
+    return "INCONCLUSIVE: the interval spans 1.5"
+
+
+def rule_applied(target: Gain, control: Gain, median: float) -> str:
+    """Document 004's failure rule on this pair, in one sentence."""
+    trends = "monotonic" if target.monotonic else "not monotonic"
+    if not flat(control, median):
+        return (
+            f"The target's trends are {trends}; the control is not flat either (gain {control.gain:.4f}), so "
+            "the rule decides nothing: the gain ratio does."
+        )
+    if target.monotonic:
+        return "The target's trends are monotonic and the control is flat: the rule finds no failure."
+    return "The target's trends are not monotonic while the control is flat: by the rule, epiphenomenal."
+
+
+def parse_sweeps(rows: Sequence[Mapping[str, str]], source: str) -> list[Sweep]:
+    """Sweeps of a CSV with document 004's columns: one row per scale and head.
+
+    Raises:
+        HeadwiseError: a column is missing, a value is no number, or a head has under two scales.
+    """
+    if not rows:
+        raise HeadwiseError(f"{source} holds no rows")
+    missing = [c for c in ("scale", "layer", "head", "mean_max_attn") if c not in rows[0]]
+    if missing:
+        raise HeadwiseError(
+            f"{source} has no column {missing[0]!r}; expected a file made by headwise intervene"
+        )
+    groups: dict[tuple[int, int, str], list[Mapping[str, str]]] = {}
+    for row in rows:
+        key = (
+            int(_number(row, "layer", source)),
+            int(_number(row, "head", source)),
+            row.get("head_type") or "target",
+        )
+        groups.setdefault(key, []).append(row)
+    return [_parse(key, group, source) for key, group in groups.items()]
+
+
+def sweep_rows(sweep: Sweep) -> list[dict[str, float | int | str]]:
+    """Rows of document 004's CSV, with `delta_loss` and `kl` after its columns (empty if unknown)."""
+    rows: list[dict[str, float | int | str]] = []
+    for i, scale in enumerate(sweep.scales):
+        row: dict[str, float | int | str] = {"scale": float(scale)}
+        for prefix, values in (("mean", sweep.mean), ("std", sweep.std)):
+            row |= {f"{prefix}_{COLUMNS[name]}": float(values[name][i]) for name in MEASURES}
+        row |= {
+            "n_tokens": sweep.n_tokens,
+            "layer": sweep.layer,
+            "head": sweep.head,
+            "head_type": sweep.head_type,
+        }
+        for name in ("delta_loss", "kl"):
+            values_or_none = getattr(sweep, name)
+            row[name] = "" if values_or_none is None else float(values_or_none[i])
+        rows.append(row)
+    return rows
+
+
+def summary_row(gain: Gain) -> dict[str, float | int | str | bool]:
+    """One row of `gain_summary.csv`."""
+    return {
+        "layer": gain.layer,
+        "head": gain.head,
+        "head_type": gain.head_type,
+        "gain_max_attn": gain.gain,
+        "r_squared": gain.r_squared,
+        "std_error": gain.std_error,
+        "gain_low": gain.low,
+        "gain_high": gain.high,
+        "gain_entropy": gain.gain_entropy,
+        "gain_k_eff": gain.gain_k_eff,
+        "is_monotonic": gain.monotonic,
+    }
+
+
+def _parse(key: tuple[int, int, str], rows: list[Mapping[str, str]], source: str) -> Sweep:
+    layer, head, head_type = key
+    rows = sorted(rows, key=lambda row: _number(row, "scale", source))
+    scales = np.array([_number(row, "scale", source) for row in rows])
+    if np.unique(scales).size != scales.size or scales.size < 2 or scales[0] <= 0:
+        listed = ", ".join(f"{s:g}" for s in scales)
+        raise HeadwiseError(
+            f"{source}: layer {layer} head {head} has scales {listed}; a gain needs at least two, "
+            "all different and above 0"
+        )
+
+    def column(name: str) -> Array:
+        return np.array([_number(row, name, source) for row in rows])
+
+    def optional(name: str) -> Array | None:
+        return column(name) if rows[0].get(name) else None
+
+    std = {m: optional(f"std_{c}") for m, c in COLUMNS.items()}
+    return Sweep(
+        layer, head, head_type, scales,
+        mean={m: column(f"mean_{c}") for m, c in COLUMNS.items()},
+        std={m: np.full(scales.size, np.nan) if v is None else v for m, v in std.items()},
+        n_tokens=int(_number(rows[0], "n_tokens", source)) if rows[0].get("n_tokens") else 0,
+        delta_loss=optional("delta_loss"),
+        kl=optional("kl"),
+    )  # fmt: skip
+
+
+def _number(row: Mapping[str, str], column: str, source: str) -> float:
+    try:
+        return float(row[column])
+    except KeyError as error:
+        raise HeadwiseError(f"{source} has no column {column!r}") from error
+    except (TypeError, ValueError) as error:
+        raise HeadwiseError(
+            f"{source}: column {column} holds {row[column]!r}, which is not a number"
+        ) from error
+
+
+def _divide(a: float, b: float) -> float:
+    return float(a / b) if b else math.nan
