@@ -1,0 +1,1 @@
+"""The laboratory: runs, studies and where they execute."""
