@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 # Scores per tile: a tile and its temporaries stay in a CPU core's cache; a GPU wants wide launches.
-TILE_CPU = 1 << 18
+TILE_CPU = 1 << 19
 TILE_GPU = 1 << 26
 ROWS_CPU = 64
 # Finite, so that 0 · HIDDEN = 0 and not NaN; far below any logit.
 HIDDEN = -1e30
+BLOCK = 32
 # The share of weight by which a row may miss `mass` and still meet it: rounding of float32 weights,
 # without which uniform rows would waver between k and k + 1.
 SLACK = {torch.float32: 3e-7, torch.float64: 1e-13}
@@ -170,6 +171,7 @@ def _plain(
         out["query_norm"][n] = abs(factor) * torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
     rows, kv_step = _tile_shape(q, group, tokens)
     positions = torch.arange(tokens, device=q.device)
+    can_be_blind = bias is not None or key_mask is not None
     for b in range(batch):
         for g0 in range(0, kv_heads, kv_step):
             g1 = min(g0 + kv_step, kv_heads)
@@ -188,13 +190,15 @@ def _plain(
                 raw = (raw @ key_block[:, first:last].mT).view(-1, q1 - q0, last - first)
                 added = None if bias_block is None else bias_block[:, q0:q1, first:last].to(dtype)
                 hidden = _hidden(queries, keys, causal, window, bias_block, key_mask, b)
+                n_visible = last - first - (0 if hidden is None else hidden.sum(-1))
+                seen = n_visible > 0 if can_be_blind else None
                 for n, factor in enumerate(factors):
                     s = raw if n == len(factors) - 1 else raw.clone()
                     if factor != 1.0:
                         s *= factor
                     if softcap is not None:
                         s.div_(softcap).tanh_().mul_(softcap)
-                    tile, seen = _tile(s, added, hidden, queries, keys, causal, mass, k_eff)
+                    tile = _tile(s, added, hidden, n_visible, queries, keys, causal, mass, k_eff)
                     _store(out, tile, seen, shape, n, b, some.start, q0)
     return out
 
@@ -203,22 +207,21 @@ def _tile(
     s: Tensor,
     bias: Tensor | None,
     hidden: Tensor | None,
+    n_visible: Tensor | int,
     queries: Tensor,
     keys: Tensor,
     causal: bool,
     mass: float,
     k_eff: bool,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Measures of scores `s (h, c, n)`, overwritten, and which rows see a key at all.
+) -> dict[str, Tensor]:
+    """Measures of scores `s (h, c, n)`, which are overwritten.
 
     `hidden` covers the last keys of the tile, as many as it has columns; keys before them are
     visible to every query of the tile.
     """
-    n_visible: Tensor | int = len(keys)
     edge = s
     if hidden is not None:
         edge = s[..., s.shape[-1] - hidden.shape[-1] :]
-        n_visible = len(keys) - hidden.sum(-1)
         edge.masked_fill_(hidden, 0.0)
     # Logits are centred before they are squared: no cancellation, and the softmax does not mind.
     mean = s.sum(-1) / n_visible
@@ -239,8 +242,7 @@ def _tile(
     stats |= _where_it_looks(e, total, queries, keys, causal)
     if k_eff:
         stats["k_eff"] = _count_keys(e, total, mass)
-    seen = torch.as_tensor(n_visible, device=s.device) > 0
-    return stats, seen
+    return stats
 
 
 def _where_it_looks(
@@ -269,16 +271,22 @@ def _where_it_looks(
 def _count_keys(e: Tensor, total: Tensor, mass: float) -> Tensor:
     """Fewest keys that hold `mass` of `total`; sorts `e (h, c, n)` in place.
 
-    Keys are dropped from the lightest up for as long as what is dropped leaves `mass`.
+    Keys are dropped from the lightest up for as long as what is dropped leaves `mass`. Sums of
+    blocks find the block where that ends, a running sum over this block alone the key.
     """
     if e.device.type == "cpu":
         e.numpy().sort(axis=-1)  # vectorised in numpy >= 2, ten times faster than torch's
     else:
         e = e.sort(-1).values
-    droppable = total.double() * (1.0 - mass + SLACK[e.dtype])
-    gathered = e.cumsum(-1, dtype=torch.float64)
-    dropped = torch.searchsorted(gathered, droppable.unsqueeze(-1), right=True).squeeze(-1)
-    count = (e.shape[-1] - dropped).clamp_(min=1).to(e.dtype)
+    droppable = (total.double() * (1.0 - mass + SLACK[e.dtype])).unsqueeze(-1)
+    blocks = torch.nn.functional.pad(e, (-e.shape[-1] % BLOCK, 0)).unflatten(-1, (-1, BLOCK))
+    upto = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    whole = torch.searchsorted(upto, droppable, right=True).clamp_(max=upto.shape[-1] - 1)
+    before = torch.where(whole > 0, upto.gather(-1, (whole - 1).clamp_(min=0)), 0.0)
+    last = blocks.gather(-2, whole.unsqueeze(-1).expand(*whole.shape, BLOCK)).squeeze(-2)
+    running = last.cumsum(-1, dtype=torch.float64) + before
+    dropped = whole * BLOCK + torch.searchsorted(running, droppable, right=True)
+    count = (upto.shape[-1] * BLOCK - dropped).squeeze(-1).clamp_(min=1).to(e.dtype)
     return count.where(total.isfinite(), torch.nan)
 
 
@@ -323,7 +331,7 @@ def _heads_of(bias: Tensor, some: slice) -> Tensor:
 def _store(
     out: dict[str, Tensor],
     tile: dict[str, Tensor],
-    seen: Tensor,
+    seen: Tensor | None,
     shape: tuple[int, ...],
     n: int,
     b: int,
@@ -334,7 +342,9 @@ def _store(
         if name not in out:
             out[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
         h, c = value.shape
-        out[name][n, b, h0 : h0 + h, q0 : q0 + c] = value.where(seen, torch.nan)
+        if seen is not None:
+            value = value.where(seen, torch.nan)
+        out[name][n, b, h0 : h0 + h, q0 : q0 + c] = value
 
 
 def _tile_shape(x: Tensor, group: int, tokens: int) -> tuple[int, int]:
