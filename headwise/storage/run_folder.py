@@ -111,6 +111,22 @@ class RunFolder:
         }  # fmt: skip
         write_json(self.path / "status.json", status | values)
 
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json.
+
+        Raises:
+            HeadwiseError: it is missing or damaged.
+        """
+        return _read_json(self.summary)
+
+    def read_environment(self) -> dict[str, Any]:
+        """env.json.
+
+        Raises:
+            HeadwiseError: it is missing or damaged.
+        """
+        return _read_json(self.path / "env.json")
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the last file of a run."""
         write_json(self.summary, summary)
@@ -132,11 +148,18 @@ class RunFolder:
         except OSError as error:
             raise HeadwiseError(f"cannot write {self.metrics}: {error.strerror}; free space there") from error
 
-    def drop_after(self, step: int) -> None:
-        """Forget what was measured after `step`, and a last line that a kill cut short; before a resume."""
-        if self.metrics.exists():
+    def read_metrics(self) -> list[dict[str, str]]:
+        """The whole rows of metrics.csv; a last line that a kill cut short is left out."""
+        try:
             with self.metrics.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= step]
+                return [row for row in csv.DictReader(file) if _whole(row)]
+        except FileNotFoundError:
+            return []
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was measured after `step`; before a resume."""
+        if self.metrics.exists():
+            rows = [row for row in self.read_metrics() if int(row["step"]) <= step]
             with replacing(self.metrics) as draft, draft.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, METRICS)
                 writer.writeheader()
@@ -150,6 +173,15 @@ class RunFolder:
         """Append a line with the time to log.txt."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise HeadwiseError(f"{path.parent} has no {path.name}: its run has not come that far") from error
+    except (json.JSONDecodeError, OSError) as error:
+        raise HeadwiseError(f"{path} cannot be read ({error}); delete it and run again") from error
 
 
 def _whole(row: dict[str, Any]) -> bool:

@@ -53,7 +53,7 @@ class World:
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def find_device(name: str) -> torch.device:
@@ -72,7 +72,9 @@ def find_device(name: str) -> torch.device:
         return device
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if (device.index or 0) >= count:
-        raise HeadwiseError(f"--device {name} is absent: this machine has {count} CUDA devices; use --device cpu")
+        raise HeadwiseError(
+            f"--device {name} is absent: this machine has {count} CUDA devices; use --device cpu"
+        )
     return device
 
 

@@ -85,17 +85,16 @@ def evaluate(
     *,
     bytes_per_token: float | None = None,
 ) -> Evaluation:
-    """Mean loss over every target of `batches`, each process taking its turn of them.
+    """Mean loss over every target that the processes have in their `batches`.
 
     Args:
         model: a `TokenLoss`, compiled or not.
+        batches: this process's share, possibly none.
     """
     training = model.training
     model.eval()
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for index, batch in enumerate(batches):
-        if index % world.size != world.rank:
-            continue
+    for batch in batches:
         inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
         with autocast:
             loss, correct = model(inputs, targets)

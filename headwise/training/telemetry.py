@@ -101,7 +101,7 @@ class Telemetry:
         return sum(self.durations) / len(self.durations) if self.durations else None
 
     def speed(self) -> dict[str, float | None]:
-        """tokens_per_sec, step_time_ms, flops_per_sec and data_wait (a share) over the last `WINDOW` steps."""
+        """tokens_per_sec, step_time_ms, flops_per_sec and data_wait (a share), over the last `WINDOW`."""
         seconds = self.step_time_s
         if not seconds:
             return dict.fromkeys(("tokens_per_sec", "step_time_ms", "flops_per_sec", "data_wait"))

@@ -1,0 +1,107 @@
+"""`headwise train`: one run from a configuration file and dotted overrides."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from headwise import config as configuration
+from headwise.config import Config
+from headwise.errors import HeadwiseError
+from headwise.storage.run_folder import RunFolder
+
+
+def main(argv: list[str]) -> int:
+    """Train, resume or evaluate; returns the exit code."""
+    parser = configuration.make_parser(
+        prog="headwise train",
+        description="Train one model and measure its heads. Every key of the configuration is a flag.",
+    )
+    configuration.add_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly")
+    parser.add_argument("--init-from", help="first weights: a run, a .pt file, hf://owner/name/file")
+    parser.add_argument("--eval_only", action="store_true", help="evaluate the run in --out, train nothing")
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--out")
+    own.add_argument("--resume", action="store_true")
+    own.add_argument("--eval_only", "--eval-only", action="store_true")
+    known, _ = own.parse_known_args(argv)
+    if known.resume or known.eval_only:
+        argv = _as_it_was(known.out, argv)
+    config, flags = configuration.parse(parser, argv)
+    if flags.eval_only:
+        return _evaluate(config)
+    config = dataclasses.replace(config, out=config.out or str(_new_folder(config, flags)))
+    return _train(config, resume=flags.resume, init_from=flags.init_from)
+
+
+def _as_it_was(out: str | None, argv: list[str]) -> list[str]:
+    """The flags, over the configuration that the run in `out` was started with."""
+    if out is None:
+        raise HeadwiseError("--resume and --eval_only need --out, the folder of the run")
+    folder = RunFolder(Path(out))
+    if not folder.holds_run():
+        raise HeadwiseError(f"--out {out} holds no run: it has no config.yaml")
+    return ["--config", str(folder.config), *argv]
+
+
+def _new_folder(config: Config, flags: Any) -> Path:
+    """`runs/<file or data>.<kind>/seed_<n>`, numbered on where that is taken."""
+    names = [Path(str(path)).stem for path in flags.config or []]
+    stem = names[-1] if names else config.data.name
+    kind = config.model.attention.kind
+    stem = stem if stem.endswith(kind) else f"{stem}.{kind}"
+    base = Path("runs") / stem / f"seed_{config.seed}"
+    number, path = 1, base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def _train(config: Config, *, resume: bool, init_from: str | None) -> int:
+    from headwise.lab.train import train
+    from headwise.training.progress import for_terminal
+
+    leads = os.environ.get("RANK", "0") == "0"
+    summary = train(config, resume=resume, init_from=init_from, progress=for_terminal())
+    if not leads:
+        return 0
+    print(_conclusion(summary, config))
+    if summary["state"] == "interrupted":
+        print(f"to go on: headwise train --resume --out {config.out}")
+        return 130
+    return 0 if summary["state"] == "finished" else 1
+
+
+def _conclusion(summary: dict[str, Any], config: Config) -> str:
+    parts = [f"{summary['state']} after {summary['step']} steps ({summary['reason']})"]
+    if summary["val_loss"] is not None:
+        parts.append(f"val loss {summary['val_loss']:.4f}")
+    if summary["val_bits_per_byte"] is not None:
+        parts.append(f"{summary['val_bits_per_byte']:.3f} bits/byte")
+    if summary["val_accuracy"] is not None:
+        parts.append(f"accuracy {summary['val_accuracy']:.1%}")
+    if summary["tokens_per_sec"]:
+        parts.append(f"{summary['tokens_per_sec']:,.0f} tokens/s")
+    line = ", ".join(parts)
+    if summary["val_loss"] is not None and summary["val_loss"] > 0.99 * summary["chance_loss"]:
+        line += (
+            f"\nat chance: nothing was learned (ln {summary['vocab_size']} = {summary['chance_loss']:.4f})"
+        )
+    return f"{line}\n{config.out}"
+
+
+def _evaluate(config: Config) -> int:
+    from headwise.lab.evaluate import evaluate_run
+
+    for split, result in evaluate_run(config).items():
+        extra = "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits/byte"
+        print(
+            f"{split}: loss {result['loss']:.6f}, perplexity {result['perplexity']:.4f}{extra}, "
+            f"accuracy {result['accuracy']:.2%} over {result['tokens']:,} tokens"
+        )
+    return 0

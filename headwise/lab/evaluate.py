@@ -1,0 +1,46 @@
+"""Evaluate a run's checkpoint on its validation and test splits, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwise.config import Config
+from headwise.data import eval_batches, open_data
+from headwise.lab.weights import load_model
+from headwise.storage.atomic import write_json
+from headwise.training.distributed import World, find_device
+from headwise.training.loss import TokenLoss, evaluate
+
+
+def evaluate_run(config: Config) -> dict[str, dict[str, Any]]:
+    """Loss, perplexity, bits per byte and accuracy of the best checkpoint; also written as `eval.json`.
+
+    Args:
+        config: of the run in `config.out`; its data may be overridden.
+
+    Raises:
+        HeadwiseError: there is no run or checkpoint, or the data does not fit it.
+    """
+    assert config.out is not None
+    world = World(0, 1, find_device(config.device))
+    model, _ = load_model(config.out, world.device)
+    data = open_data(config.data, config.seed)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.training.precision == "bf16")
+    lengths = [config.data.seq_len, *config.data.eval_seq_lens]
+    results = {}
+    for split in ("val", "test"):
+        for length in lengths:
+            at_length = data if length == config.data.seq_len else data.at_length(length)
+            batch = max(1, config.data.batch_size * config.data.seq_len // length)
+            batches = eval_batches(at_length, split, batch, fraction=config.data.eval_fraction)
+            known = data.bytes_per_token
+            found = evaluate(
+                TokenLoss(model), batches, world, autocast, bytes_per_token=known[split] if known else None
+            )
+            name = split if at_length is data else f"{split}@{length}"
+            results[name] = found.row() | {"tokens": found.tokens}
+    write_json(Path(config.out) / "eval.json", results)
+    return results

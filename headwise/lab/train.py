@@ -1,0 +1,290 @@
+"""One training run from its configuration: checks, composes, runs, sums up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwise.attention import attention_kind
+from headwise.config import Config, flatten, load, to_dict, to_yaml
+from headwise.data import open_data
+from headwise.data.base import Data
+from headwise.errors import HeadwiseError
+from headwise.lab.heads import HeadRecorder
+from headwise.lab.weights import initialise_from
+from headwise.model.count import parameters_by_part
+from headwise.model.decoder import Decoder
+from headwise.storage.atomic import write_json
+from headwise.storage.environment import environment
+from headwise.storage.run_folder import RunFolder, state_of
+from headwise.training import checkpoint, distributed
+from headwise.training.progress import Progress, Silent
+from headwise.training.telemetry import peak_rss_mb
+from headwise.training.trackers import open_trackers
+from headwise.training.trainer import Trainer
+
+SAME_RUN = ("out", "device", "data.num_workers", "data.pin_memory", "data.cache", "data.path")
+"""Keys that a resume may change; what is read is compared by its checksum instead."""
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    init_from: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run one configuration to its end and return its summary.
+
+    Args:
+        config: validated, with `out` set.
+        resume: continue the run in `config.out` exactly.
+        init_from: a run, a file or `hf://owner/name/file` to take the first weights from.
+
+    Raises:
+        HeadwiseError: whatever makes the run impossible, before any work is lost.
+    """
+    if config.out is None:
+        raise ValueError("config.out is not set")
+    folder = RunFolder(Path(config.out))
+    world = distributed.join(config.device)
+    try:
+        refuse_device(config, world.device)
+        if resume and (done := _finished(folder)):
+            return done
+        torch.manual_seed(config.seed)
+        data = open_data(config.data, config.seed)
+        config = with_vocabulary(config, data)
+        model = Decoder(config.model, config.data.seq_len).to(world.device)
+        trainer = Trainer(config, model, data, world, folder, progress=progress or Silent())
+        if not world.leads:
+            trainer.progress = Silent()
+        about = {"engine": _engine(trainer), "data": data.identity}
+        _check_engine(config, about["engine"])
+        saved = _claim(trainer, resume=resume, about=about)
+        if init_from and saved is None:
+            initialise_from(init_from, model, trainer.optimizer if config.training.keep_optimizer else None)
+        return _run(trainer, saved, about)
+    finally:
+        distributed.leave()
+
+
+def refuse_device(config: Config, device: torch.device) -> None:
+    """Refuse a kind that cannot be trained on this device.
+
+    Raises:
+        HeadwiseError: flex on a CPU, say.
+    """
+    kind = config.model.attention.kind
+    if device.type == "cpu" and "cpu_training" not in attention_kind(kind).supports:
+        raise HeadwiseError(
+            f"attention kind {kind!r} cannot be trained on a CPU: it has no backward pass there; "
+            "use --device cuda, or model.attention.kind=flash"
+        )
+
+
+def with_vocabulary(config: Config, data: Data) -> Config:
+    """`config` with the data's vocabulary where it names none.
+
+    Raises:
+        HeadwiseError: it names one that is too small.
+    """
+    size = config.model.vocab_size or data.vocab_size
+    if size < data.vocab_size:
+        raise HeadwiseError(f"model.vocab_size is {size}, but the data has {data.vocab_size} tokens")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str, Any]) -> dict[str, Any]:
+    config, folder, world = trainer.config, trainer.folder, trainer.world
+    if saved is not None:
+        trainer.resume(saved)
+    trainer.on_evaluation = [HeadRecorder(config, trainer.model, trainer.data, world, folder)]
+    if world.leads:
+        names = config.training.trackers
+        trainer.trackers = open_trackers(names, folder.path, to_dict(config)) if names else []
+        _start_log(trainer, saved)
+    try:
+        with _signals(trainer):
+            state, reason = trainer.run()
+    except BaseException as error:
+        if world.leads:
+            folder.write_status("failed", reason=_one_line(error), finished=time.time())
+        if isinstance(error, torch.OutOfMemoryError):
+            raise HeadwiseError(
+                f"out of memory on {world.device}: try data.batch_size={max(1, config.data.batch_size // 2)} "
+                f"(training.total_batch_tokens={trainer.telemetry.tokens_per_step} keeps the step the same)"
+            ) from error
+        raise
+    finally:
+        for tracker in trainer.trackers:
+            tracker.close()
+    summary = summarise(trainer, state, reason, about)
+    if world.leads:
+        if state != "interrupted":
+            folder.write_summary(summary)
+        folder.write_status(
+            state, reason=reason, step=trainer.step, max_steps=trainer.max_steps, finished=time.time()
+        )
+        folder.say(f"{state}: {reason}")
+    return summary
+
+
+def summarise(trainer: Trainer, state: str, reason: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The final numbers of a run."""
+    config, model, last = trainer.config, trainer.model, trainer.last
+    parts = parameters_by_part(model)
+    vram = [float(row["vram_mb"]) for row in trainer.folder.read_metrics() if row["vram_mb"]]
+    return {
+        "state": state,
+        "reason": reason,
+        "step": trainer.step,
+        "max_steps": trainer.max_steps,
+        **trainer.telemetry.totals(),
+        **trainer.telemetry.speed(),
+        "data_wait": trainer.telemetry.totals()["data_wait"],
+        "wall_s": trainer.telemetry.trained_s,
+        "val_loss": last.loss if last else None,
+        "val_bits_per_byte": last.bits_per_byte if last else None,
+        "val_perplexity": last.perplexity if last else None,
+        "val_accuracy": last.accuracy if last else None,
+        "val_tokens": last.tokens if last else None,
+        "best_val_loss": trainer.best_loss if math.isfinite(trainer.best_loss) else None,
+        "chance_loss": math.log(trainer.data.vocab_size),
+        "vocab_size": trainer.data.vocab_size,
+        "kind": config.model.attention.kind,
+        "engine": about["engine"],
+        "expected_engine": config.expected_engine,
+        "seed": config.seed,
+        "device": str(trainer.world.device),
+        "params": parts,
+        "params_total": sum(parts.values()),
+        "flops_per_token": trainer.flops_per_token,
+        "peak_vram_mb": max(vram, default=None),
+        "peak_rss_mb": peak_rss_mb(),
+        "data_checksum": trainer.data.identity["checksum"],
+        "n_layers": config.model.n_layers,
+        "n_heads": config.model.n_heads,
+        "n_kv_heads": config.model.kv_heads(),
+        "head_dim": config.model.width_of_head(),
+        "d_model": config.model.d_model,
+        "seq_len": config.data.seq_len,
+        "batch_size": trainer.sequences,
+    }
+
+
+def _finished(folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a run that needs no more steps."""
+    if not folder.holds_run():
+        raise HeadwiseError(f"{folder.path} holds no run to resume; leave --resume out to start one there")
+    status = folder.read_status()
+    if state_of(status) == "running":
+        raise HeadwiseError(f"{folder.path} is running in process {status['pid']}; stop it before resuming")
+    return folder.read_summary() if status["state"] == "finished" else None
+
+
+def _claim(trainer: Trainer, *, resume: bool, about: dict[str, Any]) -> checkpoint.Checkpoint | None:
+    """Start the folder, or find where its run stands. Every process reads, the first one writes."""
+    folder, config, world = trainer.folder, trainer.config, trainer.world
+    saved = None
+    if resume:
+        refuse_other_run(folder, config, trainer.data)
+        path = checkpoint.latest(folder.checkpoints)
+        saved = checkpoint.load(path) if path else None
+        world.wait()
+        if world.leads:
+            folder.drop_after(saved.state["step"] if saved else -1)
+    elif world.leads:
+        folder.start(to_yaml(config))
+    if world.leads:
+        write_json(folder.path / "env.json", environment(str(world.device)) | about)
+        folder.write_status("running", started=time.time(), step=trainer.step, max_steps=trainer.max_steps)
+    world.wait()
+    return saved
+
+
+def refuse_other_run(folder: RunFolder, config: Config, data: Data) -> None:
+    """Refuse to continue a run under another configuration or on other data.
+
+    Raises:
+        HeadwiseError: names the first key that differs.
+    """
+    before, now = (dict(flatten(to_dict(c))) for c in (load(folder.config), config))
+    for key, value in before.items():
+        if key not in SAME_RUN and now.get(key) != value:
+            raise HeadwiseError(
+                f"{folder.path} holds a run with {key}={value}, and this command says {now.get(key)}; "
+                "resume it as it was, or start a new run with another --out"
+            )
+    checksum = folder.read_environment().get("data", {}).get("checksum")
+    if checksum not in (None, data.identity["checksum"]):
+        raise HeadwiseError(
+            f"{folder.path} was trained on other data (checksum {checksum[:12]}, "
+            f"here {data.identity['checksum'][:12]}); give it the same data, or another --out"
+        )
+
+
+def _start_log(trainer: Trainer, saved: checkpoint.Checkpoint | None) -> None:
+    parts = parameters_by_part(trainer.model)
+    trainer.folder.say(
+        f"{'resumed at step ' + str(trainer.step) if saved else 'started'}: "
+        f"{sum(parts.values()):,} parameters {parts}, {trainer.flops_per_token:,} FLOPs a token, "
+        f"{trainer.max_steps} steps of {trainer.telemetry.tokens_per_step} tokens"
+    )
+
+
+@torch.no_grad()
+def _engine(trainer: Trainer) -> str:
+    """Which engine computes the attention: what a first batch ran on."""
+    config = trainer.config
+    size = max(1, config.data.batch_size // trainer.world.size)
+    tokens = trainer.data.batch("train", trainer.data.train_indices(0, size)).inputs
+    with trainer.autocast:
+        trainer.model(tokens.to(trainer.world.device))
+    return trainer.model.attentions()[0].engine or "unknown"
+
+
+def _check_engine(config: Config, engine: str) -> None:
+    expected = config.expected_engine
+    if expected and expected not in (engine, engine.partition("-")[0]):
+        raise HeadwiseError(
+            f"attention ran on engine {engine!r}, but expected_engine is {expected!r}; "
+            "choose the kind that uses it, or leave expected_engine out"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, HeadwiseError) else f"{type(error).__name__}: {text}"[:500]
+
+
+@contextmanager
+def _signals(trainer: Trainer) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopping = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+        trainer.progress.say("finishing this step, then saving; press Ctrl-C again to leave at once")
+
+    trainer.should_stop = stopping.is_set
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

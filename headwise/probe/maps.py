@@ -1,0 +1,56 @@
+"""Attention maps: the whole weight matrix of every head for one short prompt, for figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.attention.observation import Observation, Scores, Weights
+from headwise.functional.softmax_attention import additive_mask
+from headwise.model.decoder import Decoder
+
+
+@torch.no_grad()
+def attention_maps(model: Decoder, tokens: Tensor) -> np.ndarray | None:
+    """Weights of every layer and head for one prompt.
+
+    Args:
+        tokens: `(1, T)` int64, short: the result holds L·H·T² numbers.
+
+    Returns:
+        `(L, H, T, T)` float16, or None where a layer has no weights to show.
+    """
+    maps: list[Tensor | None] = []
+
+    def look(observation: Observation) -> None:
+        maps.append(_weights(observation))
+
+    layers = model.attentions()
+    before = [layer.observer for layer in layers]
+    try:
+        for layer in layers:
+            layer.observer = look
+        model(tokens)
+    finally:
+        for layer, observer in zip(layers, before, strict=True):
+            layer.observer = observer
+    found = [one[0].half().cpu().numpy() for one in maps if one is not None]
+    return np.stack(found) if len(found) == len(layers) else None
+
+
+def _weights(observation: Observation) -> Tensor | None:
+    """`(B, H, T, T)` weights of what a layer offers."""
+    if isinstance(observation, Weights):
+        return observation.weights.float()
+    if not isinstance(observation, Scores):
+        return None
+    q, k = observation.q.float(), observation.k.float()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = (q @ k.transpose(-2, -1)) * observation.scale
+    if observation.softcap is not None:
+        logits = observation.softcap * torch.tanh(logits / observation.softcap)
+    causal, _ = additive_mask(None, causal=observation.causal, length=q.shape[-2], like=logits)
+    for bias in (causal, observation.bias):
+        logits = logits if bias is None else logits + bias
+    return logits.softmax(-1).nan_to_num(0.0)
