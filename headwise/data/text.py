@@ -1,0 +1,182 @@
+"""Text as bytes in three splits, mapped into memory where it is a file.
+
+The splits are contiguous: the first 90% of the bytes train, then 5% validate, 5% test. A border
+moves on to the next start of a UTF-8 character, so that bytes and every tokenizer are judged on
+the same validation text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from headwise.data.config import DataConfig
+from headwise.errors import HeadwiseError
+from headwise.storage.atomic import replacing
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Text:
+    """The splits of a text, each uint8 `(n,)`, and what is known of where they are from."""
+
+    splits: Mapping[str, np.ndarray]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def checksum(self) -> str:
+        """sha256 of the splits one after the other: of the whole text."""
+        digest = hashlib.sha256()
+        for part in self.splits.values():
+            digest.update(part.data)
+        return digest.hexdigest()
+
+
+def open_text(config: DataConfig) -> Text:
+    """The text that `config` names, limited to `config.bytes`.
+
+    Raises:
+        HeadwiseError: it is missing, unreadable, empty, not text, or cannot be downloaded.
+    """
+    if config.name == "wikitext103":
+        from headwise.data.wikitext import open_wikitext
+
+        return open_wikitext(config)
+    if config.name == "pystdlib":
+        from headwise.data.stdlib import standard_library
+
+        whole, facts = standard_library()
+    elif config.name == "enwik8" and config.path is None:
+        from headwise.data.enwik8 import enwik8
+
+        whole, facts = map_bytes(enwik8(config.cache_folder)), {"files": 1}
+    else:
+        assert config.path is not None  # DataConfig.validate
+        whole, facts = open_path(Path(config.path).expanduser(), config.cache_folder)
+    return Text(split_90_5_5(whole[: config.bytes]), facts)
+
+
+def open_path(path: Path, cache: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The bytes of a text file, or of all text files of a folder in the order of their paths.
+
+    Hidden files are left out, and so are a folder's binary files (their number is recorded).
+    """
+    if not path.exists():
+        raise HeadwiseError(f"data.path={str(path)!r} does not exist; give a text file or a folder")
+    if path.is_file():
+        if is_binary(path):
+            raise HeadwiseError(
+                f"data.path={str(path)!r} is not text (it has a NUL byte); give a text file, unpacked"
+            )
+        return map_bytes(path), {"files": 1}
+    found = sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if not any(part.startswith(".") for part in Path(folder, name).relative_to(path).parts)
+    )
+    files = [file for file in found if file.is_file() and not is_binary(file)]
+    if not files:
+        raise HeadwiseError(f"data.path={str(path)!r} is a folder without text files; give another")
+    names = [file.relative_to(path).as_posix() for file in files]
+    facts = {**file_facts(names), "files_skipped": len(found) - len(files)}
+    return map_bytes(_joined(files, cache)), facts
+
+
+def file_facts(names: list[str]) -> dict[str, Any]:
+    """The number of files and a checksum of their list."""
+    return {"files": len(names), "files_checksum": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+
+
+def map_bytes(path: Path) -> np.ndarray:
+    """A file's bytes, uint8 `(n,)`, mapped into memory."""
+    try:
+        if path.stat().st_size == 0:
+            raise HeadwiseError(f"{path} is empty; give a file with text")
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> HeadwiseError:
+    """The error to raise for a file that the system refuses."""
+    return HeadwiseError(f"{path} cannot be read ({error.strerror or error}); check it and its permissions")
+
+
+def is_binary(path: Path) -> bool:
+    """Whether the first megabyte has a NUL byte, which no text has."""
+    try:
+        with path.open("rb") as file:
+            return b"\0" in file.read(_BLOCK)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def split_90_5_5(whole: np.ndarray) -> dict[str, np.ndarray]:
+    """Cut bytes into contiguous train, val and test, each border at the start of a character."""
+    first = character_start(whole, len(whole) * 90 // 100)
+    second = character_start(whole, max(first, len(whole) * 95 // 100))
+    return {"train": whole[:first], "val": whole[first:second], "test": whole[second:]}
+
+
+def character_start(text: np.ndarray, place: int) -> int:
+    """The first place from `place` on where a UTF-8 character starts, or the end."""
+    while place < len(text) and text[place] & 0xC0 == 0x80:
+        place += 1
+    return place
+
+
+def _joined(files: list[Path], cache: Path) -> Path:
+    """One file with the contents of `files`, kept in the cache under their checksum."""
+    digest = hashlib.sha256()
+    for block in blocks(files):
+        digest.update(block)
+    target = cache / "text" / f"{digest.hexdigest()}.txt"
+    with only_one(target):
+        if not target.exists():
+            with replacing(target) as draft, draft.open("wb") as file:
+                file.writelines(blocks(files))
+    return target
+
+
+def blocks(files: Iterable[Path]) -> Iterator[bytes]:
+    """The bytes of `files`, one after the other, a megabyte at a time."""
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    yield block
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+
+@contextmanager
+def only_one(target: Path) -> Iterator[None]:
+    """Hold a lock beside `target`: of several processes that want it in the cache, one makes it.
+
+    Raises:
+        HeadwiseError: the cache cannot be written.
+    """
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise HeadwiseError(
+            f"the cache {target.parent} cannot be written ({error.strerror or error}); "
+            "set data.cache or HEADWISE_CACHE to a folder that can"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

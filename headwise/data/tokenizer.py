@@ -1,0 +1,166 @@
+"""Tokenizers of Hugging Face, by path or by name, and texts tokenised once into the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwise.data.progress import progress
+from headwise.data.text import Text, character_start, only_one
+from headwise.errors import HeadwiseError
+from headwise.storage.atomic import replacing, write_json
+
+_PIECE = 1 << 16
+"""Bytes tokenised at a time. Part of what a tokenised text is: pieces end at a line's end."""
+
+
+class Tokenizer:
+    """A tokenizer of either library behind one face.
+
+    Attributes:
+        name: the path or name it was asked for by.
+        vocab_size: the largest id + 1, added tokens included.
+        checksum: sha256 of all that decides the ids.
+        pad_id: the id of the padding token; None without one.
+    """
+
+    def __init__(self, name: str, fast: Any, slow: Any = None, pad_token: str | None = None) -> None:
+        self.name = name
+        self._fast, self._slow = fast, slow
+        if fast is not None:
+            fast.no_truncation()
+            fast.no_padding()
+            vocabulary, content = fast.get_vocab(with_added_tokens=True), fast.to_str()
+        else:
+            vocabulary = slow.get_vocab()
+            content = repr((type(slow).__name__, sorted(vocabulary.items())))
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.checksum = hashlib.sha256(content.encode()).hexdigest()
+        self.pad_id: int | None = vocabulary.get(pad_token)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smaller of uint16 and uint32 that holds every id."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens around it."""
+        if self._fast is not None:
+            encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+            return [one.ids for one in encoded]
+        return self._slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def token(self, index: int) -> str:
+        """The token with this id, as it reads in a text."""
+        return (self._fast or self._slow).decode([index])
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json` file or a folder, or of that name at Hugging Face.
+
+    Raises:
+        HeadwiseError: there is none, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.is_file():
+        return _from_file(name, file)
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
+        raise HeadwiseError(f"tokenizer {name!r} does not exist; give a tokenizer.json, a folder or a name")
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises errors of many libraries
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HeadwiseError(
+            f"tokenizer {name!r} cannot be loaded ({reason}); give a folder or another name"
+        ) from error
+    fast = getattr(loaded, "backend_tokenizer", None)
+    return Tokenizer(name, fast, loaded, loaded.pad_token)
+
+
+def _from_file(name: str, file: Path) -> Tokenizer:
+    import tokenizers
+
+    try:
+        fast = tokenizers.Tokenizer.from_file(str(file))
+        settings = file.with_name("tokenizer_config.json")
+        pad = json.loads(settings.read_text()).get("pad_token") if settings.is_file() else None
+    except Exception as error:  # tokenizers raises bare Exception
+        raise HeadwiseError(f"tokenizer {str(file)!r} cannot be read ({error})") from error
+    return Tokenizer(name, fast, pad_token=pad["content"] if isinstance(pad, dict) else pad)
+
+
+def tokenised(text: Text, tokenizer: Tokenizer, cache: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The splits of `text` as mapped token ids, and how many bytes of it each split holds.
+
+    Tokenised in pieces, so memory stays small, and once: the cache's key is the checksum of text
+    and tokenizer.
+
+    Raises:
+        HeadwiseError: the text is not UTF-8.
+    """
+    key = hashlib.sha256(f"{text.checksum} {tokenizer.checksum} {_PIECE}".encode()).hexdigest()
+    folder = cache / "tokens" / key[:32]
+    with only_one(folder):
+        if not folder.exists():
+            with replacing(folder) as draft:
+                draft.mkdir()
+                _write(text, tokenizer, draft)
+    lengths = json.loads((folder / "lengths.json").read_text())
+    splits = {}
+    for split, (n_tokens, _) in lengths.items():
+        file = folder / f"{split}.bin"
+        if file.stat().st_size != n_tokens * np.dtype(tokenizer.dtype).itemsize:
+            raise HeadwiseError(f"{file} is damaged; delete {folder} and run again")
+        empty = np.empty(0, dtype=tokenizer.dtype)
+        splits[split] = np.memmap(file, dtype=tokenizer.dtype, mode="r") if n_tokens else empty
+    return splits, {split: n_bytes for split, (_, n_bytes) in lengths.items()}
+
+
+def _write(text: Text, tokenizer: Tokenizer, folder: Path) -> None:
+    lengths = {}
+    total = sum(len(part) for part in text.splits.values())
+    with progress("tokenising", total, "B") as advance:
+        for split, part in text.splits.items():
+            n_tokens = n_bytes = 0
+            pieces = _pieces(part)
+            with (folder / f"{split}.bin").open("wb") as file:
+                while group := list(islice(pieces, 32)):
+                    for ids in tokenizer.encode([piece for piece, _ in group]):
+                        file.write(np.asarray(ids, dtype=tokenizer.dtype).tobytes())
+                        n_tokens += len(ids)
+                    read = sum(size for _, size in group)
+                    n_bytes += read
+                    advance(read)
+            lengths[split] = (n_tokens, n_bytes)
+    write_json(folder / "lengths.json", lengths)
+
+
+def _pieces(part: np.ndarray) -> Iterator[tuple[str, int]]:
+    """Pieces of UTF-8 text, each with its size in bytes, that end at a line's end where one is."""
+    start = 0
+    while start < len(part):
+        end = min(start + _PIECE, len(part))
+        if end < len(part):
+            newline = part[start:end].tobytes().rfind(b"\n")
+            end = start + newline + 1 if newline >= 0 else character_start(part, end)
+        raw = part[start:end].tobytes()
+        try:
+            yield raw.decode(), len(raw)
+        except UnicodeDecodeError as error:
+            cut_off = end == len(part) and error.reason == "unexpected end of data"
+            if not cut_off:
+                raise HeadwiseError(
+                    f"the text is not UTF-8 (byte {raw[error.start]:#04x} after {start + error.start} "
+                    "bytes of a split); convert it, or read it as bytes without data.tokenizer"
+                ) from error
+            yield raw[: error.start].decode(), error.start
+        start = end
