@@ -103,7 +103,7 @@ def correlate(heads: Heads, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> R
         seed: of the bootstrap.
     """
     columns = [*heads.dynamics.values(), *heads.geometry.values()]
-    known = np.isfinite(np.stack(columns)).all(0)
+    known = np.asarray(np.isfinite(np.stack(columns)).all(0))
     drawn = np.random.default_rng(seed).multinomial(known.shape[0], _uniform(known.shape[0]), size=draws)
     pairs = {
         name: {

@@ -50,7 +50,7 @@ def circuit_singular_values(left: Array, right: Array, matrix: str = "metric") -
         raise ValueError(f"operands (..., D, d_model) differ: {left.shape} and {right.shape}")
     if matrix not in MATRICES:
         raise ValueError(f"matrix is {matrix!r}; expected one of {', '.join(MATRICES)}")
-    finite = np.isfinite(left).all((-2, -1)) & np.isfinite(right).all((-2, -1))
+    finite = np.asarray(np.isfinite(left).all((-2, -1)) & np.isfinite(right).all((-2, -1)))
     left, right = np.nan_to_num(left, posinf=0, neginf=0), np.nan_to_num(right, posinf=0, neginf=0)
     if matrix == "core":
         small = left @ right.swapaxes(-1, -2)
@@ -113,7 +113,7 @@ def descriptors(singular_values: Array) -> dict[str, Array]:
 
 def _triangle(weight: Array) -> Array:
     """R of the QR decomposition of `weightᵀ`: `(..., D, d_model)` to `(..., min(D, d_model), D)`."""
-    return np.linalg.qr(weight.swapaxes(-1, -2), mode="r")
+    return np.asarray(np.linalg.qr(weight.swapaxes(-1, -2), mode="r"))
 
 
 def _grouped(shared: Array, own: Array, matrix: str) -> Array:
