@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from headwise.attention.observation import Observation, Observer, Scores
 from headwise.errors import one_of
-from headwise.functional.softmax_attention import additive_mask
 
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -88,7 +87,7 @@ class Attention(nn.Module):
             `(B, T, d_model)`; a query that may attend to nothing contributes zeros.
 
         Raises:
-            ValueError: a mask of another shape, or one that this kind does not support.
+            ValueError: x or a mask of another shape or dtype, or a form that this kind does not support.
         """
         self._check(x, attn_mask, causal)
         q_pre, k_pre, v = self.heads(x)
@@ -121,7 +120,7 @@ class Attention(nn.Module):
         causal: bool,
     ) -> Observation:
         """What this layer offers to be measured; by default its softmax scores."""
-        bias = None if mask is None else _as_bias(mask, q)
+        bias = None if mask is None else _as_bias(mask)
         return Scores(q, k, self.scale, causal=causal, bias=bias, q_pre=q_pre, k_pre=k_pre)
 
     def dropout(self) -> float:
@@ -139,25 +138,31 @@ class Attention(nn.Module):
         return 4 * seq_len * shape.n_heads * shape.head_dim
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, causal: bool) -> None:
-        if not causal and "full" not in self.supports:
-            raise ValueError(f"attention kind {self.kind!r} is causal only; it got causal=False")
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.shape.d_model:
+            expected = f"(B, T, {self.shape.d_model}) with T >= 1"
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
+        form = "causal" if causal else "full"
+        if form not in self.supports:
+            raise ValueError(f"attention kind {self.kind!r} does not support {form}; it got causal={causal}")
         if attn_mask is None:
             return
         batch, length = x.shape[0], x.shape[1]
         if tuple(attn_mask.shape) not in ((1, length, length), (batch, length, length)):
             expected = f"({batch} or 1, {length}, {length})"
             raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; expected {expected}")
-        feature = "padding" if attn_mask.dtype == torch.bool else "additive_mask"
+        is_bool = attn_mask.dtype == torch.bool
+        if not is_bool and not attn_mask.is_floating_point():
+            raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True = may attend) or float")
+        feature = "padding" if is_bool else "additive_mask"
         if feature not in self.supports:
             raise ValueError(f"attention kind {self.kind!r} does not support {feature}; pass attn_mask=None")
 
 
-def _as_bias(mask: Tensor, like: Tensor) -> Tensor:
+def _as_bias(mask: Tensor) -> Tensor:
+    """`mask (B or 1, T, T)` as float32 `(B or 1, 1, T, T)` to add to the scores."""
     if mask.dtype != torch.bool:
         return mask[:, None].float()
-    bias, _ = additive_mask(mask, causal=False, length=mask.shape[-1], like=like.float())
-    assert bias is not None
-    return bias.masked_fill(~mask[:, None], -torch.inf)
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)[:, None]
 
 
 KINDS: dict[str, type[Attention]] = {}
