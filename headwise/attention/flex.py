@@ -27,11 +27,10 @@ class FlexAttention(Attention):
     engine_family = "flex"
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
-        bias, empty = (
-            (None, None)
-            if mask is None
-            else additive_mask(mask, causal=causal, length=q.shape[-2], like=q.float())
-        )
+        bias = empty = None
+        if mask is not None:
+            precise = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+            bias, empty = additive_mask(mask, causal=causal, length=q.shape[-2], like=precise)
 
         def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             assert bias is not None
