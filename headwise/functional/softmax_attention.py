@@ -40,8 +40,8 @@ def softmax_attention(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q @ k.transpose(-2, -1)) * scale
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = q @ k.transpose(-2, -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     bias, empty = additive_mask(mask, causal=causal, length=q.shape[-2], like=scores)
     if bias is not None:
         scores = scores + bias
