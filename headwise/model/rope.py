@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,12 +27,19 @@ class Rope(nn.Module):
         self.extend(length)
 
     def extend(self, length: int) -> None:
-        """Make the tables reach `length` positions, computed in float64."""
+        """Make the tables reach `length` positions: computed in float64, kept in float32 or better."""
         frequency = self.theta ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
         angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
         angle = torch.cat((angle, angle), dim=-1)
-        self.cos = angle.cos().float().to(self.cos.device)
-        self.sin = angle.sin().float().to(self.sin.device)
+        dtype = torch.promote_types(self.cos.dtype, torch.float32)
+        self.cos = angle.cos().to(self.cos.device, dtype)
+        self.sin = angle.sin().to(self.sin.device, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rope:
+        """Move with the model, but compute the tables anew: `model.bfloat16()` must not round them."""
+        super()._apply(fn, recurse)
+        self.extend(self.cos.shape[0])
+        return self
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q `(B, H, T, D)` and k `(B, K, T, D)`; token t is at position t."""
