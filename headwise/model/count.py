@@ -15,13 +15,10 @@ PARTS = ("embedding", "attention", "mlp", "norm", "head")
 
 
 def parameters_by_part(model: Decoder) -> dict[str, int]:
-    """Trainable parameters of each part; a tied output layer is counted once, as embedding."""
+    """Parameters of each part; a tied output layer is counted once, as embedding."""
     count = dict.fromkeys(PARTS, 0)
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            count[_part(name)] += parameter.numel()
+    for name, parameter in model.named_parameters():  # names a shared parameter once
+        count[_part(name)] += parameter.numel()
     return count
 
 
