@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from headwise.attention.base import AttentionShape
 from headwise.attention.config import AttentionConfig
 from headwise.errors import HeadwiseError, one_of
 
+COUNTS = (
+    "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len",
+)  # fmt: skip
 NORMS = ("rmsnorm", "layernorm")
 MLPS = ("gelu", "gelu_tanh", "swiglu")
 POSITIONS = ("rope", "sinusoidal", "learned", "none")
@@ -88,10 +92,14 @@ class ModelConfig:
         Raises:
             HeadwiseError: one line with the value received and what to do.
         """
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HeadwiseError(f"model.{name} is {value}; it must be at least 1")
+        for name in ("rope_theta", "init_std"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise HeadwiseError(f"model.{name} is {value}; it must be greater than 0, and finite")
         one_of("model.norm", self.norm, NORMS)
         one_of("model.mlp", self.mlp, MLPS)
         one_of("model.position", self.position, POSITIONS)
