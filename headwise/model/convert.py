@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
@@ -23,23 +24,37 @@ NANOGPT = {
 def from_nanogpt(state: dict[str, Tensor], model: Decoder, source: str) -> dict[str, Tensor]:
     """Rename the weights of a nanoGPT checkpoint. Its fused qkv has the order of this project's.
 
+    nanoGPT computes the exact GELU, and before June 2023 GPT-2's approximation: the weights do not say which.
+
     Raises:
         HeadwiseError: a weight that nanoGPT does not have, or a model that cannot hold them.
     """
     config = model.config
-    wanted = {"model.position": (config.position, "learned"), "model.norm": (config.norm, "layernorm")}
-    wanted["model.mlp"] = (config.mlp, "gelu")
-    for key, (value, needed) in wanted.items():
-        if value != needed:
-            raise HeadwiseError(f"{source} has the nanoGPT layout, which needs {key}={needed}; it is {value}")
+    needed = {"position": ("learned",), "norm": ("layernorm",), "mlp": ("gelu", "gelu_tanh")}
+    for key, values in needed.items():
+        if (value := getattr(config, key)) not in values:
+            wanted = " or ".join(values)
+            raise HeadwiseError(
+                f"{source} has the nanoGPT layout, which needs model.{key}={wanted}; it is {value}"
+            )
     renamed = {}
     for name, value in state.items():
         if name == "lm_head.weight" and config.tie_embeddings:
+            _check_tied(state, source)
             continue
         if name.endswith(".attn.bias") and value.dim() == 4:  # the causal mask of old versions
             continue
         renamed[_rename(name, source)] = value
     return renamed
+
+
+def _check_tied(state: dict[str, Tensor], source: str) -> None:
+    tokens = state.get("transformer.wte.weight")
+    if tokens is not None and not torch.equal(tokens, state["lm_head.weight"]):
+        raise HeadwiseError(
+            f"{source} has an output layer of its own, and model.tie_embeddings is true; "
+            "set model.tie_embeddings=false to keep it"
+        )
 
 
 def _rename(name: str, source: str) -> str:
