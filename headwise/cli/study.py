@@ -1,0 +1,68 @@
+"""`headwise study FILE.yaml`: run a study and write its report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from headwise.errors import HeadwiseError
+
+
+def main(argv: list[str]) -> int:
+    """Plan, run what has not ended, report; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="headwise study",
+        description="Train variants x seeds x axes, compare them, write report.md and report.html. "
+        "Runs that ended are not run again: the same command goes on after an interruption.",
+    )
+    parser.add_argument("file", help="study file, or the name of a preset: see configs/studies")
+    parser.add_argument("--out", default="runs", help="folder for the study's folder (default: runs)")
+    parser.add_argument("--workers", type=int, help="runs at a time")
+    parser.add_argument("--device", help="cpu, cuda, auto")
+    parser.add_argument("--seed", type=int, action="append", help="instead of the file's seeds; repeat")
+    parser.add_argument("--timeout-s", type=float, help="seconds of training a run")
+    parser.add_argument("--plan", action="store_true", help="show the runs and stop")
+    arguments = parser.parse_args(argv)
+
+    from headwise.lab.study import read_study
+
+    study = read_study(arguments.file)
+    study.workers = arguments.workers or study.workers
+    study.device = arguments.device or study.device
+    study.seeds = arguments.seed or study.seeds
+    study.timeout_s = arguments.timeout_s or study.timeout_s
+    study.command = "headwise study " + shlex.join(argv)
+    study.validate()
+    return carry_out(study, Path(arguments.out), only_plan=arguments.plan)
+
+
+def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ignore[no-untyped-def]
+    """Run a study and print where its report is; 1 when no run came to a result."""
+    from headwise import report
+    from headwise.lab.display import StudyDisplay
+    from headwise.lab.executors import ENDED, run_all, state
+    from headwise.lab.study import plan, write_plan
+
+    runs = plan(study, root)
+    if only_plan:
+        for run in runs:
+            print(f"{run.folder.path}  {run.skip or state(run)}")
+        return 0
+    folder = write_plan(study, runs, root)
+    display = StudyDisplay(len(runs))
+    try:
+        complete = run_all(runs, workers=study.workers, show=display)
+    finally:
+        display.close()
+    states = [state(run) for run in runs]
+    if not any(one in ENDED or one == "skipped" for one in states):
+        reason = next((r.folder.read_status().get("reason") for r in runs if state(r) == "failed"), "stopped")
+        raise HeadwiseError(f"no run of {folder} came to a result: {reason}")
+    paths = report.build(folder)
+    print(f"report: {paths['html']}\n        {paths['markdown']}")
+    if not complete:
+        print(f"stopped; to go on: {study.command}", file=sys.stderr)
+        return 130
+    return 0 if all(one in ("finished", "skipped") for one in states) else 1
