@@ -1,0 +1,7 @@
+"""`python -m headwise.bench NAME …`: the same as `headwise bench`, with torch and numpy alone."""
+
+import sys
+
+from headwise.cli.bench import main
+
+sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,164 @@
+"""Whole training steps: this project's loop against transformers' GPT-2 in the same process.
+
+The rows of this project come from `Trainer.run` itself, with its clipping, telemetry and data loader,
+on random tokens. The other row is transformers' GPT-2, compiled, with SDPA, fused AdamW, clipping
+and bf16 autocast, on the same batch shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from headwise.attention.config import AttentionConfig
+from headwise.bench import harness
+from headwise.config import Config
+from headwise.data.config import DataConfig
+from headwise.data.corpus import Corpus
+from headwise.model.config import ModelConfig
+from headwise.model.count import training_flops_per_token
+from headwise.model.decoder import Decoder
+from headwise.storage.run_folder import RunFolder
+from headwise.training.config import TrainingConfig
+from headwise.training.distributed import World, find_device
+from headwise.training.trainer import Trainer
+
+STEPS = 70
+"""Of which the last 50 are timed."""
+
+GPT2 = ModelConfig(
+    d_model=768, n_layers=12, n_heads=12, vocab_size=50304, norm="layernorm", mlp="gelu_tanh",
+    position="learned", bias=True, attention=AttentionConfig("flash"),
+)  # fmt: skip
+"""The 124M shape, its vocabulary padded to a multiple of 64."""
+
+SMALL = ModelConfig(
+    d_model=384, n_layers=8, n_heads=6, vocab_size=8192, mlp="swiglu", attention=AttentionConfig("flash")
+)
+"""A model of about 20M parameters."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the table and write the JSON; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="headwise bench train-step", description=__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it works")
+    arguments = parser.parse_args(argv)
+    device = find_device(arguments.device)
+    rows = [_row(name, measured) for name, measured in _measurements(device, quick=arguments.quick)]
+    first = rows[0]
+    for row in rows:
+        row["flops_vs_first"] = row["tflop_per_sec"] / first["tflop_per_sec"]
+        row["tokens_vs_first"] = row["tokens_per_sec"] / first["tokens_per_sec"]
+    harness.print_table(rows)
+    harness.save("train-step", rows, arguments.out, device=str(device))
+    return 0
+
+
+def _measurements(device: torch.device, *, quick: bool) -> list[tuple[str, dict[str, float]]]:
+    batch, seq_len = (4, 64) if quick else (32, 1024)
+    gpt2, small = GPT2, SMALL
+    if quick:
+        gpt2 = ModelConfig(d_model=64, n_layers=2, n_heads=4, vocab_size=512, position="learned")
+        small = ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=512)
+    return [
+        ("headwise, GPT-2 124M shape", ours(gpt2, batch, seq_len, device)),
+        ("transformers GPT-2, compiled, SDPA", theirs(gpt2, batch, seq_len, device)),
+        ("headwise, 20M", ours(small, 2 * batch, seq_len, device)),
+    ]
+
+
+def ours(model: ModelConfig, batch: int, seq_len: int, device: torch.device) -> dict[str, float]:
+    """Tokens and FLOPs a second of the trainer's own loop."""
+    assert model.vocab_size is not None
+    config = Config(
+        model=model,
+        data=DataConfig(name="pystdlib", seq_len=seq_len, batch_size=batch, num_workers=0),
+        training=TrainingConfig(
+            max_steps=STEPS, compile=True, eval_every=0, checkpoint_every=0, log_every=STEPS, keep_best=False
+        ),
+    )
+    tokens = np.random.default_rng(0).integers(model.vocab_size, size=(1, 40 * batch * seq_len))
+    few = tokens[:, : batch * seq_len + 1]
+    data = Corpus(
+        {"train": tokens, "val": few, "test": few},
+        seq_len=seq_len,
+        seed=0,
+        vocab_size=model.vocab_size,
+        identity={"name": "random", "checksum": ""},
+    )
+    torch.manual_seed(0)
+    decoder = Decoder(model, seq_len).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder) / "run")
+        run.start("")
+        trainer = Trainer(config, decoder, data, World(0, 1, device), run)
+        trainer.run()
+    speed = trainer.telemetry.speed()
+    return {
+        "parameters": sum(p.numel() for p in decoder.parameters()),
+        "tokens_per_sec": speed["tokens_per_sec"] or 0.0,
+        "step_ms": speed["step_time_ms"] or 0.0,
+        "flops_per_token": trainer.flops_per_token,
+        "data_wait": speed["data_wait"] or 0.0,
+    }
+
+
+def theirs(model: ModelConfig, batch: int, seq_len: int, device: torch.device) -> dict[str, float]:
+    """The same for transformers' GPT-2 of the same shape."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        vocab_size=model.vocab_size, n_positions=seq_len, n_embd=model.d_model, n_layer=model.n_layers,
+        n_head=model.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    network = GPT2LMHeadModel(shape).to(device).train()
+    compiled = torch.compile(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    batches = torch.randint(model.vocab_size or 1, (4, batch, seq_len), device=device)
+
+    def step(number: int) -> None:
+        tokens = batches[number % len(batches)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = compiled(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for number in range(STEPS - 50):
+        step(number)
+    _wait(device)
+    began = time.perf_counter()
+    for number in range(50):
+        step(number)
+    _wait(device)
+    seconds = (time.perf_counter() - began) / 50
+    with torch.device("meta"):
+        flops = training_flops_per_token(Decoder(model, seq_len), seq_len)
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "tokens_per_sec": batch * seq_len / seconds,
+        "step_ms": 1e3 * seconds,
+        "flops_per_token": flops,
+        "data_wait": 0.0,
+    }
+
+
+def _row(name: str, measured: dict[str, float]) -> dict[str, Any]:
+    rate = measured["tokens_per_sec"] * measured["flops_per_token"] / 1e12
+    return {"job": name} | measured | {"tflop_per_sec": rate}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
