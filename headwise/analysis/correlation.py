@@ -9,9 +9,7 @@ and the regression's condition number.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,20 +138,12 @@ def fisher_interval(r: float, n: int) -> Interval:
     return float(np.tanh(z - half)), float(np.tanh(z + half))
 
 
-def read_heads(path: str | Path) -> Heads:
-    """Read document 001's JSON file.
+def parse_heads(content: object, path: str) -> Heads:
+    """The content of document 001's JSON file; `path` names it in errors.
 
     Raises:
         HeadwiseError: it is not such a file; the line names the first field that is missing or wrong.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HeadwiseError(
-            f"{path} does not exist; `headwise geometry MODEL --json FILE` makes it"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise HeadwiseError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise HeadwiseError(f"{path} holds a JSON {type(content).__name__}, not an object with num_layers")
     layers, heads = (_count(content, name, path) for name in ("num_layers", "num_heads"))
@@ -288,14 +278,14 @@ def _uniform(n: int) -> Array:
     return np.full(n, 1 / n)
 
 
-def _count(content: dict[str, Any], name: str, path: str | Path) -> int:
+def _count(content: dict[str, Any], name: str, path: str) -> int:
     value = content.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise HeadwiseError(f"{path}: {name} is {value!r}; expected a whole number of at least 1")
     return value
 
 
-def _rows(content: dict[str, Any], name: str, layers: int, path: str | Path) -> list[dict[str, Any]]:
+def _rows(content: dict[str, Any], name: str, layers: int, path: str) -> list[dict[str, Any]]:
     rows = content.get(name)
     if rows is None:
         hint = "; give --profile DIR when making the file" if name == "dynamic" else ""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Weight = NDArray[np.floating]
 
 TINY = 1e-12
 """Document 001 clamps every denominator and every probability here."""
@@ -30,7 +31,7 @@ DESCRIPTORS = {
 MATRICES = ("metric", "core")
 
 
-def circuit_singular_values(left: Array, right: Array, matrix: str = "metric") -> Array:
+def circuit_singular_values(left: Weight, right: Weight, matrix: str = "metric") -> Array:
     """Singular values of one circuit for every head, largest first.
 
     Args:
@@ -61,7 +62,7 @@ def circuit_singular_values(left: Array, right: Array, matrix: str = "metric") -
     return np.where(finite[..., None], values, np.nan)
 
 
-def query_key_singular_values(w_q: Array, w_k: Array, matrix: str = "metric") -> Array:
+def query_key_singular_values(w_q: Weight, w_k: Weight, matrix: str = "metric") -> Array:
     """Singular values of `W_Kᵀ W_Q` per query head.
 
     Args:
@@ -74,7 +75,7 @@ def query_key_singular_values(w_q: Array, w_k: Array, matrix: str = "metric") ->
     return _grouped(w_k, w_q, matrix)
 
 
-def value_output_singular_values(w_v: Array, w_o: Array, matrix: str = "metric") -> Array:
+def value_output_singular_values(w_v: Weight, w_o: Weight, matrix: str = "metric") -> Array:
     """Singular values of `W_O W_V` per query head.
 
     Args:
@@ -87,7 +88,7 @@ def value_output_singular_values(w_v: Array, w_o: Array, matrix: str = "metric")
     return _grouped(w_v, np.asarray(w_o).swapaxes(-1, -2), matrix)
 
 
-def descriptors(singular_values: Array) -> dict[str, Array]:
+def descriptors(singular_values: Weight) -> dict[str, Array]:
     """The descriptors of document 001, named as in `DESCRIPTORS`.
 
     Args:
@@ -111,12 +112,12 @@ def descriptors(singular_values: Array) -> dict[str, Array]:
     }
 
 
-def _triangle(weight: Array) -> Array:
+def _triangle(weight: Weight) -> Array:
     """R of the QR decomposition of `weightᵀ`: `(..., D, d_model)` to `(..., min(D, d_model), D)`."""
     return np.asarray(np.linalg.qr(weight.swapaxes(-1, -2), mode="r"))
 
 
-def _grouped(shared: Array, own: Array, matrix: str) -> Array:
+def _grouped(shared: Weight, own: Weight, matrix: str) -> Array:
     """Singular values for `own (H, D, d_model)`, each group of heads with its `shared (K, D, d_model)`."""
     shared, own = np.asarray(shared, np.float64), np.asarray(own, np.float64)
     if own.shape[0] % shared.shape[0]:

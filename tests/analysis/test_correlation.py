@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,16 +69,15 @@ def straight_numbers(data: dict[str, Any]) -> dict[str, Any]:
     return {"pairs": pairs, "thirds": thirds, "r2": r2, "coefficients": coefficients[:-1]}
 
 
-def written(folder: Path, data: Any) -> Path:
-    path = folder / "heads.json"
-    path.write_text(json.dumps(data))
-    return path
+def read(data: Any) -> correlation.Heads:
+    """`data` as it comes back from a file."""
+    return correlation.parse_heads(json.loads(json.dumps(data)), "heads.json")
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_numbers_are_those_of_document_001(tmp_path: Path, seed: int) -> None:
+def test_numbers_are_those_of_document_001(seed: int) -> None:
     data = document(seed)
-    report = correlation.correlate(correlation.read_heads(written(tmp_path, data)), draws=50)
+    report = correlation.correlate(read(data), draws=50)
     straight = straight_numbers(data)
     for name, (with_entropy, with_logit_std) in straight["pairs"].items():
         assert report.pairs[name]["entropy"].r == pytest.approx(with_entropy, abs=1e-12)
@@ -98,10 +96,10 @@ def test_numbers_are_those_of_document_001(tmp_path: Path, seed: int) -> None:
     )
 
 
-def test_intervals_p_values_and_holm_agree_with_scipy(tmp_path: Path) -> None:
+def test_intervals_p_values_and_holm_agree_with_scipy() -> None:
     from scipy import stats
 
-    heads = correlation.read_heads(written(tmp_path, document(3)))
+    heads = read(document(3))
     report = correlation.correlate(heads)
     raw = []
     for name, row in report.pairs.items():
@@ -154,22 +152,22 @@ def test_fisher_interval_holds_r_and_stays_in_range(r: float, n: int) -> None:
     assert r - 1e-12 <= high <= 1
 
 
-def test_degenerate_heads_do_not_break_it(tmp_path: Path) -> None:
+def test_degenerate_heads_do_not_break_it() -> None:
     data = document()
     data["static"][0]["metric_singvals_per_head"][0] = [0.0] * WIDTH
     data["static"][1]["metric_singvals_per_head"][1] = [2.0] * WIDTH
     data["dynamic"][2]["mean_attention_entropy_per_head"][2] = None
-    report = correlation.correlate(correlation.read_heads(written(tmp_path, data)), draws=50)
+    report = correlation.correlate(read(data), draws=50)
     assert report.left_out == 1
     assert np.isfinite(report.regression.r2)
     assert all(np.isfinite(c.r) for row in report.pairs.values() for c in row.values())
 
 
-def test_a_model_whose_heads_are_all_equal_has_no_correlation(tmp_path: Path) -> None:
+def test_a_model_whose_heads_are_all_equal_has_no_correlation() -> None:
     data = document()
     for row in data["static"]:
         row["metric_singvals_per_head"] = [[0.3] * WIDTH] * HEADS
-    report = correlation.correlate(correlation.read_heads(written(tmp_path, data)), draws=50)
+    report = correlation.correlate(read(data), draws=50)
     assert report.best is None
     assert all(
         np.isnan(row["entropy"].r) and np.isnan(row["entropy"].p_holm) for row in report.pairs.values()
@@ -177,10 +175,10 @@ def test_a_model_whose_heads_are_all_equal_has_no_correlation(tmp_path: Path) ->
     assert report.regression.r2 == pytest.approx(0, abs=1e-9)
 
 
-def test_one_layer_has_no_bootstrap_and_no_early_third(tmp_path: Path) -> None:
+def test_one_layer_has_no_bootstrap_and_no_early_third() -> None:
     data = document()
     data = data | {"num_layers": 1, "static": data["static"][:1], "dynamic": data["dynamic"][:1]}
-    report = correlation.correlate(correlation.read_heads(written(tmp_path, data)))
+    report = correlation.correlate(read(data))
     assert np.isnan(report.pairs["op_norm"]["entropy"].bootstrap).all()
     assert np.isnan(report.thirds[0].r["op_norm"])
     assert np.isfinite(report.thirds[2].r["op_norm"])
@@ -213,16 +211,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_file_is_named_in_one_line(tmp_path: Path, case: str) -> None:
+def test_a_broken_file_is_named_in_one_line(case: str) -> None:
     data, message = BROKEN[case]
     with pytest.raises(HeadwiseError, match=message) as caught:
-        correlation.read_heads(written(tmp_path, data))
+        read(data)
     assert "\n" not in str(caught.value)
-
-
-def test_not_json_and_no_file(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('{"num_layers": ')
-    with pytest.raises(HeadwiseError, match="is not a JSON file"):
-        correlation.read_heads(tmp_path / "x.json")
-    with pytest.raises(HeadwiseError, match="does not exist"):
-        correlation.read_heads(tmp_path / "y.json")

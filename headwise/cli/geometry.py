@@ -1,0 +1,215 @@
+"""`headwise geometry`: what the weights of every head say of it, and whether that predicts how it attends."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from headwise.analysis import correlation, geometry
+from headwise.errors import HeadwiseError
+from headwise.storage.atomic import write_json, write_text
+
+if TYPE_CHECKING:
+    from headwise.probe.weights import HeadWeights
+
+CIRCUITS = {"query_key": "query-key circuit W_Kᵀ W_Q", "value_output": "value-output circuit W_O W_V"}
+
+
+def main(argv: list[str]) -> int:
+    """Describe a model's heads, or correlate a file of heads; returns the exit code."""
+    if argv[:1] == ["correlate"]:
+        return _correlate(argv[1:])
+    args = _parser().parse_args(argv)
+    if args.profile and not args.json:
+        raise HeadwiseError("--profile gives the dynamics of the file that --json writes; name that file too")
+    dynamics = _dynamics(Path(args.profile)) if args.profile else None
+
+    from headwise.probe.weights import read_weights
+
+    weights = read_weights(args.model, fold_norm=args.fold_norm, stack=args.stack)
+    singular = _singular_values(weights, args.matrix)
+    shape = _shape(singular, weights.name)
+    described = {name: _descriptors(values) for name, values in singular.items()}
+    print(f"{weights.name}: {shape[0]} layers x {shape[1]} heads, matrix {args.matrix}")
+    for note in weights.notes:
+        print(f"  {note}")
+    for circuit, values in described.items():
+        _print_layers(CIRCUITS[circuit], values)
+    broken = sum(int(np.isnan(v["op_norm"]).sum()) for v in described.values())
+    if broken:
+        print(
+            f"{broken} circuits have weights that are not finite; their descriptors are NaN", file=sys.stderr
+        )
+    if args.out:
+        _write(Path(args.out), described, weights.name)
+    if args.json:
+        if dynamics is not None and dynamics["entropy"].shape != shape:
+            found = " x ".join(map(str, dynamics["entropy"].shape))
+            raise HeadwiseError(
+                f"the profile {args.profile} has {found} (layers x heads), the model "
+                f"{shape[0]} x {shape[1]}; profile the same model"
+            )
+        about = {
+            "model": weights.name,
+            "matrix": args.matrix,
+            "fold_norm": args.fold_norm,
+            "notes": weights.notes,
+        }
+        write_json(args.json, correlation.heads_document(singular["query_key"], dynamics) | about)
+        print(f"wrote {args.json}" + ("" if dynamics else " (without dynamics: --profile DIR adds them)"))
+    return 0
+
+
+def _correlate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="headwise geometry correlate",
+        description="Correlate the geometry of heads with their entropy and logit spread (document 001).",
+    )
+    parser.add_argument("file", help="JSON made by `headwise geometry MODEL --json FILE --profile DIR`")
+    parser.add_argument("--out", metavar="DIR", help="write the tables and the figures there")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap over layers (default: 0)")
+    args = parser.parse_args(argv)
+
+    from headwise.report.geometry import document_tables, draw_correlation, further_tables
+
+    heads = correlation.parse_heads(_read_json(Path(args.file)), args.file)
+    report = correlation.correlate(heads, seed=args.seed)
+    text = f"{document_tables(report)}\n\n{further_tables(report)}\n"
+    print(text, end="")
+    if args.out:
+        folder = Path(args.out)
+        write_text(folder / "correlation.txt", text)
+        made = [folder / "correlation.txt", *draw_correlation(heads, report, folder)]
+        print("wrote " + ", ".join(str(path) for path in made))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headwise geometry",
+        description="Singular values of every head's circuits, from its weights alone; "
+        "`headwise geometry correlate FILE.json` relates them to how the heads attend.",
+    )
+    parser.add_argument("model", help="a folder with safetensors, a name on the hub, or a headwise run")
+    parser.add_argument(
+        "--matrix", choices=geometry.MATRICES, default="metric",
+        help="metric: W_Kᵀ W_Q; core: the head_dim x head_dim product W_K W_Qᵀ (default: metric)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fold-norm", action="store_true", help="fold in the gain of the norm before attention"
+    )
+    parser.add_argument("--stack", help="which stack of layers, where a model has several")
+    parser.add_argument("--json", metavar="FILE", help="write document 001's file")
+    parser.add_argument("--profile", metavar="DIR", help="a profile of the same model: the file's dynamics")
+    parser.add_argument("--out", metavar="DIR", help="write geometry.csv and heatmaps there")
+    return parser
+
+
+def _singular_values(weights: HeadWeights, matrix: str) -> dict[str, list[np.ndarray]]:
+    """Per circuit and layer `(H, D)`."""
+    from headwise.data.progress import progress
+
+    found: dict[str, list[np.ndarray]] = {name: [] for name in CIRCUITS}
+    with progress("decomposing", len(weights), "layers") as advance:
+        for _, layer in weights:
+            found["query_key"].append(geometry.query_key_singular_values(layer.q, layer.k, matrix))
+            found["value_output"].append(geometry.value_output_singular_values(layer.v, layer.o, matrix))
+            advance(1)
+    return found
+
+
+def _shape(singular: dict[str, list[np.ndarray]], name: str) -> tuple[int, int]:
+    counts = {values.shape[0] for values in singular["query_key"]}
+    if len(counts) > 1:
+        raise HeadwiseError(
+            f"{name} has layers of {', '.join(map(str, sorted(counts)))} heads; they must be alike"
+        )
+    return len(singular["query_key"]), counts.pop()
+
+
+def _descriptors(singular: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Descriptor to `(L, H)`."""
+    layers = [geometry.descriptors(values) for values in singular]
+    return {name: np.stack([layer[name] for layer in layers]) for name in geometry.DESCRIPTORS}
+
+
+def _print_layers(title: str, values: dict[str, np.ndarray]) -> None:
+    """The mean over heads of each layer; the table stays readable for any depth."""
+    print(f"\n{title}, mean over the heads of a layer (condition: median)")
+    print(f"{'layer':>7}" + "".join(f"{name:>14}" for name in values))
+    for layer in range(next(iter(values.values())).shape[0]):
+        means = (
+            np.median(v[layer]) if name == "condition" else v[layer].mean() for name, v in values.items()
+        )
+        print(f"{layer:>7}" + "".join(f"{mean:>14.5g}" for mean in means))
+
+
+def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], name: str) -> None:
+    from headwise.report.geometry import draw_descriptors
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "head", "circuit", *geometry.DESCRIPTORS])
+    for circuit, values in described.items():
+        for layer, head in np.ndindex(values["op_norm"].shape):
+            writer.writerow([layer, head, circuit, *(float(v[layer, head]) for v in values.values())])
+    write_text(folder / "geometry.csv", text.getvalue())
+    for circuit, values in described.items():
+        draw_descriptors(values, f"{Path(name).name}: {CIRCUITS[circuit]}", folder / f"geometry_{circuit}.png")
+    print(f"wrote {folder / 'geometry.csv'} and a heatmap of each circuit")
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HeadwiseError(
+            f"{path} does not exist; `headwise geometry MODEL --json FILE` makes it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise HeadwiseError(f"{path} is not a JSON file: {error}") from error
+
+
+def _dynamics(folder: Path) -> dict[str, np.ndarray]:
+    """Mean entropy and logit_std `(L, H)` of a head table: of its last step, NaN left out.
+
+    Raises:
+        HeadwiseError: no head table there, a damaged part, or a column or head that is missing.
+    """
+    import polars
+
+    inside = folder / "heads"
+    parts = sorted((inside if inside.is_dir() else folder).glob("*.parquet"))
+    if not parts:
+        raise HeadwiseError(
+            f"no head table in {folder}: it holds no .parquet part; `headwise profile` makes one"
+        )
+    try:
+        table = polars.scan_parquet(parts, missing_columns="insert")
+        missing = [name for name in correlation.DYNAMICS if name not in table.collect_schema()]
+        if missing:
+            raise HeadwiseError(f"the profile {folder} has no column {missing[0]}; profile with that measure")
+        last = polars.col("step").max()
+        means = (
+            table.filter(polars.col("step").is_null() | (polars.col("step") == last))
+            .group_by("layer", "head")
+            .agg(polars.col(name).fill_nan(None).mean() for name in correlation.DYNAMICS)
+            .sort("layer", "head")
+            .collect()
+        )
+    except polars.exceptions.PolarsError as error:
+        raise HeadwiseError(f"a part of {folder} is damaged ({str(error).splitlines()[0]})") from error
+    layers, heads = means["layer"].n_unique(), means["head"].n_unique()
+    if len(means) != layers * heads:
+        raise HeadwiseError(f"the profile {folder} does not hold every head of every layer; finish it first")
+    return {
+        name: means[name].cast(polars.Float64).fill_null(float("nan")).to_numpy().reshape(layers, heads)
+        for name in correlation.DYNAMICS
+    }
