@@ -16,7 +16,7 @@ Whatever the source, the object has the protocol `Data` (base.py):
 Files: config (the section `data` of a configuration) · sources (`open_data`) · base (the
 protocol) · order, corpus, synthetic (which tokens make a sequence) · text, stdlib, enwik8,
 wikitext, tokenizer, shards (where tokens come from) · loader (batches for the trainer) · prepare,
-inspect (shards from raw text, and what is in them).
+documents, inspect (shards from raw text, and what is in them).
 """
 
 from __future__ import annotations

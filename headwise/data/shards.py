@@ -7,7 +7,6 @@ file. Shards are read one at a time, checked, and written once into the cache as
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from headwise.data.progress import progress
-from headwise.data.text import blocks, only_one
+from headwise.data.text import files_checksum, only_one
 from headwise.errors import HeadwiseError
 from headwise.storage.atomic import replacing, write_json
 
@@ -66,10 +65,7 @@ def open_shards(path: str | Path, cache: Path, vocab_size: int | None = None) ->
         HeadwiseError: a shard is damaged, or its ids or widths do not fit.
     """
     files = shard_files(path)
-    digest = hashlib.sha256()
-    for block in blocks(files):
-        digest.update(block)
-    checksum = digest.hexdigest()
+    checksum = files_checksum(files)
     target = cache / "shards" / checksum[:32]
     with only_one(target):
         if not target.exists():

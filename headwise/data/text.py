@@ -136,12 +136,17 @@ def character_start(text: np.ndarray, place: int) -> int:
     return place
 
 
-def _joined(files: list[Path], cache: Path) -> Path:
-    """One file with the contents of `files`, kept in the cache under their checksum."""
+def files_checksum(files: Iterable[Path]) -> str:
+    """sha256 of the files' contents, one after the other."""
     digest = hashlib.sha256()
     for block in blocks(files):
         digest.update(block)
-    target = cache / "text" / f"{digest.hexdigest()}.txt"
+    return digest.hexdigest()
+
+
+def _joined(files: list[Path], cache: Path) -> Path:
+    """One file with the contents of `files`, kept in the cache under their checksum."""
+    target = cache / "text" / f"{files_checksum(files)}.txt"
     with only_one(target):
         if not target.exists():
             with replacing(target) as draft, draft.open("wb") as file:

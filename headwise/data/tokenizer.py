@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from headwise.data.hub import reason
 from headwise.data.progress import progress
 from headwise.data.text import Text, character_start, only_one
 from headwise.errors import HeadwiseError
@@ -28,10 +29,13 @@ class Tokenizer:
         vocab_size: the largest id + 1, added tokens included.
         checksum: sha256 of all that decides the ids.
         pad_id: the id of the padding token; None without one.
+        plain: read "<|endoftext|>" and the like in a text as the characters they are, not as
+            special tokens. Off by default, as in transformers.
     """
 
     def __init__(self, name: str, fast: Any, slow: Any = None, pad_token: str | None = None) -> None:
         self.name = name
+        self.plain = False
         self._fast, self._slow = fast, slow
         if fast is not None:
             fast.no_truncation()
@@ -52,9 +56,12 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens around it."""
         if self._fast is not None:
+            self._fast.encode_special_tokens = self.plain
             encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
             return [one.ids for one in encoded]
-        return self._slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._slow(texts, add_special_tokens=False, split_special_tokens=self.plain, verbose=False)[
+            "input_ids"
+        ]
 
     def token(self, index: int) -> str:
         """The token with this id, as it reads in a text."""
@@ -78,9 +85,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises errors of many libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HeadwiseError(
-            f"tokenizer {name!r} cannot be loaded ({reason}); give a folder or another name"
+            f"tokenizer {name!r} cannot be loaded ({reason(error)}); give a folder or another name"
         ) from error
     fast = getattr(loaded, "backend_tokenizer", None)
     return Tokenizer(name, fast, loaded, loaded.pad_token)

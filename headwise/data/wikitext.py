@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from headwise.data.config import DataConfig
+from headwise.data.hub import load_dataset
 from headwise.data.text import (
     Text,
     blocks,
@@ -105,30 +106,22 @@ def parquet_column(file: Path, column: str) -> Iterator[str]:
 
 def _from_hub(cache: Path) -> dict[str, np.ndarray]:
     def rows(name: str) -> Callable[[], Iterable[bytes]]:
-        return lambda: (row["text"].encode() for row in _load(name, cache))
+        return lambda: (
+            row["text"].encode()
+            for row in load_dataset(
+                HUB_NAME,
+                "pass --data.path=FILE_OR_FOLDER",
+                name=HUB_CONFIG,
+                split=name,
+                cache_dir=str(cache / "huggingface"),
+            )
+        )
 
     names = {"train": "train", "val": "validation", "test": "test"}
     return {
         split: _written(cache / "wikitext103" / f"hub.{split}.txt", rows(name))
         for split, name in names.items()
     }
-
-
-def _load(split: str, cache: Path) -> Iterable[dict[str, str]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise HeadwiseError(
-            "data.name=wikitext103 is read through Hugging Face datasets, which is not installed: "
-            'pip install "headwise[datasets]", or pass --data.path=FILE_OR_FOLDER'
-        ) from error
-    try:
-        return datasets.load_dataset(HUB_NAME, HUB_CONFIG, split=split, cache_dir=str(cache / "huggingface"))
-    except Exception as error:  # datasets raises errors of many libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HeadwiseError(
-            f"{HUB_NAME} cannot be loaded ({reason}); pass --data.path=FILE_OR_FOLDER"
-        ) from error
 
 
 def _written(target: Path, pieces: Callable[[], Iterable[bytes]]) -> np.ndarray:

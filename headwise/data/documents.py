@@ -1,0 +1,227 @@
+"""Documents with their source, one after the other: from local files, or a Hugging Face dataset.
+
+Files: `.jsonl` and `.json` (a record per line), `.parquet`, and any other name as text; `.gz`,
+`.bz2`, `.zst` and `.lz4` behind a name are unpacked while reading. A text file is read in pieces
+of a megabyte that end at a line's end (or a space), each a document of the source "text".
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from headwise.data.hub import load_dataset
+from headwise.errors import HeadwiseError
+
+_TEXT_PIECE = 1 << 20
+_PACKED = (".gz", ".bz2", ".zst", ".lz4")
+
+Position = tuple[int, int]
+"""(file, record): the next record to read. A dataset is file 0."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, the source it names (None where the kind of file has no fields), and what follows it."""
+
+    text: str
+    source: str | None
+    next: Position
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a record keeps its text and its source; a dot goes into a nested record."""
+
+    text: str = "text"
+    source: str | None = "meta.redpajama_set_name"
+
+
+class Documents(Protocol):
+    """Something to read documents from, in an order that does not change."""
+
+    def identity(self) -> dict[str, Any]:
+        """What is read; another identity means other documents."""
+        ...
+
+    def read(self, start: Position) -> Iterator[Document]:
+        """The documents from `start` on."""
+        ...
+
+
+def open_documents(
+    source: str,
+    fields: Fields,
+    *,
+    dataset_config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    cache: Path | None = None,
+) -> Documents:
+    """The documents of a file, a folder, or a dataset of that name at Hugging Face.
+
+    Raises:
+        HeadwiseError: there is nothing of that name.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return Files([path], path.parent, fields)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        files = [file for file in files if not file.name.startswith(".")]
+        if not files:
+            raise HeadwiseError(f"the folder {source!r} has no files; give jsonl, parquet or text files")
+        return Files(files, path, fields)
+    if source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
+        raise HeadwiseError(f"{source!r} does not exist; give a file, a folder or a dataset's name")
+    return HubDataset(source, fields, dataset_config, split, streaming, cache)
+
+
+def field(record: Any, path: str, place: str) -> Any:
+    """The value of a record at a dotted path.
+
+    Raises:
+        HeadwiseError: it is not there; the message names the fields that are.
+    """
+    value = record
+    for name in path.split("."):
+        if not isinstance(value, dict) or name not in value:
+            known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise HeadwiseError(
+                f"{place} has no field {path!r} (it has {known}); name the fields with --text-field and "
+                "--source-field, or keep every source with --keep all"
+            )
+        value = value[name]
+    return value
+
+
+def _document(record: Any, fields: Fields, place: str, following: Position) -> Document:
+    text = field(record, fields.text, place)
+    if not isinstance(text, str):
+        raise HeadwiseError(f"{place} has {type(text).__name__} instead of a text in {fields.text!r}")
+    source = None if fields.source is None else str(field(record, fields.source, place))
+    return Document(text, source, following)
+
+
+class Files:
+    """Documents of local files in the order of their paths."""
+
+    def __init__(self, files: list[Path], root: Path, fields: Fields) -> None:
+        self.files, self.root, self.fields = files, root, fields
+
+    def identity(self) -> dict[str, Any]:
+        sizes = {file.relative_to(self.root).as_posix(): file.stat().st_size for file in self.files}
+        return {"files": sizes}
+
+    def read(self, start: Position) -> Iterator[Document]:
+        for index in range(start[0], len(self.files)):
+            skip = start[1] if index == start[0] else 0
+            yield from self._read_file(index, skip)
+
+    def _read_file(self, index: int, skip: int) -> Iterator[Document]:
+        import pyarrow as pa
+
+        file = self.files[index]
+        suffixes = [suffix for suffix in file.suffixes if suffix not in _PACKED]
+        kind = suffixes[-1] if suffixes else ""
+        try:
+            if kind == ".parquet":
+                records = self._parquet(file, skip)
+            elif kind in (".jsonl", ".json", ".ndjson"):
+                records = self._json_lines(file, skip)
+            else:
+                yield from self._text(index, skip)
+                return
+            for number, record in enumerate(records, start=skip):
+                place = f"record {number + 1} of {file}"
+                yield _document(record, self.fields, place, (index, number + 1))
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise HeadwiseError(f"{file} cannot be read ({error}); is it damaged?") from error
+
+    def _parquet(self, file: Path, skip: int) -> Iterator[dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        paths = [path for path in (self.fields.text, self.fields.source) if path is not None]
+        columns = [path.split(".")[0] for path in paths]
+        for column in columns:
+            field(dict.fromkeys(names), column, str(file))
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if skip >= rows:
+                skip -= rows
+                continue
+            for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                # Sliced before it becomes Python objects; a whole batch may be behind us.
+                kept = batch.slice(min(skip, batch.num_rows))
+                skip -= min(skip, batch.num_rows)
+                yield from kept.to_pylist()
+
+    def _json_lines(self, file: Path, skip: int) -> Iterator[Any]:
+        for number, line in enumerate(self._open(file)):
+            if number < skip:
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise HeadwiseError(
+                    f"line {number + 1} of {file} is not a JSON record ({error}); repair or remove it"
+                ) from error
+
+    def _text(self, index: int, skip: int) -> Iterator[Document]:
+        stream, number, rest = self._open(self.files[index]), 0, b""
+        while block := stream.read(_TEXT_PIECE):
+            rest += block
+            end = rest.rfind(b"\n") + 1 or rest.rfind(b" ") + 1
+            if end and number >= skip:
+                yield self._piece(index, number, rest[:end])
+            number += bool(end)
+            rest = rest[end:]
+        if rest and number >= skip:
+            yield self._piece(index, number, rest)
+
+    def _piece(self, index: int, number: int, piece: bytes) -> Document:
+        try:
+            return Document(piece.decode(), None, (index, number + 1))
+        except UnicodeDecodeError as error:
+            raise HeadwiseError(f"{self.files[index]} is not UTF-8 text ({error}); convert it") from error
+
+    @staticmethod
+    def _open(file: Path) -> io.BufferedReader:
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(file), compression="detect"), 1 << 20)
+
+
+class HubDataset:
+    """Documents of a Hugging Face dataset: from a download kept in the cache, or streamed."""
+
+    def __init__(
+        self,
+        name: str,
+        fields: Fields,
+        dataset_config: str | None,
+        split: str,
+        streaming: bool,
+        cache: Path | None,
+    ) -> None:
+        self.fields, self.name = fields, name
+        self.options = {"name": dataset_config, "split": split, "streaming": streaming}
+        self._dataset = load_dataset(
+            name, "give a file or a folder", cache_dir=str(cache) if cache else None, **self.options
+        )
+
+    def identity(self) -> dict[str, Any]:
+        rows = None if self.options["streaming"] else len(self._dataset)
+        return {"dataset": self.name, **self.options, "rows": rows}
+
+    def read(self, start: Position) -> Iterator[Document]:
+        rows = self._dataset.skip(start[1])
+        for number, record in enumerate(rows, start=start[1]):
+            place = f"record {number + 1} of {self.name}"
+            yield _document(record, self.fields, place, (0, number + 1))

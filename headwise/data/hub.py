@@ -1,0 +1,33 @@
+"""Hugging Face: its data sets, and one line for whatever its libraries raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headwise.errors import HeadwiseError
+
+
+def load_dataset(path: str, otherwise: str, **options: Any) -> Any:
+    """`datasets.load_dataset` with errors that say what to do: `otherwise`, or install the extra.
+
+    Raises:
+        HeadwiseError: `datasets` is not installed, or cannot load the data set.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise HeadwiseError(
+            f"{path!r} is read through Hugging Face datasets, which is not installed: "
+            f'pip install "headwise[datasets]", or {otherwise}'
+        ) from error
+    try:
+        return datasets.load_dataset(path, **options)
+    except Exception as error:  # datasets raises errors of many libraries
+        raise HeadwiseError(
+            f"the dataset {path!r} cannot be loaded ({reason(error)}); {otherwise}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, or its name where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,376 @@
+"""From raw text to token shards (document 004): filter by source, tokenise, cut, write, check.
+
+Every document is tokenised alone and cut into non-overlapping sequences of `length` tokens; what
+is left at its end is dropped, so no sequence mixes documents and none is padded. Sequences keep
+the documents' order. Shards are `.npz` with `input_ids` int32 `(N, length)`.
+
+Memory holds one group of documents and one shard. After each shard, a file with the position and
+the sequences not yet written replaces its predecessor; a process that is killed at any moment
+goes on from there and ends with the same bytes. The manifest is written last: shards with a
+manifest are complete and checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from headwise.data.documents import Document, Documents, Fields, Position, open_documents
+from headwise.data.progress import progress
+from headwise.data.shards import MANIFEST, read_shard
+from headwise.data.text import files_checksum
+from headwise.data.tokenizer import Tokenizer, load_tokenizer
+from headwise.errors import HeadwiseError
+from headwise.storage.atomic import replacing, write_json
+
+KEEP = ("CommonCrawl", "C4", "Wikipedia", "StackExchange")
+_UNFINISHED = ".unfinished.npz"
+_GROUP_DOCUMENTS, _GROUP_CHARACTERS = 256, 1 << 21
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare.
+
+    Args:
+        source: a file or folder (jsonl, Parquet, text), or the name of a Hugging Face dataset.
+        tokenizer: Hugging Face tokenizer, a path or a name.
+        out: the folder for the shards.
+        keep: sources to keep, or ("all",). Compared without case, the prefix RedPajama and a plural s.
+        drop: sources to drop of those.
+        text_field, source_field: where a record has them; a dot goes into a nested record.
+        length: tokens per sequence.
+        shard_sequences: sequences per shard.
+        max_sequences: stop after so many; None takes all.
+        dataset_config, split, streaming: of a Hugging Face dataset. Streaming saves the download
+            and is slower; without it a cached download is read.
+        cache: folder for the download; default Hugging Face's own.
+    """
+
+    source: str
+    tokenizer: str
+    out: str
+    keep: tuple[str, ...] = KEEP
+    drop: tuple[str, ...] = ()
+    text_field: str = "text"
+    source_field: str = "meta.redpajama_set_name"
+    length: int = 512
+    shard_sequences: int = 3000
+    max_sequences: int | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    cache: str | None = None
+
+    def validate(self) -> None:
+        """Refuse what cannot be prepared.
+
+        Raises:
+            HeadwiseError: a number below 1, or nothing to keep.
+        """
+        for key in ("length", "shard_sequences", "max_sequences"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise HeadwiseError(f"--{key.replace('_', '-')} {value} is too small; it must be at least 1")
+        if not self.keep:
+            raise HeadwiseError("--keep names no source; give names, or all")
+
+    @property
+    def keeps_all(self) -> bool:
+        return [name.lower() for name in self.keep] == ["all"]
+
+    def wants(self, source: str) -> bool:
+        """Whether documents of this source are kept."""
+        kept = self.keeps_all or _plain(source) in map(_plain, self.keep)
+        return kept and _plain(source) not in map(_plain, self.drop)
+
+
+def _plain(source: str) -> str:
+    return source.lower().removeprefix("redpajama").removesuffix("s")
+
+
+@dataclass
+class _Work:
+    """All that an interrupted preparation needs to go on: saved after every shard."""
+
+    position: Position = (0, 0)
+    shards: int = 0
+    written: int = 0
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    waiting: list[np.ndarray] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+
+    def reached(self, limit: int | None) -> bool:
+        """Whether the sequences written and waiting are as many as asked for."""
+        return limit is not None and self.written + len(self.origins) >= limit
+
+    def keep_at_most(self, limit: int | None) -> None:
+        """Let no more sequences wait than are asked for."""
+        if limit is not None:
+            self.waiting = [np.concatenate(self.waiting)[: limit - self.written]]
+            del self.origins[limit - self.written :]
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Make all shards and the manifest; go on where an earlier call was interrupted.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        HeadwiseError: the source, the tokenizer or the folder cannot be used, or nothing is kept.
+    """
+    out = Path(config.out)
+    for _ in prepare_shards(config):
+        pass
+    return json.loads((out / MANIFEST).read_text())
+
+
+def prepare_shards(config: PrepareConfig) -> Iterator[Path]:
+    """As `prepare`, yielding each shard when it is on disk; may be left at any time."""
+    config.validate()
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.plain = True
+    fields = Fields(config.text_field, config.source_field if _needs_sources(config) else None)
+    documents = open_documents(
+        config.source,
+        fields,
+        dataset_config=config.dataset_config,
+        split=config.split,
+        streaming=config.streaming,
+        cache=Path(config.cache) if config.cache else None,
+    )
+    settings = _settings(config, tokenizer, documents)
+    out = Path(config.out)
+    with _alone_in(out):
+        if _finished(out, settings):
+            return
+        work = _resume(out, settings)
+        with progress("preparing", config.max_sequences, "sequences", work.written) as advance:
+            for shard, rows in _write_all(config, tokenizer, documents, settings, work):
+                advance(rows)
+                yield shard
+        _finish(config, tokenizer, settings, work)
+
+
+def _needs_sources(config: PrepareConfig) -> bool:
+    return not config.keeps_all or bool(config.drop)
+
+
+def _settings(config: PrepareConfig, tokenizer: Tokenizer, documents: Documents) -> dict[str, Any]:
+    return {
+        "input": documents.identity(),
+        "tokenizer": {"name": tokenizer.name, "checksum": tokenizer.checksum},
+        "vocab_size": tokenizer.vocab_size,
+        "length": config.length,
+        "shard_sequences": config.shard_sequences,
+        "max_sequences": config.max_sequences,
+        "keep": list(config.keep),
+        "drop": list(config.drop),
+        "text_field": config.text_field,
+        "source_field": config.source_field,
+    }
+
+
+def _write_all(
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    documents: Documents,
+    settings: dict[str, Any],
+    work: _Work,
+) -> Iterator[tuple[Path, int]]:
+    """Read, tokenise, cut and write until the documents or the sequences asked for are through."""
+    groups = _groups(documents.read(work.position))
+    while not work.reached(config.max_sequences) and (group := next(groups, None)):
+        _cut(config, tokenizer, group, work)
+        work.position = group[-1].next
+        work.keep_at_most(config.max_sequences)
+        yield from _write_shards(config, settings, work, least=config.shard_sequences)
+    yield from _write_shards(config, settings, work, least=1)
+
+
+def _write_shards(
+    config: PrepareConfig, settings: dict[str, Any], work: _Work, least: int
+) -> Iterator[tuple[Path, int]]:
+    """Write shards while at least `least` sequences wait, and after each what is left to do."""
+    while len(work.origins) >= least:
+        shard = _write_shard(config, work)
+        _save(Path(config.out), settings, work)
+        yield shard
+
+
+def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    characters = 0
+    for document in documents:
+        group.append(document)
+        characters += len(document.text)
+        if len(group) == _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _cut(config: PrepareConfig, tokenizer: Tokenizer, group: list[Document], work: _Work) -> None:
+    """Tokenise the documents that are kept and add their sequences to those that wait."""
+    kept = []
+    for document in group:
+        source = document.source or "text"
+        counts = work.sources.setdefault(
+            source, {"kept": 0, "documents": 0, "too_short": 0, "tokens": 0, "sequences": 0}
+        )
+        counts["documents"] += 1
+        if document.source is None or config.wants(source):
+            counts["kept"] = 1
+            kept.append((source, document.text))
+    for (source, _), ids in zip(kept, tokenizer.encode([text for _, text in kept]), strict=True):
+        n = len(ids) // config.length
+        counts = work.sources[source]
+        counts["tokens"] += len(ids)
+        counts["too_short"] += n == 0
+        if n:
+            rows = np.asarray(ids[: n * config.length], dtype=np.int32)
+            work.waiting.append(rows.reshape(n, config.length))
+            work.origins += [source] * n
+
+
+def _write_shard(config: PrepareConfig, work: _Work) -> tuple[Path, int]:
+    n = min(config.shard_sequences, len(work.origins))
+    rows = np.concatenate(work.waiting)
+    path = Path(config.out) / f"shard_{work.shards:05}.npz"
+    with replacing(path) as draft:
+        np.savez(draft, input_ids=rows[:n])
+    for source in work.origins[:n]:
+        work.sources[source]["sequences"] += 1
+    work.waiting, work.origins = [rows[n:]], work.origins[n:]
+    work.shards += 1
+    work.written += n
+    return path, n
+
+
+def _save(out: Path, settings: dict[str, Any], work: _Work) -> None:
+    facts = {
+        "settings": settings,
+        "position": work.position,
+        "shards": work.shards,
+        "written": work.written,
+        "sources": work.sources,
+        "origins": work.origins,
+    }
+    with replacing(out / _UNFINISHED) as draft:
+        np.savez(
+            draft,
+            waiting=np.concatenate(work.waiting),
+            facts=np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8),
+        )
+
+
+def _resume(out: Path, settings: dict[str, Any]) -> _Work:
+    path = out / _UNFINISHED
+    if not path.exists():
+        if any(out.glob("*.npz")):
+            raise HeadwiseError(f"--out {str(out)!r} holds other shards; choose an empty folder")
+        # Says from the first moment whose shards these are, so that the first may be lost too.
+        work = _Work(waiting=[np.empty((0, settings["length"]), dtype=np.int32)])
+        _save(out, settings, work)
+        return work
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            facts = json.loads(saved["facts"].tobytes())
+            waiting = saved["waiting"]
+    except (OSError, ValueError, KeyError) as error:
+        raise HeadwiseError(f"{path} is damaged ({error}); delete the folder and start again") from error
+    _same(out, facts["settings"], settings, "an unfinished preparation")
+    return _Work(
+        position=tuple(facts["position"]),
+        shards=facts["shards"],
+        written=facts["written"],
+        sources=facts["sources"],
+        waiting=[waiting],
+        origins=facts["origins"],
+    )
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> bool:
+    path = out / MANIFEST
+    if not path.exists():
+        return False
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise HeadwiseError(f"{path} cannot be read ({error}); choose another folder") from error
+    _same(out, manifest.get("settings", {}), settings, "shards")
+    (out / _UNFINISHED).unlink(missing_ok=True)
+    return True
+
+
+def _same(out: Path, found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise HeadwiseError(
+                f"--out {str(out)!r} holds {what} with {key} {found.get(key)!r}, not {value!r}; "
+                "use the same options, or choose another folder"
+            )
+
+
+def _finish(config: PrepareConfig, tokenizer: Tokenizer, settings: dict[str, Any], work: _Work) -> None:
+    """Check every shard as it lies on the disk, then write the manifest."""
+    out = Path(config.out)
+    if work.shards == 0:
+        seen = ", ".join(sorted(work.sources)) or "none"
+        raise HeadwiseError(
+            f"no sequence of {config.length} tokens was made: sources seen: {seen}; kept: "
+            f"{', '.join(config.keep)}; choose with --keep, or a smaller --length"
+        )
+    shards = [_checked(out / f"shard_{i:05}.npz", config.length, tokenizer) for i in range(work.shards)]
+    sources = {name: {**counts, "kept": bool(counts["kept"])} for name, counts in work.sources.items()}
+    manifest = {
+        "format": 1,
+        "key": "input_ids",
+        "dtype": "int32",
+        "vocab_size": tokenizer.vocab_size,
+        "sequences": work.written,
+        "tokens": work.written * config.length,
+        "sources": dict(sorted(sources.items())),
+        "shards": shards,
+        "settings": settings,
+    }
+    write_json(out / MANIFEST, manifest)
+    (out / _UNFINISHED).unlink(missing_ok=True)
+
+
+def _checked(path: Path, length: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = read_shard(path, tokenizer.vocab_size)
+    if ids.shape[1] != length or ids.dtype != np.int32:
+        raise HeadwiseError(f"{path} is {ids.dtype} {ids.shape}, not int32 (N, {length}); delete the folder")
+    if tokenizer.pad_id is not None and (ids == tokenizer.pad_id).any():
+        raise HeadwiseError(f"{path} has the padding token {tokenizer.pad_id}; delete the folder")
+    return {"file": path.name, "sequences": len(ids), "sha256": files_checksum([path])}
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Make the folder and hold it for this process alone."""
+    lock = FileLock(out / ".lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise HeadwiseError(f"another process prepares {str(out)!r}; wait for it") from error
+    except OSError as error:
+        raise HeadwiseError(
+            f"--out {str(out)!r} cannot be written ({error.strerror or error}); choose another"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
