@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from headwise.attention.observation import Observation, Scores, Unmeasured
 from headwise.errors import HeadwiseError
+from headwise.probe.capture import Capture
 from headwise.probe.observe import Collector
 from headwise.probe.rotation import Rotations
 
@@ -86,15 +87,15 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def watching(model: nn.Module, collector: Collector) -> Iterator[None]:
-    """Attach `collector` to a transformers model.
+def watching(model: nn.Module, collector: Collector, capture: Capture | None = None) -> Iterator[None]:
+    """Attach `collector`, and `capture`, to a transformers model.
 
     Raises:
         HeadwiseError: inside the block, after a forward pass in which no layer used the interface.
     """
     follow = collector.scores == "pre_rope" or "query_norm" in collector.measures
     rotations = Rotations(model) if follow else None
-    watcher = _Watcher(model, collector, rotations)
+    watcher = _Watcher(model, collector, rotations, capture)
     with ExitStack() as stack:
         if rotations is not None:
             stack.callback(rotations.close)
@@ -108,11 +109,18 @@ def watching(model: nn.Module, collector: Collector) -> Iterator[None]:
 class _Watcher:
     """Turns calls of the interface into observations of numbered layers."""
 
-    def __init__(self, model: nn.Module, collector: Collector, rotations: Rotations | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        collector: Collector,
+        rotations: Rotations | None,
+        capture: Capture | None,
+    ) -> None:
         self.model = type(model).__name__
         self.names = {module: name for name, module in model.named_modules()}
         self.collector = collector
         self.rotations = rotations
+        self.capture = capture
         self.depth = 0
         self.calls: Counter[nn.Module] = Counter()
         self.numbers: dict[tuple[nn.Module, int], int] = {}
@@ -149,8 +157,11 @@ class _Watcher:
             if not self.collector.reasons:
                 warnings.warn(f"{name} is not measured: {seen.reason}", stacklevel=2)
             self.collector.reasons[name] = seen.reason
-        else:
-            self.collector.add(self._number(layer), seen)
+            return
+        number = self._number(layer)
+        self.collector.add(number, seen)
+        if self.capture is not None:
+            self.capture.take(number, seen, call.v)
 
     def _number(self, layer: nn.Module) -> int:
         """The layer's own index; the next free number where it has none, where another layer

@@ -11,9 +11,8 @@ and forward passes, and `watch` attaches a collector to a model and takes it off
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -28,6 +27,8 @@ from headwise.storage.head_table import KEYS, MEASURES
 
 if TYPE_CHECKING:
     import polars
+
+    from headwise.probe.capture import Capture
 
 ScoresFrom = Literal["post_rope", "pre_rope"]
 SCORES = ("post_rope", "pre_rope")
@@ -329,10 +330,23 @@ def watch(
     if ignore_first < 0:
         raise HeadwiseError(f"ignore_first is {ignore_first}; it is a number of tokens, 0 or more")
     collector = Collector(wanted_measures(measures), scores, per_token, ignore_first)
+    with attached(model, collector):
+        yield Watch(collector)
+
+
+@contextmanager
+def attached(model: nn.Module, collector: Collector, capture: Capture | None = None) -> Iterator[None]:
+    """Have the attention layers of `model` report to `collector`, and to `capture` their q, k and v.
+
+    Raises:
+        HeadwiseError: there is nothing to attach to.
+    """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if layers:
-        with _attached(layers, collector):
-            yield Watch(collector)
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                stack.enter_context(_observed(layer, index, collector, capture))
+            yield
         return
     from headwise.probe.huggingface import is_huggingface, watching
 
@@ -341,17 +355,30 @@ def watch(
             f"{type(model).__name__} has no attention to watch: it is neither a headwise model "
             "nor a transformers model"
         )
-    with watching(model, collector):
-        yield Watch(collector)
+    with watching(model, collector, capture):
+        yield
 
 
 @contextmanager
-def _attached(layers: list[Attention], collector: Collector) -> Iterator[None]:
-    previous = [layer.observer for layer in layers]
+def _observed(layer: Attention, index: int, collector: Collector, capture: Capture | None) -> Iterator[None]:
+    values: list[Tensor] = []
+
+    def look(seen: Observation) -> None:
+        collector.add(index, seen)
+        if capture is not None and values:
+            capture.take(index, seen, values.pop())
+
+    def heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = type(layer).heads(layer, x)
+        values[:] = [v]
+        return q, k, v
+
+    previous = layer.observer
+    layer.observer = look
+    if capture is not None:
+        layer.heads = heads  # type: ignore[method-assign]
     try:
-        for index, layer in enumerate(layers):
-            layer.observer = partial(collector.add, index)
         yield
     finally:
-        for layer, observer in zip(layers, previous, strict=True):
-            layer.observer = observer
+        layer.observer = previous
+        vars(layer).pop("heads", None)

@@ -266,7 +266,7 @@ def _vectors(outputs: Iterable[Tensor], q: Tensor) -> Tensor | None:
             found.append(flat.view(len(at), -1, width))
     if not found:
         return None
-    return nn.functional.normalize(torch.cat(found, dim=1), dim=-1)
+    return nn.functional.normalize(torch.cat(found, dim=1).nan_to_num(), dim=-1)
 
 
 def _match(before: Tensor, seen: Tensor) -> float:

@@ -1,0 +1,325 @@
+"""Profile a checkpoint: every measure of every head over many contexts, as a head table on disk.
+
+    out/profile.json                 what is profiled; a folder never mixes two profiles
+    out/heads/part_000000.parquet    the head table, a part per few contexts
+    out/moments/part_000000.npz      what means and Pearson's correlations need of that part
+    out/raw/part_000000.safetensors  q, k, v of chosen layers, where asked for
+    out/per_head.csv                 at the end: means and correlations per head
+    out/summary.json                 at the end
+
+A part is whole or absent, and what it holds depends on its contexts alone: an interrupted profile
+goes on with the parts that are missing, several processes share them, and the table is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from headwise.errors import HeadwiseError, one_of
+from headwise.probe import moments, parts
+from headwise.probe.capture import Capture
+from headwise.probe.load import Loaded
+from headwise.probe.observe import IGNORE_FIRST, SCORES, Collector, ScoresFrom, attached, wanted_measures
+from headwise.probe.parts import Folders
+from headwise.probe.samples import Samples
+from headwise.storage.atomic import write_json, write_text
+from headwise.storage.head_table import MEASURES
+
+TABLE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_RANKED_AT_ONCE = 1 << 28
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What decides the table.
+
+    Attributes:
+        n_samples, context_length, seed: see `open_samples`.
+        scores: logits from q, k before the rotation (document 004) or after it.
+        measures: columns of the head table.
+        aggregate: one row per (sample, layer, head) with means over its tokens, not one per token.
+        ignore_first: tokens at the start of a context without an entropy, and left out of
+            correlations.
+        table_dtype: of the measures on disk, float32 or float16.
+        raw_layers: layers whose q, k, v are kept too.
+        samples_per_part: contexts per part of the table.
+    """
+
+    n_samples: int = 64
+    context_length: int = 512
+    seed: int | None = None
+    scores: ScoresFrom = "pre_rope"
+    measures: tuple[str, ...] = tuple(MEASURES)
+    aggregate: bool = False
+    ignore_first: int = IGNORE_FIRST
+    table_dtype: str = "float32"
+    raw_layers: tuple[int, ...] = ()
+    samples_per_part: int = 8
+
+    def validate(self) -> None:
+        """Refuse what cannot be profiled.
+
+        Raises:
+            HeadwiseError: an unknown name, or a number out of range.
+        """
+        one_of("--scores", self.scores, SCORES)
+        one_of("--table-dtype", self.table_dtype, TABLE_DTYPES)
+        wanted_measures(self.measures)
+        for name, least in (("n_samples", 1), ("context_length", 2), ("samples_per_part", 1)):
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise HeadwiseError(f"{flag} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.ignore_first < self.context_length:
+            raise HeadwiseError(
+                f"--ignore-first is {self.ignore_first}; it must be at least 0 and below "
+                f"--context-length {self.context_length}"
+            )
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among those that profile together.
+
+    Attributes:
+        rank: 0 writes what is not a part.
+        size: number of processes.
+        wait: returns when every process has called it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+class Profile:
+    """One profile in one folder."""
+
+    def __init__(self, out: str | Path, config: ProfileConfig) -> None:
+        config.validate()
+        self.config, self.folders = config, Folders(Path(out))
+
+    def missing(self) -> list[int]:
+        """Parts that are not there yet."""
+        n_parts = -(-self.config.n_samples // self.config.samples_per_part)
+        return [part for part in range(n_parts) if not self.folders.has(part)]
+
+    def samples_of(self, part: int) -> tuple[int, int]:
+        """First sample of a part, and the first after it."""
+        first = part * self.config.samples_per_part
+        return first, min(first + self.config.samples_per_part, self.config.n_samples)
+
+    def run(
+        self,
+        loaded: Loaded,
+        samples: Samples,
+        *,
+        batch_size: int = 8,
+        share: Share | None = None,
+        advance: Callable[[int], None] = lambda tokens: None,
+    ) -> dict[str, Any]:
+        """Measure and write every part that is missing, then what is drawn from all of them.
+
+        Args:
+            batch_size: contexts per forward pass.
+            share: which of the processes this is.
+            advance: told the number of tokens just measured.
+
+        Returns:
+            The summary, as in summary.json.
+
+        Raises:
+            HeadwiseError: the folder holds another profile, the disk is full, the memory too small,
+                or the model has nothing to measure. Finished parts stay.
+        """
+        share = share or Share()
+        if batch_size < 1:
+            raise HeadwiseError(f"--batch-size is {batch_size}; it must be at least 1")
+        self._claim(loaded, samples, share)
+        device = next(loaded.model.parameters()).device
+        began, todo = time.monotonic(), self.missing()[share.rank :: share.size]
+        share.wait()  # or a part that another process finished meanwhile would shift the shares
+        collector = Collector(
+            wanted_measures(self.config.measures), self.config.scores, True, self.config.ignore_first
+        )
+        capture = self._capture(loaded)
+        with (
+            parts.in_background() as submit,
+            attached(loaded.model, collector, capture),
+            _memory_for(batch_size),
+            torch.inference_mode(),
+        ):
+            for part in todo:
+                submit(self._measure(part, loaded, samples, batch_size, collector, capture, advance, device))
+        share.wait()
+        if share.rank == 0:
+            self._finish(device, time.monotonic() - began, len(todo))
+        share.wait()
+        return _read_json(self.folders.out / "summary.json")
+
+    def _measure(
+        self,
+        part: int,
+        loaded: Loaded,
+        samples: Samples,
+        batch_size: int,
+        collector: Collector,
+        capture: Capture | None,
+        advance: Callable[[int], None],
+        device: torch.device,
+    ) -> Callable[[], None]:
+        """Run the model over one part; returns what writes it."""
+        first, last = self.samples_of(part)
+        blocks = []
+        for at in range(first, last, batch_size):
+            ids = samples.batch(at, min(at + batch_size, last)).to(device)
+            loaded.forward(ids)
+            blocks.append(parts.take(collector))
+            advance(ids.numel())
+        if capture is not None:
+            _check_layers(capture.layers, capture.n_layers)
+        return parts.writing(
+            self.folders, part, first, parts.together(blocks), capture.pop() if capture else {},
+            aggregate=self.config.aggregate, ignore_first=self.config.ignore_first,
+            dtype=TABLE_DTYPES[self.config.table_dtype], metadata={"scores": self.config.scores},
+        )  # fmt: skip
+
+    def _capture(self, loaded: Loaded) -> Capture | None:
+        if not self.config.raw_layers:
+            return None
+        if loaded.n_layers is not None:
+            _check_layers(self.config.raw_layers, loaded.n_layers)
+        return Capture(frozenset(self.config.raw_layers), self.config.scores)
+
+    def _claim(self, loaded: Loaded, samples: Samples, share: Share) -> None:
+        """Write down what is profiled here, or see that it is what was written down before.
+
+        Raises:
+            HeadwiseError: the folder holds another profile; names what differs.
+        """
+        wanted = {"model": loaded.name, "weights": loaded.fingerprint(), "data": samples.identity}
+        wanted = json.loads(json.dumps(wanted | dataclasses.asdict(self.config)))
+        path = self.folders.out / "profile.json"
+        if share.rank == 0 and not path.exists():
+            if self.folders.heads.exists():
+                raise HeadwiseError(
+                    f"{self.folders.out} holds a head table of something else; give another --out"
+                )
+            write_json(path, wanted)
+        share.wait()
+        before = _read_json(path)
+        for key in wanted | before:
+            if before.get(key) != wanted.get(key):
+                raise HeadwiseError(
+                    f"{self.folders.out} holds a profile with {key} {before.get(key)!r}, not "
+                    f"{wanted.get(key)!r}; give another --out, or those options to go on with it"
+                )
+
+    def _finish(self, device: torch.device, seconds: float, measured: int) -> None:
+        per_head = summarise(self.folders, self.config, device)
+        write_text(self.folders.out / "per_head.csv", _csv(per_head))
+        broken = np.isnan(np.stack([per_head[name] for name in MEASURES if name in per_head])).any(0)
+        summary = {
+            "state": "finished",
+            "samples": self.config.n_samples,
+            "tokens": self.config.n_samples * self.config.context_length,
+            "heads": len(per_head["layer"]),
+            "bytes": _size(self.folders.heads),
+            "parts_measured": measured,
+            "seconds": seconds,
+            "layers_with_nan": sorted({int(n) for n in per_head["layer"][broken]}),
+        }
+        write_json(self.folders.out / "summary.json", summary)
+
+
+def summarise(
+    folders: Folders, config: ProfileConfig, device: torch.device | str = "cpu"
+) -> dict[str, np.ndarray]:
+    """Means and correlations of query_norm per head, from the parts of a profile.
+
+    Returns:
+        Columns `layer`, `head`, the measures, `pearson_<measure>` and, of a table with tokens,
+        `spearman_<measure>`, each `(R,)`. Correlations leave out the first `ignore_first` tokens.
+    """
+    names, rows, total = parts.read_moments(folders.moments)
+    found = {"layer": rows[:, 0], "head": rows[:, 1]}
+    found |= {name: total.mean[m] for m, name in enumerate(names)}
+    correlated = moments.pearson(total, names)
+    found |= {f"pearson_{name}": r for name, r in correlated.items()}
+    if not config.aggregate and correlated:
+        ranked = _spearman(folders.heads, ["query_norm", *correlated], len(rows), config, device)
+        found |= {f"spearman_{name}": r for name, r in zip(correlated, ranked, strict=True)}
+    return found
+
+
+def _spearman(
+    folder: Path, names: list[str], n_rows: int, config: ProfileConfig, device: torch.device | str
+) -> np.ndarray:
+    """From the table, over some heads at a time so that memory stays bounded: `(M - 1, R)`."""
+    import pyarrow.parquet as pq
+
+    length = config.context_length - config.ignore_first
+    step = max(1, _RANKED_AT_ONCE // (len(names) * config.n_samples * length))
+    found = []
+    for low in range(0, n_rows, step):
+        some = slice(low, min(low + step, n_rows))
+        values = np.empty((len(names), some.stop - low, config.n_samples, length), np.float32)
+        at = 0
+        for path in sorted(folder.glob("*.parquet")):
+            table = pq.read_table(path, columns=names)
+            contexts = table.num_rows // (n_rows * config.context_length)
+            for m, name in enumerate(names):
+                whole = table[name].to_numpy().reshape(contexts, n_rows, config.context_length)
+                values[m, :, at : at + contexts] = whole[:, some, config.ignore_first :].swapaxes(0, 1)
+            at += contexts
+        flat = torch.from_numpy(values.reshape(*values.shape[:2], -1)).to(device)
+        found.append(moments.spearman(flat).cpu().numpy())
+    return np.concatenate(found, axis=1)
+
+
+@contextmanager
+def _memory_for(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
+            raise
+        smaller = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a shorter --context-length"
+        raise HeadwiseError(
+            f"out of memory with --batch-size {batch_size}; try {smaller}: finished parts are kept"
+        ) from error
+
+
+def _check_layers(chosen: Collection[int], n_layers: int) -> None:
+    for layer in sorted(chosen):
+        if not 0 <= layer < n_layers:
+            raise HeadwiseError(f"--raw-layers {layer} is not there: layers go from 0 to {n_layers - 1}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HeadwiseError(f"{path} cannot be read ({error}); give another --out") from error
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.parquet"))
+
+
+def _csv(columns: dict[str, np.ndarray]) -> str:
+    lines = [",".join(columns)]
+    for row in zip(*columns.values(), strict=True):
+        cells = (str(v) if isinstance(v, np.integer) else f"{v:.9g}" if np.isfinite(v) else "" for v in row)
+        lines.append(",".join(cells))
+    return "\n".join(lines) + "\n"
