@@ -35,6 +35,13 @@ def test_tokens_decode_to_the_text(text_file: Path, tokenizer_file: Path) -> Non
     assert data.splits["train"].dtype == np.uint16
 
 
+def test_no_piece_ends_within_a_character(tmp_path: Path, tokenizer_file: Path) -> None:
+    path = tmp_path / "one_line.txt"
+    path.write_text("注" * 80_000)
+    data = read(path, tokenizer_file)
+    assert sum(data.identity["bytes"].values()) == 240_000
+
+
 def test_bytes_per_token_is_exact_and_the_validation_text_that_of_bytes(
     text_file: Path, tokenizer_file: Path
 ) -> None:
