@@ -168,7 +168,7 @@ def _print_table(runs: list[Run], root: Path, title: str) -> None:
 def _cell(name: str, cell: Any) -> str:
     if cell is None:
         return ""
-    styles = {"tokens_per_sec": ",.0f", "wall_s": ".4g", "params_total": ",d"}
+    styles = {"tokens_per_sec": ",.0f", "wall_s": ".4g", "params_total": ",.0f"}
     if isinstance(cell, float) or name in styles:
         return format(cell, styles.get(name, ".4f"))
     return str(cell)

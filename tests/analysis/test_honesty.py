@@ -62,6 +62,11 @@ def test_another_engine_is_left_out() -> None:
     assert "'eager' where 'sdpa' was expected" in flags(runs)["other_engine"]
 
 
+def test_an_engine_may_name_its_own_choice_behind_a_dash() -> None:
+    assert changed(0, engine="sdpa-math")[0].usable
+    assert not changed(0, engine="sdpamath")[0].usable
+
+
 def test_an_infinite_loss_is_left_out() -> None:
     runs = changed(0, loss=math.inf)
     assert not runs[0].usable

@@ -1,0 +1,110 @@
+"""The head atlas: every measure of every head over training, and the tables at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from headwise.analysis.statistics import summarize
+from headwise.lab.runs import Run, Unreadable
+from headwise.report.curves import rounded, thin
+from headwise.storage.head_table import MEASURES
+
+MAX_STEPS = 40
+NAMES = {
+    "entropy": "Entropy", "max_weight": "Largest weight", "k_eff": "Effective keys",
+    "query_norm": "Query norm",
+    "logit_mean": "Logit mean", "logit_std": "Logit std", "sink_weight": "Weight on the first token",
+    "self_weight": "Weight on itself", "previous_weight": "Weight on the previous token",
+    "mean_distance": "Mean distance", "margin": "Tropical margin",
+}  # fmt: skip
+
+
+def grid(run: Run) -> dict[str, Any] | None:
+    """One run's head table as arrays `(S, L, H)` over evaluation steps, layers and heads.
+
+    Values are means over tokens and samples; a head without a value is NaN. None where the run
+    wrote no table. Raises `Unreadable` where it is damaged.
+    """
+    import polars as pl
+
+    frame = run.heads
+    if frame is None:
+        return None
+    measures = [name for name in MEASURES if name in frame.columns]
+    try:
+        means = [pl.col(m).cast(pl.Float64).fill_nan(None).mean() for m in measures]
+        rows = frame.drop_nulls(["layer", "head"]).group_by("step", "layer", "head").agg(means)
+    except pl.exceptions.PolarsError as error:
+        raise Unreadable(f"unreadable heads: {str(error).splitlines()[0]}") from error
+    if not rows.height or rows["step"].null_count() == rows.height:
+        return None
+    rows = rows.drop_nulls("step")
+    steps = thin(np.sort(rows["step"].unique().to_numpy()), MAX_STEPS)
+    rows = rows.filter(pl.col("step").is_in(steps.tolist()))
+    shape = (steps.size, int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1)  # type: ignore[arg-type]
+    at = (np.searchsorted(steps, rows["step"]), rows["layer"].to_numpy(), rows["head"].to_numpy())
+    arrays = {}
+    for name in measures:
+        if rows[name].null_count() < rows.height:
+            arrays[name] = np.full(shape, np.nan)
+            arrays[name][at] = rows[name].to_numpy()
+    return {"steps": steps, "measures": arrays}
+
+
+def atlas(grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]]) -> dict[str, Any]:
+    """Everything the atlas shows, ready for JSON.
+
+    Args:
+        grids: variant -> [(run, whether it may be averaged, its `grid`)].
+
+    Seeds stay apart: head 3 of one seed has nothing to do with head 3 of another.
+    """
+    present = {name for runs in grids.values() for _, _, found in runs for name in found["measures"]}
+    return {
+        "measures": [
+            {"name": m, "label": NAMES.get(m, m), "definition": d.definition, "unit": d.unit}
+            for m, d in MEASURES.items() if m in present
+        ],
+        "variants": {
+            variant: [
+                {"seed": run.seed, "used": used, "state": run.state, "steps": found["steps"].tolist(),
+                 "measures": {m: rounded(array, 5) for m, array in found["measures"].items()}}
+                for run, used, found in runs
+            ]
+            for variant, runs in grids.items()
+        },
+    }  # fmt: skip
+
+
+def per_head(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Document 000's table: per head the mean over layers at the last evaluation, over seeds."""
+    return _table(found, lambda last: {(h,): _mean(last[:, h]) for h in range(last.shape[1])}, ("head",))
+
+
+def per_layer_head(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The same for each layer and head."""
+    return _table(found, lambda last: {tuple(map(int, at)): last[at] for at in np.ndindex(*last.shape)},
+                  ("layer", "head"))  # fmt: skip
+
+
+def _table(found: list[dict[str, Any]], cells: Any, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    tables = {}
+    for measure in MEASURES:
+        columns = [cells(f["measures"][measure][-1]) for f in found if measure in f["measures"]]
+        rows = []
+        for at in sorted({at for column in columns for at in column}):
+            values = [float(column[at]) for column in columns if at in column and np.isfinite(column[at])]
+            if values:
+                summary = summarize(values)
+                numbers = {"mean": summary.mean, "std": summary.std, "ci95": summary.ci95, "n": summary.n}
+                rows.append(dict(zip(keys, at, strict=True)) | numbers)
+        if rows:
+            tables[measure] = rows
+    return tables
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")

@@ -1,0 +1,236 @@
+"""The report's figures as PNG, through matplotlib. Colours are Okabe and Ito's, safe for all eyes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headwise.report.tables import METRICS, heading, measure_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#666666")
+MAX_SEEDS = 3  # rows of an atlas on paper; the page shows all
+INK, FAINT = "#222222", "#D8D8D8"
+
+
+def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) -> dict[str, str]:
+    """Write all figures into `folder` and return title -> file name."""
+    folder.mkdir(parents=True)
+    made: dict[str, str] = {}
+
+    def save(figure: Figure | None, title: str, name: str) -> None:
+        if figure is not None:
+            figure.savefig(folder / name, dpi=110, facecolor="white")
+            made[title] = name
+
+    save(loss_curves(data), "Loss over training", "loss.png")
+    save(comparison(data), "Difference to the baseline", "comparison.png")
+    save(costs(data), "Throughput and memory", "costs.png")
+    for measure in data["atlas"]["measures"]:
+        title = f"{measure['label']} of every head at the last evaluation"
+        save(head_atlas(data, measure), title, f"atlas_{measure['name']}.png")
+    for variant, (run, prompts) in maps.items():
+        title = f"Attention maps of {variant}, seed {run.seed}, first prompt"
+        save(attention_maps(prompts), title, f"maps_{variant.replace('/', '_')}.png")
+    return made
+
+
+def loss_curves(data: dict[str, Any]) -> Figure | None:
+    """Smoothed training loss and validation loss; the band spans the seeds."""
+    panels = [
+        name for name in ("train", "val", "accuracy") if any(name in c for c in data["curves"].values())
+    ]
+    if not panels:
+        return None
+    figure, axes = _figure(1, len(panels), 4.6 * len(panels), 3.4)
+    titles = {
+        "train": "training loss, smoothed (nats)",
+        "val": "validation loss (nats)",
+        "accuracy": "accuracy",
+    }
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for colour, variant in _coloured(data):
+            series = data["curves"].get(variant["name"], {}).get(panel)
+            if series:
+                _curve(axis, series, colour, variant["name"])
+        _finish(axis, titles[panel], "step")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def comparison(data: dict[str, Any]) -> Figure | None:
+    """Paired differences to the baseline with their 95% intervals."""
+    metrics = [m for m in ("val_loss", "train_loss") if any(c["metric"] == m for c in data["comparisons"])]
+    if not metrics:
+        return None
+    names = list(dict.fromkeys(c["variant"] for c in data["comparisons"]))
+    margin = _margin(names)
+    figure, axes = _figure(1, len(metrics), (3.8 + margin) * len(metrics), 1.2 + 0.4 * len(names), margin)
+    colours = {variant["name"]: colour for colour, variant in _coloured(data)}
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        axis.axvline(0, color=INK, linewidth=0.8)
+        for row in (c for c in data["comparisons"] if c["metric"] == metric):
+            axis.errorbar(
+                row["mean"], names.index(row["variant"]), xerr=row["ci95"], fmt="o", capsize=3,
+                color=colours[row["variant"]],
+            )  # fmt: skip
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        _finish(axis, f"{METRICS[metric].label}: difference to {data['baseline']}", "nats")
+    return figure
+
+
+def costs(data: dict[str, Any]) -> Figure | None:
+    """Tokens per second and peak memory of each variant."""
+    shown = [m for m in ("tokens_per_sec", "peak_vram_mb", "peak_rss_mb")
+             if any(m in v["results"] for v in data["variants"])]  # fmt: skip
+    if not shown:
+        return None
+    variants = [(colour, v) for colour, v in _coloured(data) if v["results"]]
+    margin = _margin([v["name"] for _, v in variants])
+    figure, axes = _figure(1, len(shown), (2.6 + margin) * len(shown), 1.2 + 0.4 * len(variants), margin)
+    for axis, metric in zip(axes[0], shown, strict=True):
+        for row, (colour, variant) in enumerate(variants):
+            found = variant["results"].get(metric)
+            if found:
+                axis.barh(row, found["mean"], xerr=found["ci95"], color=colour, height=0.6, capsize=3)
+        axis.set_yticks(range(len(variants)), [v["name"] for _, v in variants])
+        axis.invert_yaxis()
+        _finish(axis, heading(metric), "")
+    return figure
+
+
+def head_atlas(data: dict[str, Any], measure: dict[str, Any]) -> Figure | None:
+    """One measure of every head: a column a variant, a row a seed, one colour scale."""
+    name = measure["name"]
+    columns = {
+        variant: [s for s in seeds if name in s["measures"]][:MAX_SEEDS]
+        for variant, seeds in data["atlas"]["variants"].items()
+    }
+    columns = {variant: seeds for variant, seeds in columns.items() if seeds}
+    tiles = {
+        (row, column): _array(line["measures"][name][-1])
+        for column, seeds in enumerate(columns.values())
+        for row, line in enumerate(seeds)
+    }
+    if not any(np.isfinite(tile).any() for tile in tiles.values()):
+        return None
+    mosaic, corners = _mosaic(tiles)
+    labels = {
+        at: f"{variant}, seed {seeds[at[0]]['seed']}{_unless_finished(seeds[at[0]])}"
+        for column, (variant, seeds) in enumerate(columns.items())
+        for at in corners if at[1] == column
+    }  # fmt: skip
+    figure, axis = _picture(mosaic, corners, labels, "viridis", 0.26)
+    bar = figure.colorbar(axis.images[0], ax=axis, fraction=0.03, pad=0.02, aspect=30)
+    bar.ax.tick_params(labelsize=7)
+    unit = f" ({measure['unit']})" if measure["unit"] else ""
+    bar.set_label(measure_label(name) + unit, fontsize=8)
+    axis.set_xlabel("head", fontsize=8)
+    axis.set_ylabel("layer (first on top)", fontsize=8)
+    return figure
+
+
+def attention_maps(prompts: list[tuple[list[str], np.ndarray]]) -> Figure | None:
+    """Maps of the first prompt, a row a layer, a column a head; colour follows √weight."""
+    if not prompts:
+        return None
+    weights = np.sqrt(np.clip(prompts[0][1], 0, 1))
+    tiles = {(layer, head): weights[layer, head] for layer, head in np.ndindex(*weights.shape[:2])}
+    mosaic, corners = _mosaic(tiles, gap=max(2, weights.shape[-1] // 8))
+    labels = {(layer, head): f"{layer}.{head}" for layer, head in corners}
+    figure, axis = _picture(mosaic, corners, labels, "magma", 1.1 / weights.shape[-1])
+    axis.set_xlabel("layer.head; rows are queries, columns are keys", fontsize=8)
+    return figure
+
+
+def _mosaic(tiles: dict[tuple[int, int], np.ndarray], gap: int = 1) -> tuple[np.ndarray, dict]:
+    """One array of all tiles with NaN between them, and the upper left corner of each.
+
+    A single picture instead of an axis a tile: drawing dozens of axes takes seconds.
+    """
+    rows, columns = (1 + max(at[i] for at in tiles) for i in (0, 1))
+    heights = [max((t.shape[0] for at, t in tiles.items() if at[0] == r), default=0) for r in range(rows)]
+    widths = [max((t.shape[1] for at, t in tiles.items() if at[1] == c), default=0) for c in range(columns)]
+    tops = np.cumsum([0, *(h + gap for h in heights)])
+    lefts = np.cumsum([0, *(w + gap for w in widths)])
+    mosaic = np.full((int(tops[-1]) - gap, int(lefts[-1]) - gap), np.nan)
+    corners = {at: (int(tops[at[0]]), int(lefts[at[1]])) for at in tiles}
+    for at, tile in tiles.items():
+        top, left = corners[at]
+        mosaic[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return mosaic, corners
+
+
+def _picture(
+    mosaic: np.ndarray, corners: dict, labels: dict, colours: str, inch: float
+) -> tuple[Figure, Axes]:
+    """A mosaic with a label above each tile; `inch` is the side of a cell."""
+    width, height = (max(2.5, min(14.0, inch * n)) for n in mosaic.shape[::-1])
+    figure, axes = _figure(1, 1, width + 1.8, height + 0.9, right=0.75)
+    axis = axes[0][0]
+    axis.imshow(mosaic, cmap=colours, interpolation="nearest", aspect="auto")
+    for at, (top, left) in corners.items():
+        axis.text(left - 0.5, top - 0.6, labels[at], fontsize=7, va="bottom", color=INK)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    return figure, axis
+
+
+def _curve(axis: Axes, series: dict[str, Any], colour: str, label: str) -> None:
+    if series["steps"]:
+        axis.plot(series["steps"], series["mean"], color=colour, label=label, linewidth=1.6)
+        axis.fill_between(
+            series["steps"], series["low"], series["high"], color=colour, alpha=0.2, linewidth=0
+        )
+    for line in series["seeds"]:
+        if not line["used"]:
+            name = None if series["steps"] else f"{label} ({line['state']})"
+            axis.plot(line["steps"], line["values"], color=colour, ls=":", lw=1.2, label=name)
+
+
+def _unless_finished(line: dict[str, Any]) -> str:
+    return "" if line["used"] else f" ({line['state']})"
+
+
+def _margin(names: list[str]) -> float:
+    """Inches that the longest name needs beside an axis."""
+    return 0.25 + 0.075 * max(len(name) for name in names)
+
+
+def _coloured(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(COLOURS[i % len(COLOURS)], variant) for i, variant in enumerate(data["variants"])]
+
+
+def _figure(
+    rows: int, columns: int, width: float, height: float, left: float = 0.6, right: float = 0.15
+) -> tuple[Figure, Any]:
+    """Axes with margins in inches; matplotlib's own layout engines take longer than the drawing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=left / width, right=1 - right / width, bottom=0.55 / height, top=1 - 0.35 / height,
+        wspace=(left + 0.1) * columns / (width - left),
+    )  # fmt: skip
+    return figure, axes
+
+
+def _finish(axis: Axes, title: str, xlabel: str) -> None:
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.set_xlabel(xlabel, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(color=FAINT, linewidth=0.5)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _array(values: list[list[float | None]]) -> np.ndarray:
+    return np.array([[np.nan if v is None else v for v in row] for row in values], dtype=np.float64)

@@ -1,0 +1,146 @@
+"""`report.md`: the sections of document 000, after what a reader must know first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headwise.report import tables
+from headwise.report.tables import Table
+
+BUDGETS = {
+    "flops": ("Target FLOPs/run (est)", ".3e"),
+    "steps": ("Steps/run", ",.0f"),
+    "tokens": ("Tokens/run", ",.0f"),
+}
+PER_HEAD = {"entropy": "attention_entropy (per head)", "margin": "tropical margin gamma (per head)"}
+SYMBOL = {"error": "❌", "warning": "⚠️", "note": "ℹ️"}
+
+
+def render(data: dict[str, Any], figures: dict[str, str]) -> str:
+    """The report as Markdown.
+
+    Args:
+        data: what `collect` gathered.
+        figures: title -> path relative to the report.
+    """
+    blocks = [f"# {data['title']}", _head(data), *_flags(data), *_question(data), *_conclusion(data)]
+    blocks += _figures(figures)
+    blocks.append("## Variants")
+    for variant in data["variants"]:
+        blocks += _variant(data, variant)
+    blocks += _section("Costs", tables.costs(data))
+    blocks += _section("Parameters and FLOPs", tables.parts(data))
+    blocks += _section("Other splits", tables.other_splits(data))
+    blocks += ["## Environment", *_environment(data)]
+    if data["command"]:
+        blocks += ["## Command", f"```bash\n{data['command']}\n```"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def budget(data: dict[str, Any]) -> tuple[str, str] | None:
+    """The budget of a run: its name and its size, as text."""
+    found = data["budget"]
+    if not found or found.get("kind") not in BUDGETS:
+        return None
+    name, style = BUDGETS[found["kind"]]
+    return name, format(float(found["value"]), style)
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter first and a full stop last."""
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def _head(data: dict[str, Any]) -> str:
+    lines = [f"- Run ID: `{data['run_id']}`", f"- Device: `{data['device']}`"]
+    lines.append(f"- Seeds: `{', '.join(map(str, data['seeds']))}`")
+    if found := budget(data):
+        lines.append(f"- {found[0]}: `{found[1]}`")
+    return "\n".join(lines)
+
+
+def _flags(data: dict[str, Any]) -> list[str]:
+    flags = [f"- {SYMBOL[f['severity']]} **{f['severity']}**: {f['text']}" for f in data["flags"]]
+    return ["## Honesty flags", "\n".join(flags) if flags else "None: every check passed."]
+
+
+def _question(data: dict[str, Any]) -> list[str]:
+    lines = [f"**{name.capitalize()}.** {data[name]}" for name in ("question", "hypothesis") if data[name]]
+    return ["## Question", *lines] if lines else []
+
+
+def _conclusion(data: dict[str, Any]) -> list[str]:
+    blocks = ["## Conclusion"]
+    if data["verdicts"]:
+        blocks.append("\n".join(
+            f"- **{v['variant']}: {v['verdict']}** against {v['against']} (decided by: {v['decided_by']}). "
+            f"{sentence(v['text'])}" for v in data["verdicts"]
+        ))  # fmt: skip
+    else:
+        blocks.append(str(data["verdict_note"]))
+    blocks += [_table(tables.results(data))]
+    if data["comparisons"]:
+        blocks.append(_table(tables.comparisons(data)))
+    return blocks
+
+
+def _variant(data: dict[str, Any], variant: dict[str, Any]) -> list[str]:
+    lines = [
+        f"- label: `{variant['label']}`",
+        f"- attention_type: `{variant['kind']}`",
+        f"- expected_use_flex_attention: `{variant['expected_engine'] == 'flex'}`",
+        f"- engine: expected `{variant['expected_engine'] or 'any'}`, ran `{variant['engine'] or 'none'}`",
+        _final_loss(variant),
+    ]
+    blocks = [f"### {variant['name']}", "\n".join(lines)]
+    for measure, title in (
+        ("entropy", "attention_entropy (per head)"),
+        ("margin", "tropical margin gamma (per head)"),
+    ):
+        if measure in variant["per_head"]:
+            blocks += [f"#### {title}", _table(tables.per_head(variant, measure))]
+    if variant["per_layer_head"]:
+        blocks += ["#### Every measure (per layer and head)", _table(tables.per_layer_head(variant))]
+    else:
+        blocks.append("No head of this variant was measured.")
+    blocks += ["#### Runs", _table(_runs(data, variant["name"]))]
+    return blocks
+
+
+def _final_loss(variant: dict[str, Any]) -> str:
+    found = variant["results"].get("final_loss") or {"mean": None, "std": None, "ci95": None, "n": 0}
+    mean, std, ci95 = ("n/a" if found[k] is None else repr(found[k]) for k in ("mean", "std", "ci95"))
+    return f"- final_loss: mean=`{mean}` std=`{std}` ci95=`{ci95}` n=`{found['n']}`"
+
+
+def _runs(data: dict[str, Any], name: str) -> Table:
+    mine = [run for run in data["runs"] if run["variant"] == name]
+    rows = []
+    for run in mine:
+        status = f"{run['state']} ({run['reason']})" if run["reason"] else run["state"]
+        seed = "" if run["seed"] is None else str(run["seed"])
+        rows.append([seed, status, tables.fixed(run["final_loss"]), run["summary"]])
+    return Table(["seed", "status", "final_loss", "summary"], rows)
+
+
+def _figures(figures: dict[str, str]) -> list[str]:
+    return ["## Figures", *(f"![{title}]({path})" for title, path in figures.items())] if figures else []
+
+
+def _section(title: str, table: Table) -> list[str]:
+    return [f"## {title}", _table(table)] if table.rows else []
+
+
+def _environment(data: dict[str, Any]) -> list[str]:
+    rows = [[row["name"], ", ".join(row["values"])] for row in data["environment"]]
+    return [_table(Table(["what", "value"], rows))] if rows else ["Not recorded."]
+
+
+def _table(table: Table) -> str:
+    lines = [table.headers, ["---"] * len(table.headers), *table.rows]
+    text = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return f"{text}\n\n{table.note}" if table.note else text
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,227 @@
+"""The report's tables as headers and cells of text, the same for Markdown and HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from headwise.report.atlas import NAMES
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one result is named and written."""
+
+    label: str
+    unit: str = ""
+    style: str = ".4f"
+    lower_is_better: bool | None = None
+
+
+METRICS = {
+    "val_loss": Metric("validation loss", "nats", lower_is_better=True),
+    "train_loss": Metric("training loss, smoothed", "nats", lower_is_better=True),
+    "val_bits_per_byte": Metric("bits per byte", "", lower_is_better=True),
+    "val_perplexity": Metric("perplexity", "", ".3f", True),
+    "val_accuracy": Metric("accuracy", "", ".2%", False),
+    "tokens_per_sec": Metric("tokens per second", "", ",.0f", False),
+    "step_time_ms": Metric("step time", "ms", ",.1f", True),
+    "peak_vram_mb": Metric("peak device memory", "MB", ",.0f", True),
+    "peak_rss_mb": Metric("peak process memory", "MB", ",.0f", True),
+    "data_wait": Metric("waiting for data", "", ".2%", True),
+    "wall_s": Metric("wall time", "s", ",.1f", True),
+    "step": Metric("steps", "", ",.0f"),
+    "tokens": Metric("tokens", "", ",.0f"),
+    "flops": Metric("FLOPs", "", ".3e"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text; `numeric` columns are set flush right."""
+
+    headers: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    numeric: list[bool] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        columns = zip(*self.rows, strict=True) if self.rows else ([] for _ in self.headers)
+        self.numeric.extend(_is_numeric(column) for column in columns)
+
+
+def results(data: dict[str, Any]) -> Table:
+    """One row a variant: what it reached, as mean ± half-width of the 95% interval."""
+    names = _present(data, ("val_loss", "train_loss", "val_bits_per_byte", "val_perplexity", "val_accuracy"))
+    rows = [
+        [v["name"], v["kind"] or "", str(v["n"]), *(plus_minus(v["results"].get(m), m) for m in names),
+         _count(v["params_total"])]
+        for v in data["variants"]
+    ]  # fmt: skip
+    headers = ["variant", "kind", "n", *(heading(m) for m in names), "parameters"]
+    note = "Mean ± half-width of the 95% interval (Student's t over seeds); n counts the runs averaged."
+    return Table(headers, rows, note)
+
+
+def costs(data: dict[str, Any]) -> Table:
+    """One row a variant: speed and memory."""
+    wanted = ("tokens_per_sec", "step_time_ms", "peak_vram_mb", "peak_rss_mb", "data_wait", "wall_s", "flops")
+    names = _present(data, wanted)
+    rows = [[v["name"], str(v["n"]), *(plus_minus(v["results"].get(m), m) for m in names)]
+            for v in data["variants"] if v["results"]]  # fmt: skip
+    return Table(["variant", "n", *(heading(m) for m in names)], rows)
+
+
+def comparisons(data: dict[str, Any]) -> Table:
+    """One row a variant and metric: the paired difference to the baseline with its tests."""
+    rows = []
+    for c in data["comparisons"]:
+        style = METRICS[c["metric"]].style
+        rows.append([
+            METRICS[c["metric"]].label, c["variant"], _signed(c["mean"], style),
+            _interval(c, style),
+            "" if c["relative"] is None else f"{c['relative']['mean']:+.2%}",
+            p_value(c["p_t"]), p_value(c["p_holm"]), p_value(c["p_wilcoxon"]), str(c["n"]),
+        ])  # fmt: skip
+    headers = ["metric", "variant", f"difference to {data['baseline']}", "95% interval", "relative",
+               "p (paired t)", "p (Holm)", "p (Wilcoxon)", "n"]  # fmt: skip
+    note = (
+        "Pairs share the seed and the data. Holm's correction runs over the variants within a metric; "
+        "Wilcoxon needs 6 pairs."
+    )
+    return Table(headers, rows, note)
+
+
+def parts(data: dict[str, Any]) -> Table:
+    """One row a part, one column a variant: parameters, then FLOPs per token."""
+    variants = [v for v in data["variants"] if v["params"] or v["flops_per_token"]]
+    headers = ["part", *(v["name"] for v in variants)]
+    rows = [
+        [f"{part} parameters", *(_count(v["params"].get(part)) for v in variants)]
+        for part in dict.fromkeys(p for v in variants for p in v["params"])
+    ]
+    rows.append(["all parameters", *(_count(v["params_total"]) for v in variants)])
+    rows += [
+        [f"{part.replace('_', ' ')} FLOPs per token (forward)",
+         *(_count(v["flops_parts"].get(part)) for v in variants)]
+        for part in dict.fromkeys(p for v in variants for p in v["flops_parts"])
+    ]  # fmt: skip
+    rows.append(["training FLOPs per token", *(_count(v["flops_per_token"]) for v in variants)])
+    return Table(headers, [row for row in rows if any(row[1:])])
+
+
+def runs(data: dict[str, Any]) -> Table:
+    """Every run with its state, and why where it did not finish."""
+    rows = [
+        [r["variant"] or "", _text(r["seed"]), r["state"], fixed(r["final_loss"], 4), _text(r["step"]),
+         fixed(r["wall_s"], 1), r["engine"] or "", "yes" if r["used"] else "no", r["reason"], r["path"]]
+        for r in data["runs"]
+    ]  # fmt: skip
+    headers = [
+        "variant",
+        "seed",
+        "state",
+        "final loss",
+        "steps",
+        "wall s",
+        "engine",
+        "averaged",
+        "reason",
+        "folder",
+    ]
+    return Table(headers, rows)
+
+
+def other_splits(data: dict[str, Any]) -> Table:
+    """Loss and accuracy on the test text and at other lengths."""
+    rows = []
+    for v in data["variants"]:
+        for split, found in v["other_splits"].items():
+            rows.append([v["name"], split, plus_minus(found.get("loss"), "val_loss"),
+                         plus_minus(found.get("accuracy"), "val_accuracy")])  # fmt: skip
+    return Table(["variant", "split", "loss", "accuracy"], rows)
+
+
+def per_head(variant: dict[str, Any], measure: str) -> Table:
+    """Document 000's table: head, mean over layers, std and half-width over seeds."""
+    title = {"margin": "gamma", "entropy": "entropy"}.get(measure, measure)
+    rows = [[str(r["head"]), fixed(r["mean"]), fixed(r["std"]), fixed(r["ci95"])]
+            for r in variant["per_head"].get(measure, [])]  # fmt: skip
+    return Table(["head", f"{title}_mean", "std", "ci95"], rows)
+
+
+def per_layer_head(variant: dict[str, Any]) -> Table:
+    """Every measure of every layer and head, mean ± half-width over seeds."""
+    found = variant["per_layer_head"]
+    cells = {(r["layer"], r["head"], m): r for m, rows in found.items() for r in rows}
+    places = sorted({(layer, head) for layer, head, _ in cells})
+    rows = [
+        [str(layer), str(head), *(_short(cells.get((layer, head, m))) for m in found)]
+        for layer, head in places
+    ]
+    return Table(["layer", "head", *found], rows)
+
+
+def measure_label(measure: str) -> str:
+    """A measure's name for people."""
+    return NAMES.get(measure, measure)
+
+
+def heading(metric: str) -> str:
+    """A metric's name with its unit."""
+    m = METRICS[metric]
+    return f"{m.label} ({m.unit})" if m.unit else m.label
+
+
+def plus_minus(summary: dict[str, Any] | None, metric: str) -> str:
+    """`mean ± ci95`, the mean alone where n = 1, nothing where there is no run."""
+    if not summary or summary["mean"] is None:
+        return ""
+    style = METRICS[metric].style
+    mean = format(summary["mean"], style)
+    return mean if summary["ci95"] is None else f"{mean} ± {format(summary['ci95'], style)}"
+
+
+def fixed(value: float | None, digits: int = 6) -> str:
+    """A number with fixed digits; `n/a` where there is none."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value to two significant digits, never rounded to 0."""
+    if p is None:
+        return ""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def _present(data: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    return [m for m in names if any(v["results"].get(m) for v in data["variants"])]
+
+
+def _short(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['mean']:.4f}" if row["ci95"] is None else f"{row['mean']:.4f} ± {row['ci95']:.4f}"
+
+
+def _interval(row: dict[str, Any], style: str) -> str:
+    if row["low"] is None:
+        return "none (n = 1)"
+    return f"{_signed(row['low'], style)} to {_signed(row['high'], style)}"
+
+
+def _signed(value: float, style: str) -> str:
+    return format(value, "+" + style)
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _is_numeric(cells: Any) -> bool:
+    filled = [cell for cell in cells if cell and cell != "n/a"]
+    return bool(filled) and all(cell.lstrip("+-<≥ ")[:1].isdigit() for cell in filled)
