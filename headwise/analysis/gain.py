@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
 MEASURES = ("entropy", "max_weight", "k_eff")
+EFFECTS = ("delta_loss", "delta_loss_ci95", "kl", "output_change")
 DIRECTIONS = {"entropy": -1, "max_weight": 1, "k_eff": -1}
 
 COLUMNS = {"entropy": "entropy", "max_weight": "max_attn", "k_eff": "k_eff"}
@@ -59,8 +60,11 @@ class Sweep:
         mean, std: per measure `(S,)`, over tokens.
         n_tokens: tokens with a defined entropy.
         delta_loss: `(S,)` nats per token against the unchanged model; None where there is no loss.
+        delta_loss_ci95: `(S,)` half of its 95% interval over samples; None for under two samples.
         kl: `(S,)` nats, KL(unchanged ‖ changed) of the next-token distribution; None likewise.
+        output_change: `(S,)` relative change of the last hidden states, of a model without logits.
         samples: mean max_weight `(S, N)` of every sample; None in a file without them.
+        samples_of: tells which samples; only gains over the same ones are paired.
     """
 
     layer: int
@@ -71,8 +75,11 @@ class Sweep:
     std: dict[str, Array]
     n_tokens: int
     delta_loss: Array | None = None
+    delta_loss_ci95: Array | None = None
     kl: Array | None = None
+    output_change: Array | None = None
     samples: Array | None = None
+    samples_of: str = ""
 
     @property
     def name(self) -> str:
@@ -114,6 +121,7 @@ class Gain:
     monotonic: bool
     n_scales: int
     per_sample: Array | None = None
+    samples_of: str = ""
 
     @property
     def name(self) -> str:
@@ -170,15 +178,17 @@ def gain_of(sweep: Sweep) -> Gain:
         monotonic=all(monotonic(sweep).values()),
         n_scales=main.n,
         per_sample=None if sweep.samples is None else fit(sweep.scales, sweep.samples).slope,
+        samples_of=sweep.samples_of,
     )
 
 
 def monotonic(sweep: Sweep, tolerance: float = 1e-6) -> dict[str, bool]:
-    """Per measure, whether it never moves against the expected direction (beyond rounding)."""
+    """Per known measure, whether it never moves against the expected direction (beyond rounding)."""
     slack = {name: tolerance * max(1.0, float(np.abs(v).max())) for name, v in sweep.mean.items()}
     return {
         name: bool((np.diff(sweep.mean[name]) * direction >= -slack[name]).all())
         for name, direction in DIRECTIONS.items()
+        if np.isfinite(sweep.mean[name]).all()
     }
 
 
@@ -190,7 +200,7 @@ def flat(gain: Gain, median: float) -> bool:
 def gain_ratio(target: Gain, control: Gain) -> Ratio:
     """Target over control, from the samples that both measured, or else from the fits."""
     a, b = target.per_sample, control.per_sample
-    if a is not None and b is not None and a.size == b.size and a.size > 1:
+    if a is not None and b is not None and a.size == b.size > 1 and target.samples_of == control.samples_of:
         n = a.size
         covariance = np.cov(a, b) / n
         interval = fieller(float(a.mean()), float(b.mean()), covariance, t_quantile(n))
@@ -274,7 +284,7 @@ def parse_sweeps(rows: Sequence[Mapping[str, str]], source: str) -> list[Sweep]:
 
 
 def sweep_rows(sweep: Sweep) -> list[dict[str, float | int | str]]:
-    """Rows of document 004's CSV, with `delta_loss` and `kl` after its columns (empty if unknown)."""
+    """Rows of document 004's CSV, with `EFFECTS` after its columns (empty if unknown)."""
     rows: list[dict[str, float | int | str]] = []
     for i, scale in enumerate(sweep.scales):
         row: dict[str, float | int | str] = {"scale": float(scale)}
@@ -286,7 +296,7 @@ def sweep_rows(sweep: Sweep) -> list[dict[str, float | int | str]]:
             "head": sweep.head,
             "head_type": sweep.head_type,
         }
-        for name in ("delta_loss", "kl"):
+        for name in EFFECTS:
             values_or_none = getattr(sweep, name)
             row[name] = "" if values_or_none is None else float(values_or_none[i])
         rows.append(row)
@@ -334,7 +344,9 @@ def _parse(key: tuple[int, int, str], rows: list[Mapping[str, str]], source: str
         std={m: np.full(scales.size, np.nan) if v is None else v for m, v in std.items()},
         n_tokens=int(_number(rows[0], "n_tokens", source)) if rows[0].get("n_tokens") else 0,
         delta_loss=optional("delta_loss"),
+        delta_loss_ci95=optional("delta_loss_ci95"),
         kl=optional("kl"),
+        output_change=optional("output_change"),
     )  # fmt: skip
 
 

@@ -158,7 +158,12 @@ def test_monotonic_names_the_measure_that_turns() -> None:
 def test_rows_come_back_as_they_were() -> None:
     (sweep,) = parse(PUBLISHED)
     with_effects = gain.Sweep(
-        **{**vars(sweep), "delta_loss": np.arange(5) / 7, "kl": np.array([0.5, 0.1, 0, 0.1, 0.4])}
+        **{
+            **vars(sweep),
+            "delta_loss": np.arange(5) / 7,
+            "delta_loss_ci95": np.ones(5),
+            "kl": np.array([0.5, 0.1, 0, 0.1, 0.4]),
+        }
     )
     rows = [{k: str(v) for k, v in row.items()} for s in (sweep, with_effects) for row in gain.sweep_rows(s)]
     assert list(rows[0])[:11] == PUBLISHED.splitlines()[0].split(",")
