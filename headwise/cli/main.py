@@ -14,6 +14,11 @@ VERBS = {
     "per-head-metrics": "compare attention kinds head by head at equal FLOPs",
     "runs": "list runs, filtered and sorted",
     "report": "write the report of a study or of runs again",
+    "profile": "measure every head of a checkpoint on real text",
+    "show-config": "say what a profile will do, every decision and formula",
+    "geometry": "singular values of every head's circuits, and what they predict",
+    "intervene": "scale a head's query or remove a head, and measure what it causes",
+    "data": "make token shards from text, look into them",
     "bench": "measure speed against the reference, with JSON",
 }  # fmt: skip
 
