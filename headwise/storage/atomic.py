@@ -14,6 +14,15 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 
+DRAFT = ".draft"
+"""Ends the name of the hidden folder that a file is written in before it takes its place."""
+
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this disk or user may have",
+}
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -23,13 +32,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     it remains and `path` is as it was.
 
     Raises:
-        HeadwiseError: the disk is full.
+        HeadwiseError: the disk, or what the user may have of it, is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    draft = holder / path.name
+    holder = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=DRAFT, dir=path.parent))
+        draft = holder / path.name
         yield draft
         _sync(draft)
         if draft.is_dir() and path.is_dir():
@@ -37,14 +47,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(draft, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HeadwiseError(
-                f"the disk is full: {path} was not written; free space there, "
-                "what was finished before is kept"
-            ) from error
+        refuse_full_disk(path, error)
         raise
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+def refuse_full_disk(path: Path, error: OSError) -> None:
+    """Turn an error for want of space into the user's.
+
+    Raises:
+        HeadwiseError: that is what `error` is.
+    """
+    if error.errno in NO_ROOM:
+        raise HeadwiseError(
+            f"{NO_ROOM[error.errno]}: {path} was not written; free space there, "
+            "what was finished before is kept"
+        ) from error
+
+
+def sweep(folder: str | Path) -> None:
+    """Delete what killed writers left below `folder`; for when nobody else writes there."""
+    for draft in list(Path(folder).rglob(f".*{DRAFT}")):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -10,13 +10,14 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import replacing, write_json, write_text
+from headwise.storage.atomic import refuse_full_disk, replacing, sweep, write_json, write_text
 
 STATES = (
     "planned", "running", "interrupted", "finished", "failed", "timed_out", "diverged", "skipped",
@@ -43,6 +44,11 @@ class RunFolder:
     def config(self) -> Path:
         """The complete, re-runnable configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """What it ran on: versions, device, data."""
+        return self.path / "env.json"
 
     @property
     def heads(self) -> Path:
@@ -125,7 +131,7 @@ class RunFolder:
         Raises:
             HeadwiseError: it is missing or damaged.
         """
-        return _read_json(self.path / "env.json")
+        return _read_json(self.environment)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the last file of a run."""
@@ -138,26 +144,25 @@ class RunFolder:
             HeadwiseError: the disk is full.
         """
         fresh = not self.metrics.exists()
-        try:
-            with self.metrics.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, METRICS)
-                if fresh:
-                    writer.writeheader()
-                for row in rows:
-                    writer.writerow({k: "" if v is None else v for k, v in row.items()})
-        except OSError as error:
-            raise HeadwiseError(f"cannot write {self.metrics}: {error.strerror}; free space there") from error
+        with _appending(self.metrics) as file:
+            writer = csv.DictWriter(file, METRICS)
+            if fresh:
+                writer.writeheader()
+            for row in rows:
+                writer.writerow({k: "" if v is None else v for k, v in row.items()})
 
     def read_metrics(self) -> list[dict[str, str]]:
         """The whole rows of metrics.csv; a last line that a kill cut short is left out."""
         try:
-            with self.metrics.open(newline="", encoding="utf-8") as file:
-                return [row for row in csv.DictReader(file) if _whole(row)]
+            text = self.metrics.read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
+        whole = text[: text.rfind("\n") + 1]
+        return [row for row in csv.DictReader(whole.splitlines()) if _whole(row)]
 
     def drop_after(self, step: int) -> None:
-        """Forget what was measured after `step`; before a resume."""
+        """Forget what was measured after `step`, and what a killed process left; before a resume."""
+        sweep(self.path)
         if self.metrics.exists():
             rows = [row for row in self.read_metrics() if int(row["step"]) <= step]
             with replacing(self.metrics) as draft, draft.open("w", newline="", encoding="utf-8") as file:
@@ -170,9 +175,23 @@ class RunFolder:
         self.summary.unlink(missing_ok=True)
 
     def say(self, line: str) -> None:
-        """Append a line with the time to log.txt."""
-        with self.log.open("a", encoding="utf-8") as file:
+        """Append a line with the time to log.txt.
+
+        Raises:
+            HeadwiseError: the disk is full.
+        """
+        with _appending(self.log) as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        refuse_full_disk(path, error)
+        raise HeadwiseError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -194,9 +213,8 @@ def state_of(status: dict[str, Any]) -> str:
     if state != "running":
         return state
     here = status.get("host") == socket.gethostname()
-    if here:
-        return "running" if _alive(status.get("pid")) else "interrupted"
-    return "running" if time.time() - status.get("heartbeat", 0) < STALE_S else "interrupted"
+    beats = time.time() - status.get("heartbeat", 0) < STALE_S
+    return "running" if beats and not (here and not _alive(status.get("pid"))) else "interrupted"
 
 
 def _alive(pid: int | None) -> bool:
