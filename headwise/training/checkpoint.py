@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,19 +45,24 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+def folder_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `folder/step_<n>` whole and return it.
 
     Raises:
         HeadwiseError: the disk is full; what was saved before is kept.
     """
-    path = folder / f"step_{checkpoint.state['step']:08d}"
+    path = folder / folder_name(checkpoint.state["step"])
     with replacing(path) as draft:
         draft.mkdir()
         _save_tensors(checkpoint.model, draft / "model.safetensors")
         _save_tensors(checkpoint.optimizer, draft / "optimizer.safetensors")
         (draft / "state.json").write_text(json.dumps(checkpoint.state))
-        manifest = {"format": FORMAT, "sha256": {name: _digest(draft / name) for name in FILES}}
+        manifest = {"format": FORMAT, "sha256": {file: _digest(draft / file) for file in FILES}}
         (draft / "manifest.json").write_text(json.dumps(manifest))
     return path
 
@@ -73,8 +80,8 @@ def load(path: Path) -> Checkpoint:
                 f"checkpoint {path} has format {manifest['format']} and this headwise reads up to {FORMAT}; "
                 "upgrade headwise to use it"
             )
-        for name, expected in manifest["sha256"].items():
-            if name in FILES and _digest(path / name) != expected:
+        for name in FILES:
+            if _digest(path / name) != manifest["sha256"][name]:
                 raise HeadwiseError(
                     f"checkpoint {path} is damaged: {name} does not match its checksum; "
                     "delete that folder to resume from the one before"
@@ -85,8 +92,12 @@ def load(path: Path) -> Checkpoint:
         raise HeadwiseError(
             f"checkpoint {path} is incomplete: {Path(error.filename).name} is missing"
         ) from error
-    except (json.JSONDecodeError, KeyError, SafetensorError) as error:
-        raise HeadwiseError(f"checkpoint {path} is damaged ({error}); delete that folder") from error
+    except OSError as error:
+        raise HeadwiseError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError, SafetensorError) as error:
+        raise HeadwiseError(
+            f"checkpoint {path} is damaged ({error}); delete that folder to resume from the one before"
+        ) from error
 
 
 def latest(folder: Path) -> Path | None:
@@ -98,13 +109,13 @@ def best(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, or None where none was marked."""
     try:
         return folder / json.loads((folder / "best.json").read_text())["checkpoint"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError):
         return None
 
 
-def mark_best(folder: Path, path: Path, loss: float) -> None:
-    """Say that `path` is the best so far."""
-    write_json(folder / "best.json", {"checkpoint": path.name, "val_loss": loss})
+def mark_best(folder: Path, checkpoint: str, loss: float) -> None:
+    """Say that the checkpoint of this name is the best so far."""
+    write_json(folder / "best.json", {"checkpoint": checkpoint, "val_loss": loss})
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -171,7 +182,13 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))  # the library's own error hides the system's
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _digest(path: Path) -> str:
