@@ -15,28 +15,29 @@ class NonFiniteOutput(Exception):
 
 
 @contextmanager
-def checked_outputs(model: nn.Module, step: int) -> Iterator[None]:
+def checked_outputs(model: nn.Module) -> Iterator[list[str]]:
     """Inside, every module's output is checked as it is computed.
 
-    Raises:
-        NonFiniteOutput: at the first module, in the order of computation, whose output has NaN or infinity.
+    Yields:
+        A list that gets a line for each output with NaN or infinity, in the order of computation.
     """
+    found: list[str] = []
 
     def check(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             for tensor in output if isinstance(output, tuple) else (output,):
                 if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
                     bad = int((~torch.isfinite(tensor)).sum())
-                    raise NonFiniteOutput(
-                        f"step {step}: {name} ({type(module).__name__}) is the first module with a "
-                        f"non-finite output: {bad} of {tensor.numel()} values, shape {tuple(tensor.shape)}"
+                    found.append(
+                        f"{name} ({type(module).__name__}) is the first module with a non-finite output: "
+                        f"{bad} of {tensor.numel()} values, shape {tuple(tensor.shape)}"
                     )
 
         return hook
 
     handles = [m.register_forward_hook(check(name)) for name, m in model.named_modules() if name]
     try:
-        yield
+        yield found
     finally:
         for handle in handles:
             handle.remove()

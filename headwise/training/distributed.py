@@ -43,10 +43,23 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
+    def gather(self, text: str | None) -> list[str | None]:
+        """What every process says."""
+        said: list[str | None] = [text] * self.size
+        if self.size > 1:
+            dist.all_gather_object(said, text)
+        return said
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """bf16 where `precision` says so, or says auto on a GPU that has it."""
+        auto = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        on = precision == "bf16" or (precision == "auto" and auto)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` with its gradients averaged over all processes."""

@@ -4,6 +4,7 @@ telemetry, checkpoints. What is measured beside the loss comes in as functions c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from headwise.config import Config
 from headwise.data.base import Batch, Data
 from headwise.data.loader import eval_batches, train_loader
+from headwise.errors import HeadwiseError
 from headwise.model.count import training_flops_per_token
 from headwise.model.decoder import Decoder
-from headwise.storage.run_folder import HEARTBEAT_S, RunFolder
+from headwise.storage.run_folder import RunFolder
 from headwise.training import checkpoint
 from headwise.training.debug import NonFiniteOutput, checked_outputs
 from headwise.training.distributed import World
+from headwise.training.heartbeat import beating
 from headwise.training.loss import Evaluation, TokenLoss, evaluate
 from headwise.training.optim import make_optimizer, step_if_finite
 from headwise.training.profiler import StepProfiler
@@ -57,6 +60,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         training, data = self.config.training, self.config.data
+        if data.batch_size % self.world.size:
+            raise HeadwiseError(
+                f"data.batch_size {data.batch_size} cannot be shared equally by {self.world.size} processes; "
+                f"make it a multiple of {self.world.size}"
+            )
+        for length in data.eval_seq_lens:
+            self.data.at_length(length)  # refuses what is too long now, rather than after training
         tokens = training.total_batch_tokens or data.batch_size * data.seq_len
         self.sequences = tokens // data.seq_len
         self.flops_per_token = training_flops_per_token(self.model, data.seq_len)
@@ -69,26 +79,28 @@ class Trainer:
         self.readings = Readings()
         self.step = 0
         self.best_loss = math.inf
+        self.best: str | None = None
         self.last: Evaluation | None = None
-        self._evaluated_at = -1
-        self._heartbeat = 0.0
+        self._evaluated_at = self._saved_at = -1
+        self._speed = self.telemetry.speed()
+        self._ends_at = math.inf
 
     @property
     def autocast(self) -> torch.autocast:
         """bf16 where the configuration or the device says so."""
-        device = self.world.device.type
-        precision = self.config.training.precision
-        on = precision == "bf16" or (
-            precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        return torch.autocast(device, torch.bfloat16, enabled=on)
+        return self.world.autocast(self.config.training.precision)
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint of this run."""
         checkpoint.load_weights(self.model, saved.model, f"checkpoint of {self.folder.path}")
         checkpoint.restore_optimizer(self.model, self.optimizer, saved.optimizer)
-        self.step = saved.state["step"]
-        self.best_loss = saved.state["best_loss"]
+        self.step = self._saved_at = saved.state["step"]
+        self.best_loss, self.best = saved.state["best_loss"], saved.state["best"]
+        if self.best and self.world.leads:  # a run killed between saving and marking has not marked it
+            checkpoint.mark_best(self.folder.checkpoints, self.best, self.best_loss)
+        if saved.state["evaluation"]:
+            self.last = Evaluation(**saved.state["evaluation"])
+            self._evaluated_at = saved.state["evaluated_at"]
         self.telemetry.restore(saved.state["telemetry"])
 
     def run(self) -> tuple[str, str]:
@@ -98,39 +110,52 @@ class Trainer:
             The state (finished, interrupted, timed_out, diverged) and the reason.
         """
         self.progress.start(self.step, self.max_steps)
-        batches = self._batches()
-        started = time.monotonic() - self.telemetry.trained_s
         timeout = self.config.training.timeout_s or math.inf
-        state, reason = "finished", f"{self.max_steps} steps"
+        self._ends_at = time.monotonic() + timeout - self.telemetry.trained_s
+        batches = self._batches()
         try:
-            if self.step == 0:
-                self._evaluate()
-            self.telemetry.restart_clock()
-            with StepProfiler(self.config.training.profile_steps, self.folder.path, self.world) as profiler:
-                while self.step < self.max_steps:
-                    self._train_step(batches)
-                    profiler.step()
-                    self._after_step()
-                    if self.telemetry.nonfinite_in_a_row >= self.config.training.max_nonfinite:
-                        state, reason = "diverged", self._divergence()
-                    elif self.world.any(self.should_stop()):
-                        state, reason = "interrupted", f"stopped at step {self.step}"
-                    elif self.world.any(time.monotonic() - started > timeout):
-                        state, reason = "timed_out", f"{timeout:g} s passed at step {self.step}"
-                    else:
-                        continue
-                    break
-            self._settle(all_of_them=True)
-            if state in ("finished", "timed_out"):
-                self._evaluate()
-            if state != "diverged":
-                self._save()
+            with beating(self.folder, self._about) if self.world.leads else contextlib.nullcontext():
+                return self._run(batches)
         except NonFiniteOutput as error:
-            state, reason = "diverged", str(error)
+            return "diverged", str(error)
         finally:
             self.progress.stop()
             batches.close()
+
+    def _run(self, batches: Iterator[Batch]) -> tuple[str, str]:
+        if self.step == 0:
+            self._evaluate()
+        self.telemetry.restart_clock()
+        state, reason = "finished", f"{self.max_steps} steps"
+        with StepProfiler(self.config.training.profile_steps, self.folder.path, self.world) as profiler:
+            while self.step < self.max_steps:
+                self._train_step(batches)
+                profiler.step()
+                self._after_step()
+                if stopped := self._stopped():
+                    state, reason = stopped
+                    break
+        self._settle(all_of_them=True)
+        if state in ("finished", "timed_out"):
+            self._evaluate()
+        if state != "diverged":
+            self._save()
         return state, reason
+
+    def _stopped(self) -> tuple[str, str] | None:
+        """The state and the reason of a run that ends before its last step."""
+        if self.telemetry.nonfinite_in_a_row >= self.config.training.max_nonfinite:
+            return "diverged", self._divergence()
+        if self.world.any(self.should_stop()):
+            return "interrupted", f"stopped at step {self.step}"
+        timeout = self.config.training.timeout_s
+        if timeout and self.world.any(time.monotonic() > self._ends_at):
+            return "timed_out", f"{timeout:g} s passed at step {self.step}"
+        return None
+
+    def _about(self) -> dict[str, Any]:
+        """What status.json says of a run in progress."""
+        return {"step": self.step, "max_steps": self.max_steps} | self._speed
 
     def _max_steps(self, tokens: int) -> int:
         training = self.config.training
@@ -170,8 +195,9 @@ class Trainer:
             group["lr"] = lr
         total = self._counted(passes)
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for index, batch in enumerate(passes):
-            loss += self._backward(batch, total, last=index == len(passes) - 1)
+        with self._checked():
+            for index, batch in enumerate(passes):
+                loss += self._backward(batch, total, last=index == len(passes) - 1)
         parameters = list(self.model.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if training.grad_clip:
@@ -181,6 +207,19 @@ class Trainer:
         self.step += 1
         self.readings.send(loss, norm, step=self.step, lr=lr, wait_s=wait)
 
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        """In the first `debug_steps` steps, stop at the first module whose output is not finite."""
+        if self.step >= self.config.training.debug_steps:
+            yield
+            return
+        with checked_outputs(self.model) as found:
+            yield
+        for rank, first in enumerate(self.world.gather(found[0] if found else None)):
+            if first:
+                where = f" in process {rank}" if self.world.size > 1 else ""
+                raise NonFiniteOutput(f"step {self.step + 1}{where}: {first}")
+
     def _backward(self, batch: Batch, total: Tensor | int, *, last: bool) -> Tensor:
         """Add one pass to the gradient; returns its share of the step's mean loss."""
         device = self.world.device
@@ -189,8 +228,7 @@ class Trainer:
         debug = self.step < self.config.training.debug_steps
         model = self.plain if debug and self.world.size == 1 else self.loss
         skip_sync = model.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext()
-        check = checked_outputs(self.model, self.step + 1) if debug else contextlib.nullcontext()
-        with skip_sync, check:
+        with skip_sync:
             with self.autocast:
                 summed, _ = model(inputs, targets)
             # DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
@@ -198,11 +236,11 @@ class Trainer:
         return summed.detach().double() / total
 
     def _counted(self, passes: list[Batch]) -> Tensor | int:
-        """Targets that count in this step over all processes."""
-        if not self.data.predictable:
-            return self.sequences * self.data.seq_len
-        counted = torch.tensor(float(sum(batch.counted for batch in passes)), device=self.world.device)
-        return self.world.sum(counted).clamp(min=1)
+        """Targets that count in this step over all processes: fewer than its tokens in many kinds of data."""
+        counted = sum(batch.counted for batch in passes)
+        if self.world.size == 1:
+            return max(1, counted)
+        return self.world.sum(torch.tensor(float(counted), device=self.world.device)).clamp(min=1)
 
     def _after_step(self) -> None:
         training = self.config.training
@@ -219,12 +257,12 @@ class Trainer:
             self._save()
         if any(due.values()):
             self.telemetry.restart_clock()
-        self._breathe()
 
     def _settle(self, *, all_of_them: bool = False) -> None:
         """Take in the numbers of finished steps, and log those that are due."""
         for step in self.readings.receive(all_of_them=all_of_them):
             self.telemetry.add(step)
+            self._speed = self.telemetry.speed()
             if step.step % self.config.training.log_every == 0 or step.step == self.max_steps:
                 self._log(
                     "train",
@@ -234,7 +272,7 @@ class Trainer:
                     lr=step.lr,
                     smooth_loss=self.telemetry.smooth_loss,
                     vram_mb=peak_memory_mb(self.world.device),
-                    **self.telemetry.speed(),
+                    **self._speed,
                 )
         self.progress.update(self.step, self._numbers())
 
@@ -242,7 +280,7 @@ class Trainer:
         return {
             "smooth_loss": self.telemetry.smooth_loss,
             "val_loss": self.last.loss if self.last else None,
-            "tokens_per_sec": self.telemetry.speed()["tokens_per_sec"],
+            "tokens_per_sec": self._speed["tokens_per_sec"],
         }
 
     def _log(self, split: str, step: int, **values: Any) -> None:
@@ -271,7 +309,6 @@ class Trainer:
             measure(self.step)
         reset_peak_memory(self.world.device)
         self.progress.update(self.step, self._numbers())
-        self._breathe()
 
     def evaluation(self, split: str, *, seq_len: int | None = None) -> Evaluation:
         """Exact loss over `data.eval_fraction` of a split, at the training length or another."""
@@ -294,32 +331,37 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved_at == self.step:
+            return
+        self._saved_at = self.step
         loss = self.last.loss if self.last and self._evaluated_at == self.step else math.inf
         better = loss < self.best_loss
-        self.best_loss = min(loss, self.best_loss)
+        if better:
+            self.best_loss = loss
+            self.best = checkpoint.folder_name(self.step) if self.config.training.keep_best else None
         if self.world.leads:
             saved = checkpoint.Checkpoint(
                 {name: parameter.detach() for name, parameter in self.model.named_parameters()},
                 checkpoint.optimizer_tensors(self.model, self.optimizer),
-                {
-                    "step": self.step,
-                    "best_loss": self.best_loss,
-                    "telemetry": self.telemetry.state(),
-                },
+                self._state(),
             )
-            path = checkpoint.save(self.folder.checkpoints, saved)
-            if better and self.config.training.keep_best:
-                checkpoint.mark_best(self.folder.checkpoints, path, loss)
+            checkpoint.save(self.folder.checkpoints, saved)
+            if better and self.best:
+                checkpoint.mark_best(self.folder.checkpoints, self.best, loss)
             checkpoint.prune(self.folder.checkpoints, self.config.training.keep_checkpoints)
         self.world.wait()
 
-    def _breathe(self) -> None:
-        now = time.monotonic()
-        if self.world.leads and now - self._heartbeat > HEARTBEAT_S:
-            self._heartbeat = now
-            self.folder.write_status(
-                "running", step=self.step, max_steps=self.max_steps, **self.telemetry.speed()
-            )
+    def _state(self) -> dict[str, Any]:
+        """The plain values of a checkpoint."""
+        return {
+            "step": self.step,
+            "best": self.best,
+            "best_loss": self.best_loss,
+            "evaluation": dataclasses.asdict(self.last) if self.last else None,
+            "evaluated_at": self._evaluated_at,
+            "telemetry": self.telemetry.state(),
+        }
 
     def _divergence(self) -> str:
         count = self.telemetry.nonfinite_in_a_row
