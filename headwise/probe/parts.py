@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from headwise.probe.moments import Moments
 from headwise.probe.observe import Collector
 from headwise.storage import head_table
 from headwise.storage.atomic import replacing
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _PENDING = 4
 """Parts that may wait to be written before the device waits too: what memory holds."""
@@ -136,25 +141,42 @@ def writing(
     return write
 
 
-def read_moments(folder: Path) -> tuple[list[str], np.ndarray, Moments]:
+def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
     """Names of the measures, (layer, head) of the heads `(R, 2)`, and the moments of all parts.
 
     Raises:
-        HeadwiseError: a part is damaged.
+        HeadwiseError: a part is damaged or its moments are lost.
     """
     names: list[str] = []
     rows = np.empty((0, 2), int)
-    parts = []
-    for path in sorted(folder.glob("*.npz")):
+    found = []
+    for table in sorted(folders.heads.glob("*.parquet")):
+        path = folders.moments / f"{table.stem}.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
                 names, rows = [str(name) for name in file["names"]], file["rows"]
-                parts.append(Moments(**{name: file[name] for name in Moments.__dataclass_fields__}))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+                found.append(Moments(**{name: file[name] for name in Moments.__dataclass_fields__}))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise HeadwiseError(
-                f"{path} is damaged ({error}); delete it and heads/{path.stem}.parquet, and run again"
+                f"{path} is damaged or lost ({error}); delete {table} and run again"
             ) from error
-    return names, rows, moments.merge(parts)
+    return names, rows, moments.merge(found)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    """Some columns of one part of the head table.
+
+    Raises:
+        HeadwiseError: it is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise HeadwiseError(f"{path} is damaged ({reason}); delete it and run again") from error
 
 
 @contextmanager

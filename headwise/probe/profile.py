@@ -250,7 +250,7 @@ def summarise(
         Columns `layer`, `head`, the measures, `pearson_<measure>` and, of a table with tokens,
         `spearman_<measure>`, each `(R,)`. Correlations leave out the first `ignore_first` tokens.
     """
-    names, rows, total = parts.read_moments(folders.moments)
+    names, rows, total = parts.read_moments(folders)
     found = {"layer": rows[:, 0], "head": rows[:, 1]}
     found |= {name: total.mean[m] for m, name in enumerate(names)}
     correlated = moments.pearson(total, names)
@@ -265,8 +265,6 @@ def _spearman(
     folder: Path, names: list[str], n_rows: int, config: ProfileConfig, device: torch.device | str
 ) -> np.ndarray:
     """From the table, over some heads at a time so that memory stays bounded: `(M - 1, R)`."""
-    import pyarrow.parquet as pq
-
     length = config.context_length - config.ignore_first
     step = max(1, _RANKED_AT_ONCE // (len(names) * config.n_samples * length))
     found = []
@@ -275,7 +273,7 @@ def _spearman(
         values = np.empty((len(names), some.stop - low, config.n_samples, length), np.float32)
         at = 0
         for path in sorted(folder.glob("*.parquet")):
-            table = pq.read_table(path, columns=names)
+            table = parts.read_table(path, names)
             contexts = table.num_rows // (n_rows * config.context_length)
             for m, name in enumerate(names):
                 whole = table[name].to_numpy().reshape(contexts, n_rows, config.context_length)

@@ -1,0 +1,155 @@
+"""`headwise show-config`: every decision and formula of a profile, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from headwise.cli.profile import config_of, make_parser
+from headwise.storage.head_table import MEASURES
+
+
+def main(argv: list[str]) -> int:
+    """Print what `headwise profile` with the same options would do."""
+    parser = make_parser("headwise show-config")
+    parser.description = "Print every decision and formula of a profile before it runs; takes its options."
+    for action in parser._actions:
+        action.required = action.required and action.dest != "out"
+    args = parser.parse_args(argv)
+    config = config_of(args)
+    for title, lines in _sections(args, config):
+        print(f"\n{title}\n{'-' * len(title)}")
+        width = max(len(name) for name, _ in lines)
+        for name, what in lines:
+            print(f"{name:<{width}}  {what}")
+    return 0
+
+
+def _sections(args: argparse.Namespace, config: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    shape = _shape(args.model)
+    yield "Model", [("model", args.model), *shape.items(), *_precision(args)]
+    yield "Data", _data(args, config)
+    yield "Attention that is measured", _attention(config)
+    yield "Measures of query i over the keys j it sees", _measures(config)
+    yield "Correlations per head", _correlations(config)
+    yield "Table", _table(args, config, shape)
+
+
+def _precision(args: argparse.Namespace) -> list[tuple[str, str]]:
+    stored = " (as the checkpoint stores it)" if args.dtype == "auto" else ""
+    return [
+        ("weights", f"{args.dtype}{stored}"),
+        ("measures", f"computed in float32, stored as {args.table_dtype}; means and sums in float64"),
+        ("device", args.device),
+        ("attention", "the implementation the model has; watching does not change its outputs"),
+    ]
+
+
+def _data(args: argparse.Namespace, config: Any) -> list[tuple[str, str]]:
+    order = (
+        "in order from the first" if config.seed is None else f"drawn without repetition, seed {config.seed}"
+    )
+    tokens = config.n_samples * config.context_length
+    return [
+        ("data", args.data or "the validation data of the run"),
+        ("tokenizer", args.tokenizer or "the model's own; shards are tokens already"),
+        ("contexts", f"{config.n_samples} x {config.context_length} = {tokens:,} tokens"),
+        ("order", order),
+        ("cutting", "non-overlapping, whole contexts only, no padding, no special tokens added"),
+        ("batch", f"{args.batch_size} contexts per forward pass (does not change the table's rows)"),
+    ]
+
+
+def _attention(config: Any) -> list[tuple[str, str]]:
+    where = {
+        "pre_rope": "before the rotation (positions do not enter the logits)",
+        "post_rope": "after the rotation, as the model attends",
+    }[config.scores]
+    return [
+        ("q, k", where),
+        ("logits", "s[i,j] = scale · q_i·k_j, soft-capped where the model does; scale, mask, sliding "
+         "window and bias are the model's"),
+        ("weights", "p_j = softmax_j(s[i,j] + bias) over the keys that query i sees; with grouped keys "
+         "each query head by its own group's"),
+    ]  # fmt: skip
+
+
+def _measures(config: Any) -> list[tuple[str, str]]:
+    lines = []
+    for name, (definition, unit) in MEASURES.items():
+        if name in config.measures:
+            lines.append((name, definition + (f"  [{unit}]" if unit else "")))
+    notes = []
+    if "entropy" in config.measures:
+        notes.append(("", f"entropy is NaN for the first {config.ignore_first} tokens of a context"))
+    if "k_eff" in config.measures:
+        notes.append(("", "k_eff is exact: weights sorted in descending order, mass 0.9"))
+    if "margin" in config.measures:
+        notes.append(("", "margin is there for tropical attention only"))
+    return lines + notes
+
+
+def _correlations(config: Any) -> list[tuple[str, str]]:
+    against = [n for n in ("entropy", "max_weight", "k_eff") if n in config.measures]
+    if "query_norm" not in config.measures or not against:
+        return [("none", "they need query_norm and one of entropy, max_weight, k_eff")]
+    tokens = f"over tokens from number {config.ignore_first} on, of all contexts"
+    lines = [
+        ("of", f"query_norm with {', '.join(against)}, {tokens}"),
+        ("pearson", "Σ(x-x̄)(y-ȳ) / √(Σ(x-x̄)² Σ(y-ȳ)²), float64"),
+    ]
+    if config.aggregate:
+        return [*lines, ("spearman", "not with --aggregate: ranks need every token")]
+    return [*lines, ("spearman", "Pearson's of the ranks; equal values share the mean of theirs")]
+
+
+def _table(args: argparse.Namespace, config: Any, shape: dict[str, str]) -> list[tuple[str, str]]:
+    row = (
+        "one row per (sample, layer, head)"
+        if config.aggregate
+        else "one row per (sample, layer, head, token)"
+    )
+    lines = [("rows", row)]
+    if {"layers", "heads"} <= shape.keys():
+        count = int(shape["layers"]) * int(shape["heads"]) * config.n_samples
+        count *= 1 if config.aggregate else config.context_length
+        size = count * len(config.measures) * (2 if config.table_dtype == "float16" else 4)
+        lines.append(("size", f"{count:,} rows, at most {size / 1e6:,.0f} MB of measures before compression"))
+    lines += [
+        ("parts", f"Parquet, {config.samples_per_part} contexts each; a part is whole or absent"),
+        ("out", args.out or "given by --out: heads/ per_head.csv summary.json, atlas.html"),
+        ("resume", "the same command goes on where it stopped; other options are refused"),
+    ]
+    if config.raw_layers:
+        kept = ", ".join(map(str, config.raw_layers))
+        lines.append(("raw", f"q, k ({config.scores}) and v of layer {kept}, safetensors in raw/"))
+    if args.export:
+        lines.append(("csv", "attention_metrics_{timestamp}.csv: sample_id, layer, head, token_pos, "
+                      "query_norm, entropy, max_attn, k_eff"))  # fmt: skip
+    return lines
+
+
+def _shape(model: str) -> dict[str, str]:
+    """Layers and heads, where a configuration on this machine tells them."""
+    folder = Path(model).expanduser()
+    if (folder / "config.yaml").is_file():
+        from headwise.config import load
+
+        own = load(folder / "config.yaml").model
+        return {"layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head())}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    config = config.get("text_config", config)
+    names = {
+        "layers": ("num_hidden_layers", "n_layer"),
+        "heads": ("num_attention_heads", "n_head"),
+        "key/value heads": ("num_key_value_heads",),
+        "head_dim": ("head_dim",),
+    }
+    found = {label: next((config[k] for k in keys if config.get(k)), None) for label, keys in names.items()}
+    return {label: str(value) for label, value in found.items() if value is not None}
