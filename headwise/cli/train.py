@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,38 @@ def main(argv: list[str]) -> int:
     """Train, resume or evaluate; returns the exit code."""
     parser = configuration.make_parser(
         prog="headwise train",
+        usage="headwise train --config FILE [--SECTION.KEY=VALUE ...] [--out DIR [--resume | --eval_only]]",
         description="Train one model and measure its heads. Every key of the configuration is a flag.",
     )
     configuration.add_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly")
-    parser.add_argument("--init-from", help="first weights: a run, a .pt file, hf://owner/name/file")
-    parser.add_argument("--eval_only", action="store_true", help="evaluate the run in --out, train nothing")
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--out")
-    own.add_argument("--resume", action="store_true")
-    own.add_argument("--eval_only", "--eval-only", action="store_true")
-    known, _ = own.parse_known_args(argv)
-    if known.resume or known.eval_only:
-        argv = _as_it_was(known.out, argv)
-    config, flags = configuration.parse(parser, argv)
+    parser.add_argument(
+        "--eval_only", "--eval-only", action="store_true", help="evaluate the run in --out, train nothing"
+    )
+    config, flags = configuration.parse(parser, _as_it_was(argv))
     if flags.eval_only:
         return _evaluate(config)
     config = dataclasses.replace(config, out=config.out or str(_new_folder(config, flags)))
-    return _train(config, resume=flags.resume, init_from=flags.init_from)
+    return _train(config, resume=flags.resume)
 
 
-def _as_it_was(out: str | None, argv: list[str]) -> list[str]:
-    """The flags, over the configuration that the run in `out` was started with."""
-    if out is None:
+def _as_it_was(argv: list[str]) -> list[str]:
+    """The flags; to go on with a run, over the configuration that it was started with."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--out")
+    own.add_argument("--resume", action="store_true")
+    own.add_argument("--eval_only", "--eval-only", action="store_true")
+    try:
+        known, _ = own.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise HeadwiseError(str(error)) from None
+    if not (known.resume or known.eval_only):
+        return argv
+    if known.out is None:
         raise HeadwiseError("--resume and --eval_only need --out, the folder of the run")
-    folder = RunFolder(Path(out))
+    folder = RunFolder(Path(known.out))
     if not folder.holds_run():
-        raise HeadwiseError(f"--out {out} holds no run: it has no config.yaml")
+        raise HeadwiseError(f"--out {known.out} holds no run: it has no config.yaml")
     return ["--config", str(folder.config), *argv]
 
 
@@ -62,17 +68,17 @@ def _new_folder(config: Config, flags: Any) -> Path:
     return path
 
 
-def _train(config: Config, *, resume: bool, init_from: str | None) -> int:
+def _train(config: Config, *, resume: bool) -> int:
     from headwise.lab.train import train
     from headwise.training.progress import for_terminal
 
     leads = os.environ.get("RANK", "0") == "0"
-    summary = train(config, resume=resume, init_from=init_from, progress=for_terminal())
+    summary = train(config, resume=resume, progress=for_terminal())
     if not leads:
         return 0
     print(_conclusion(summary, config))
     if summary["state"] == "interrupted":
-        print(f"to go on: headwise train --resume --out {config.out}")
+        print(f"to go on: headwise train --resume --out {shlex.quote(str(config.out))}")
         return 130
     return 0 if summary["state"] == "finished" else 1
 

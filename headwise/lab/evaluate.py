@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headwise.config import Config
 from headwise.data import eval_batches, open_data
+from headwise.errors import HeadwiseError
 from headwise.lab.weights import load_model
 from headwise.storage.atomic import write_json
 from headwise.training.distributed import World, find_device
@@ -28,7 +27,12 @@ def evaluate_run(config: Config) -> dict[str, dict[str, Any]]:
     world = World(0, 1, find_device(config.device))
     model, _ = load_model(config.out, world.device)
     data = open_data(config.data, config.seed)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.training.precision == "bf16")
+    if data.vocab_size > model.head.out_features:
+        raise HeadwiseError(
+            f"the data has {data.vocab_size} tokens and the model of {config.out} knows "
+            f"{model.head.out_features}; evaluate it on data of its own vocabulary"
+        )
+    autocast = world.autocast(config.training.precision)
     lengths = [config.data.seq_len, *config.data.eval_seq_lens]
     results = {}
     for split in ("val", "test"):

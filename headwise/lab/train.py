@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -29,18 +30,22 @@ from headwise.storage.run_folder import RunFolder, state_of
 from headwise.training import checkpoint, distributed
 from headwise.training.progress import Progress, Silent
 from headwise.training.telemetry import peak_rss_mb
-from headwise.training.trackers import open_trackers
+from headwise.training.trackers import open_trackers, refuse_missing
 from headwise.training.trainer import Trainer
 
-SAME_RUN = ("out", "device", "data.num_workers", "data.pin_memory", "data.cache", "data.path")
+SAME_RUN = (
+    "out", "device", "data.num_workers", "data.pin_memory", "data.cache", "data.path", "training.timeout_s",
+)  # fmt: skip
 """Keys that a resume may change; what is read is compared by its checksum instead."""
+
+SAME_PRESS_S = 1.0
+"""Seconds within which a second Ctrl-C is the first one's echo: torchrun hands on what the terminal sends."""
 
 
 def train(
     config: Config,
     *,
     resume: bool = False,
-    init_from: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run one configuration to its end and return its summary.
@@ -48,7 +53,6 @@ def train(
     Args:
         config: validated, with `out` set.
         resume: continue the run in `config.out` exactly.
-        init_from: a run, a file or `hf://owner/name/file` to take the first weights from.
 
     Raises:
         HeadwiseError: whatever makes the run impossible, before any work is lost.
@@ -59,20 +63,27 @@ def train(
     world = distributed.join(config.device)
     try:
         refuse_device(config, world.device)
-        if resume and (done := _finished(folder)):
-            return done
+        refuse_missing(config.training.trackers)
+        if resume:
+            _refuse_running(folder)
         torch.manual_seed(config.seed)
         data = open_data(config.data, config.seed)
         config = with_vocabulary(config, data)
+        if resume:
+            refuse_other_run(folder, config, data)
+            if folder.read_status()["state"] == "finished":
+                return folder.read_summary() | {"reason": "it was before; nothing is left to do"}
         model = Decoder(config.model, config.data.seq_len).to(world.device)
         trainer = Trainer(config, model, data, world, folder, progress=progress or Silent())
         if not world.leads:
             trainer.progress = Silent()
         about = {"engine": _engine(trainer), "data": data.identity}
         _check_engine(config, about["engine"])
-        saved = _claim(trainer, resume=resume, about=about)
-        if init_from and saved is None:
-            initialise_from(init_from, model, trainer.optimizer if config.training.keep_optimizer else None)
+        saved = _last_checkpoint(folder) if resume else None
+        if config.init_from and saved is None:
+            optimizer = trainer.optimizer if config.training.keep_optimizer else None
+            initialise_from(config.init_from, model, optimizer)
+        _claim(trainer, saved, resume=resume, about=about)
         return _run(trainer, saved, about)
     finally:
         distributed.leave()
@@ -109,13 +120,16 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     if saved is not None:
         trainer.resume(saved)
     trainer.on_evaluation = [HeadRecorder(config, trainer.model, trainer.data, world, folder)]
-    if world.leads:
-        names = config.training.trackers
-        trainer.trackers = open_trackers(names, folder.path, to_dict(config)) if names else []
-        _start_log(trainer, saved)
     try:
+        if world.leads:
+            trainer.trackers = open_trackers(config.training.trackers, folder.path, to_dict(config))
+            _start_log(trainer, saved)
         with _signals(trainer):
             state, reason = trainer.run()
+    except KeyboardInterrupt:
+        if world.leads:
+            folder.write_status("interrupted", reason=f"left at once, after step {trainer.step}")
+        raise
     except BaseException as error:
         if world.leads:
             folder.write_status("failed", reason=_one_line(error), finished=time.time())
@@ -182,34 +196,38 @@ def summarise(trainer: Trainer, state: str, reason: str, about: dict[str, Any]) 
     }
 
 
-def _finished(folder: RunFolder) -> dict[str, Any] | None:
-    """The summary of a run that needs no more steps."""
+def _refuse_running(folder: RunFolder) -> None:
     if not folder.holds_run():
         raise HeadwiseError(f"{folder.path} holds no run to resume; leave --resume out to start one there")
     status = folder.read_status()
-    if state_of(status) == "running":
-        raise HeadwiseError(f"{folder.path} is running in process {status['pid']}; stop it before resuming")
-    return folder.read_summary() if status["state"] == "finished" else None
+    if state_of(status) == "running" and status["pid"] != os.getpid():  # a restarted container reuses ids
+        raise HeadwiseError(
+            f"{folder.path} is running in process {status['pid']} of {status['host']}; stop it first"
+        )
 
 
-def _claim(trainer: Trainer, *, resume: bool, about: dict[str, Any]) -> checkpoint.Checkpoint | None:
-    """Start the folder, or find where its run stands. Every process reads, the first one writes."""
-    folder, config, world = trainer.folder, trainer.config, trainer.world
-    saved = None
-    if resume:
-        refuse_other_run(folder, config, trainer.data)
-        path = checkpoint.latest(folder.checkpoints)
-        saved = checkpoint.load(path) if path else None
-        world.wait()
-        if world.leads:
-            folder.drop_after(saved.state["step"] if saved else -1)
-    elif world.leads:
-        folder.start(to_yaml(config))
-    if world.leads:
-        write_json(folder.path / "env.json", environment(str(world.device)) | about)
-        folder.write_status("running", started=time.time(), step=trainer.step, max_steps=trainer.max_steps)
+def _last_checkpoint(folder: RunFolder) -> checkpoint.Checkpoint | None:
+    path = checkpoint.latest(folder.checkpoints)
+    return checkpoint.load(path) if path else None
+
+
+def _claim(
+    trainer: Trainer, saved: checkpoint.Checkpoint | None, *, resume: bool, about: dict[str, Any]
+) -> None:
+    """Start the folder, or set it back to the checkpoint; the first process does, when all are here."""
+    folder, world = trainer.folder, trainer.world
     world.wait()
-    return saved
+    step = saved.state["step"] if saved else 0
+    if world.leads:
+        if resume:
+            folder.drop_after(step if saved else -1)
+        else:
+            folder.start(to_yaml(trainer.config))
+        write_json(folder.environment, environment(str(world.device)) | about)
+        folder.write_status(
+            "running", step=step, max_steps=trainer.max_steps, started=time.time(), finished=None, reason=None
+        )
+    world.wait()
 
 
 def refuse_other_run(folder: RunFolder, config: Config, data: Data) -> None:
@@ -225,6 +243,8 @@ def refuse_other_run(folder: RunFolder, config: Config, data: Data) -> None:
                 f"{folder.path} holds a run with {key}={value}, and this command says {now.get(key)}; "
                 "resume it as it was, or start a new run with another --out"
             )
+    if not folder.environment.exists():  # killed before it could say
+        return
     checksum = folder.read_environment().get("data", {}).get("checksum")
     if checksum not in (None, data.identity["checksum"]):
         raise HeadwiseError(
@@ -273,15 +293,17 @@ def _signals(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopping = threading.Event()
+    asked_at = math.inf
 
     def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():
+        nonlocal asked_at
+        if time.monotonic() - asked_at > SAME_PRESS_S:
             raise KeyboardInterrupt
-        stopping.set()
-        trainer.progress.say("finishing this step, then saving; press Ctrl-C again to leave at once")
+        if asked_at == math.inf:
+            asked_at = time.monotonic()
+            trainer.progress.say("finishing this step, then saving; press Ctrl-C again to leave at once")
 
-    trainer.should_stop = stopping.is_set
+    trainer.should_stop = lambda: asked_at < math.inf
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

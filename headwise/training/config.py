@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from headwise.errors import HeadwiseError, one_of
@@ -92,8 +93,8 @@ class TrainingConfig:
             )
         for name in ("max_steps", "max_tokens", "max_flops", "timeout_s", "total_batch_tokens", "lr"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise HeadwiseError(f"training.{name} is {value}; it must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise HeadwiseError(f"training.{name} is {value}; it must be a number above 0")
         for name in ("log_every", "keep_checkpoints", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must be at least 1")

@@ -55,7 +55,7 @@ class Lines:
     def update(self, step: int, values: dict[str, Any]) -> None:
         """Show the step, its numbers and the time left, unless something was shown just now."""
         now = time.monotonic()
-        if now - self._shown < self.every_s and step < self._last:
+        if now - self._shown < self.every_s:
             return
         self._shown = now
         left = (now - self._begun) / max(1, step - self._first) * (self._last - step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,6 @@ class TensorBoard:
     """Event files below the run folder's `tensorboard/`."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        _need("tensorboard", "tensorboard")
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self.writer = writer(str(folder / "tensorboard"))
 
@@ -42,7 +42,7 @@ class HostedRun:
     """A run of a service with the interface of Weights & Biases, which trackio shares."""
 
     def __init__(self, package: str, folder: Path, config: dict[str, Any]) -> None:
-        self.module = _need(package, package)
+        self.module = importlib.import_module(package)
         self.module.init(project="headwise", name=str(folder), config=config)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -60,16 +60,22 @@ def open_trackers(names: Sequence[str], folder: Path, config: dict[str, Any]) ->
     Raises:
         HeadwiseError: a tracker's package is not installed; says which extra brings it.
     """
+    refuse_missing(names)
     return [
         TensorBoard(folder, config) if name == "tensorboard" else HostedRun(name, folder, config)
         for name in names
     ]
 
 
-def _need(tracker: str, package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise HeadwiseError(
-            f"tracker {tracker!r} needs the package {package!r}: pip install 'headwise[trackers]'"
-        ) from None
+def refuse_missing(names: Sequence[str]) -> None:
+    """Refuse a tracker before a run begins; a tracker's package has the tracker's name.
+
+    Raises:
+        HeadwiseError: as `open_trackers`.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise HeadwiseError(
+                f"tracker {name!r} needs the package {name!r}, which is not installed: "
+                "pip install 'headwise[trackers]'"
+            )
