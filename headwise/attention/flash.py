@@ -45,6 +45,9 @@ class FlashAttention(Attention):
         if not q.is_cuda:
             self.record_engine("sdpa")
             return zero_rows(F.scaled_dot_product_attention(q, k, v, **arguments), empty)
+        if arguments["enable_gqa"] and q.dtype == torch.float32:  # no fused float32 kernel shares keys
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            arguments["enable_gqa"] = False
         with sdpa_kernel(BACKENDS, set_priority=True):
             if not torch.compiler.is_compiling():
                 choice = SDPBackend(torch._fused_sdp_choice(q, k, v, **arguments))

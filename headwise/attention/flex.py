@@ -18,6 +18,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from headwise.attention.base import Attention, register
 from headwise.functional.softmax_attention import additive_mask, zero_rows
 
+SMALL_BLOCKS = {
+    "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32,
+    "num_stages": 1,
+}  # fmt: skip
+"""Block sizes under an additive mask: the default ones need more shared memory than there is."""
+
 
 @register("flex")
 class FlexAttention(Attention):
@@ -45,6 +51,7 @@ class FlexAttention(Attention):
         }
         self.record_engine("flex" if q.is_cuda else "flex-unfused")
         if q.is_cuda:
+            arguments["kernel_options"] = None if bias is None else SMALL_BLOCKS
             y = _compiled()(q, k, v, **arguments)
         else:
             with warnings.catch_warnings():

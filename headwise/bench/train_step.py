@@ -8,6 +8,7 @@ and bf16 autocast, on the same batch shape.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -68,8 +69,10 @@ def _measurements(device: torch.device, *, quick: bool) -> list[tuple[str, dict[
     if quick:
         gpt2 = ModelConfig(d_model=64, n_layers=2, n_heads=4, vocab_size=512, position="learned")
         small = ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=512)
+    without = dataclasses.replace(gpt2, bias=False)
     return [
         ("headwise, GPT-2 124M shape", ours(gpt2, batch, seq_len, device)),
+        ("headwise, the same without biases", ours(without, batch, seq_len, device)),
         ("transformers GPT-2, compiled, SDPA", theirs(gpt2, batch, seq_len, device)),
         ("headwise, 20M", ours(small, 2 * batch, seq_len, device)),
     ]

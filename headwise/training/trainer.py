@@ -25,6 +25,7 @@ from headwise.storage.run_folder import RunFolder
 from headwise.training import checkpoint
 from headwise.training.debug import NonFiniteOutput, checked_outputs
 from headwise.training.distributed import World
+from headwise.training.feed import Feed
 from headwise.training.heartbeat import beating
 from headwise.training.loss import Evaluation, TokenLoss, evaluate
 from headwise.training.optim import make_optimizer, step_if_finite
@@ -113,23 +114,24 @@ class Trainer:
         timeout = self.config.training.timeout_s or math.inf
         self._ends_at = time.monotonic() + timeout - self.telemetry.trained_s
         batches = self._batches()
+        feed = Feed(batches, self.sequences // self.config.data.batch_size, self.world.device)
         try:
             with beating(self.folder, self._about) if self.world.leads else contextlib.nullcontext():
-                return self._run(batches)
+                return self._run(feed)
         except NonFiniteOutput as error:
             return "diverged", str(error)
         finally:
             self.progress.stop()
             batches.close()
 
-    def _run(self, batches: Iterator[Batch]) -> tuple[str, str]:
+    def _run(self, feed: Feed) -> tuple[str, str]:
         if self.step == 0:
             self._evaluate()
         self.telemetry.restart_clock()
         state, reason = "finished", f"{self.max_steps} steps"
         with StepProfiler(self.config.training.profile_steps, self.folder.path, self.world) as profiler:
             while self.step < self.max_steps:
-                self._train_step(batches)
+                self._train_step(feed)
                 profiler.step()
                 self._after_step()
                 if stopped := self._stopped():
@@ -183,21 +185,19 @@ class Trainer:
             pin_memory=data.pin_memory and self.world.device.type == "cuda",
         )
 
-    def _train_step(self, batches: Iterator[Batch]) -> None:
+    def _train_step(self, feed: Feed) -> None:
         """One optimizer step over `sequences` sequences of all processes."""
         training = self.config.training
-        waiting = time.perf_counter()
-        passes = [next(batches) for _ in range(self.sequences // self.config.data.batch_size)]
-        wait = time.perf_counter() - waiting
+        passes = feed.take()
         seed_step(self.config.seed, self.step, self.world.rank)
         lr = learning_rate(self.step, self.max_steps, training)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = self._counted(passes)
+        total = self._counted(passes.counted)
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with self._checked():
-            for index, batch in enumerate(passes):
-                loss += self._backward(batch, total, last=index == len(passes) - 1)
+            for index, batch in enumerate(passes.batches, 1):
+                loss += self._backward(batch, total, last=index == len(passes.batches))
         parameters = list(self.model.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if training.grad_clip:
@@ -205,7 +205,9 @@ class Trainer:
         loss = self.world.sum(loss)
         step_if_finite(self.optimizer, torch.isfinite(norm) & torch.isfinite(loss))
         self.step += 1
-        self.readings.send(loss, norm, step=self.step, lr=lr, wait_s=wait)
+        self.readings.send(loss, norm, step=self.step, lr=lr, wait_s=passes.wait_s)
+        if self.step < self.max_steps:
+            feed.prefetch()
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
@@ -223,8 +225,7 @@ class Trainer:
     def _backward(self, batch: Batch, total: Tensor | int, *, last: bool) -> Tensor:
         """Add one pass to the gradient; returns its share of the step's mean loss."""
         device = self.world.device
-        inputs = batch.inputs.to(device, non_blocking=True)
-        targets = batch.targets.to(device, non_blocking=True)
+        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         debug = self.step < self.config.training.debug_steps
         model = self.plain if debug and self.world.size == 1 else self.loss
         skip_sync = model.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext()
@@ -235,9 +236,8 @@ class Trainer:
             (summed * (self.world.size / total)).backward()
         return summed.detach().double() / total
 
-    def _counted(self, passes: list[Batch]) -> Tensor | int:
-        """Targets that count in this step over all processes: fewer than its tokens in many kinds of data."""
-        counted = sum(batch.counted for batch in passes)
+    def _counted(self, counted: int) -> Tensor | int:
+        """Targets that count in this step over all processes, of which `counted` are here."""
         if self.world.size == 1:
             return max(1, counted)
         return self.world.sum(torch.tensor(float(counted), device=self.world.device)).clamp(min=1)
