@@ -154,7 +154,7 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, str]]:
         """The whole rows of metrics.csv; a last line that a kill cut short is left out."""
         try:
-            text = self.metrics.read_text(encoding="utf-8")
+            text = self.metrics.read_bytes().decode()
         except FileNotFoundError:
             return []
         whole = text[: text.rfind("\n") + 1]
