@@ -29,7 +29,8 @@ class TrainingConfig:
         warmup_steps: steps of linear warm-up.
         decay_share: share of the steps that wsd decays over.
         weight_decay: of matrices; norms and biases have none.
-        beta1, beta2: AdamW's moments.
+        beta1: weight of the past in AdamW's mean of the gradient.
+        beta2: weight of the past in AdamW's mean of its square.
         eps: AdamW's denominator.
         grad_clip: largest norm of the gradient; 0 leaves it alone.
         precision: bf16 (autocast), fp32, or auto: bf16 on a GPU that has it.
