@@ -22,6 +22,7 @@ from headwise.report.curves import curves
 RESULTS = ("final_loss", "val_loss", "train_loss", "val_bits_per_byte", "val_perplexity", "val_accuracy",
            "best_val_loss", "tokens_per_sec", "step_time_ms", "peak_vram_mb", "peak_rss_mb", "data_wait",
            "wall_s", "step", "tokens", "flops")  # fmt: skip
+SHAPE = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "seq_len", "batch_size")
 ENVIRONMENT = ("headwise", "git_commit", "git_dirty", "python", "torch", "cuda", "device", "device_name",
                "cpu_count", "threads", "platform", "engine")  # fmt: skip
 
@@ -60,7 +61,7 @@ def collect(study: Study) -> dict[str, Any]:
         ],
         "comparisons": comparisons(material, reference),
         **verdicts(material, reference),
-        "runs": [_run(run, facts[id(run)]) for run in study.runs],
+        "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
         "curves": {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))},
         "chance_loss": most(run.get("chance_loss") for run in study.runs),
         "atlas": atlas(grids),
@@ -147,8 +148,7 @@ def _variant(
         "params_total": read("params_total"),
         "flops_per_token": read("flops_per_token"),
         "flops_parts": read("flops_parts") or {},
-        "shape": {k: v for k in ("n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "seq_len", "batch_size")
-                  if (v := read(k)) is not None},
+        "shape": {key: value for key in SHAPE if (value := read(key)) is not None},
         "per_head": per_head(last),
         "per_layer_head": per_layer_head(last),
     }  # fmt: skip
@@ -174,13 +174,14 @@ def _other_splits(runs: list[Run]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _run(run: Run, facts: RunFacts) -> dict[str, Any]:
+def _run(run: Run, facts: RunFacts, root: Path) -> dict[str, Any]:
     keys = ("val_loss", "train_loss", "step", "max_steps", "tokens", "flops", "wall_s", "engine",
             "tokens_per_sec")  # fmt: skip
     return {
         "variant": run.variant, "seed": run.seed, "state": run.state, "reason": run.reason,
         "used": facts.usable, "final_loss": facts.loss, **{key: run.get(key) for key in keys},
-        "path": shown(run.path), "summary": shown(run.path / "summary.json"),
+        "path": shown(run.path), "place": run.path.relative_to(root).as_posix(),
+        "summary": shown(run.path / "summary.json"),
     }  # fmt: skip
 
 

@@ -65,11 +65,15 @@ def results(data: dict[str, Any]) -> Table:
 
 def costs(data: dict[str, Any]) -> Table:
     """One row a variant: speed and memory."""
-    wanted = ("tokens_per_sec", "step_time_ms", "peak_vram_mb", "peak_rss_mb", "data_wait", "wall_s", "flops")
+    wanted = ("tokens_per_sec", "step_time_ms", "peak_vram_mb", "peak_rss_mb", "data_wait", "wall_s")
     names = _present(data, wanted)
-    rows = [[v["name"], str(v["n"]), *(plus_minus(v["results"].get(m), m) for m in names)]
-            for v in data["variants"] if v["results"]]  # fmt: skip
-    return Table(["variant", "n", *(heading(m) for m in names)], rows)
+    flops = ["FLOPs"] if any("flops" in v["results"] for v in data["variants"]) else []
+    rows = [
+        [v["name"], str(v["n"]), *(plus_minus(v["results"].get(m), m) for m in names),
+         *(plain(v["results"].get("flops", {}).get("mean"), ".3e") for _ in flops)]
+        for v in data["variants"] if v["results"]
+    ]  # fmt: skip
+    return Table(["variant", "n", *(heading(m) for m in names), *flops], rows)
 
 
 def comparisons(data: dict[str, Any]) -> Table:
@@ -113,8 +117,8 @@ def parts(data: dict[str, Any]) -> Table:
 def runs(data: dict[str, Any]) -> Table:
     """Every run with its state, and why where it did not finish."""
     rows = [
-        [r["variant"] or "", _text(r["seed"]), r["state"], fixed(r["final_loss"], 4), _text(r["step"]),
-         fixed(r["wall_s"], 1), r["engine"] or "", "yes" if r["used"] else "no", r["reason"], r["path"]]
+        [r["variant"] or "", _text(r["seed"]), r["state"], plain(r["final_loss"], ".4f"), _text(r["step"]),
+         plain(r["wall_s"], ".1f"), r["engine"] or "", "yes" if r["used"] else "no", r["reason"], r["place"]]
         for r in data["runs"]
     ]  # fmt: skip
     headers = [
@@ -185,6 +189,11 @@ def plus_minus(summary: dict[str, Any] | None, metric: str) -> str:
 def fixed(value: float | None, digits: int = 6) -> str:
     """A number with fixed digits; `n/a` where there is none."""
     return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def plain(value: float | None, style: str) -> str:
+    """A number in `style`; nothing where there is none."""
+    return "" if value is None else format(value, style)
 
 
 def p_value(p: float | None) -> str:

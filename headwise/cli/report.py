@@ -1,0 +1,21 @@
+"""`headwise report`: write the report of a study, a run, or a folder of runs, again."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def main(argv: list[str]) -> int:
+    """Write report.md, report.html, report.json and figures; print where they are."""
+    parser = argparse.ArgumentParser(
+        prog="headwise report",
+        description="Write report.md, report.html, report.json and figures/ from what the run folders hold.",
+    )
+    parser.add_argument("folder", help="a study folder, a run folder, or a folder with runs below it")
+    arguments = parser.parse_args(argv)
+
+    from headwise.report import build
+
+    for name, path in build(arguments.folder).items():
+        print(f"{name:<9} {path}")
+    return 0

@@ -1,0 +1,50 @@
+"""The report of a study: `report.md`, `report.html`, `report.json` and `figures/*.png`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from headwise.lab.runs import Run, Study
+from headwise.report import figures, html, maps, markdown
+from headwise.report.collect import collect
+from headwise.storage.atomic import replacing, write_text
+
+
+def build(folder: str | Path) -> dict[str, Path]:
+    """Write the report of a study, of a single run, or of any folder with runs below it.
+
+    Each file appears whole or not at all; an earlier report is replaced.
+
+    Returns:
+        the paths written: `markdown`, `html`, `json`, and `figures`, a folder.
+
+    Raises:
+        HeadwiseError: there is no such folder, no run in it, or the disk is full.
+    """
+    study = Study.read(folder)
+    data = collect(study)
+    prompts = _prompts(study, [variant["name"] for variant in data["variants"]])
+    root = Path(folder)
+    paths = {
+        "markdown": root / "report.md", "html": root / "report.html", "json": root / "report.json",
+        "figures": root / "figures",
+    }  # fmt: skip
+    with replacing(paths["figures"]) as draft:
+        drawn = figures.draw(data, prompts, draft)
+    write_text(paths["json"], json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(paths["markdown"], markdown.render(data, {t: f"figures/{name}" for t, name in drawn.items()}))
+    write_text(paths["html"], html.render(data, maps.pack(prompts)))
+    return paths
+
+
+def _prompts(study: Study, variants: list[str]) -> dict[str, tuple[Run, list]]:
+    """Attention maps of the first run of each variant that wrote some, a finished one if there is one."""
+    found = {}
+    for name in variants:
+        mine = [run for run in study.runs if run.variant == name and run.maps()]
+        for run in sorted(mine, key=lambda run: run.state != "finished"):
+            if prompts := maps.read(run):
+                found[name] = (run, prompts)
+                break
+    return found

@@ -1,0 +1,73 @@
+"""`report.html`: one file that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from headwise.report import tables
+from headwise.report.markdown import PER_HEAD, budget, sentence
+
+ICONS = {"error": "✕", "warning": "!", "note": "i"}
+SECTIONS = {
+    "flags": "Flags", "verdict": "Conclusion", "curves": "Loss", "comparison": "Comparison",
+    "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs", "parts": "Parameters",
+    "heads": "Numbers", "runs": "Runs", "environment": "Environment",
+}  # fmt: skip
+
+
+def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
+    """The page, with plotly.js and all data inside.
+
+    Args:
+        data: what `collect` gathered; embedded whole as `#report-data`.
+        maps: packed attention maps, as `maps.pack` makes them.
+    """
+    from jinja2 import Environment, PackageLoader
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["json"] = embedded
+    heads = [
+        (
+            v["name"],
+            [(title, tables.per_head(v, m)) for m, title in PER_HEAD.items() if m in v["per_head"]],
+            tables.per_layer_head(v),
+        )
+        for v in data["variants"] if v["per_layer_head"]
+    ]  # fmt: skip
+    content: dict[str, Any] = {
+        "results": tables.results(data), "compared": tables.comparisons(data), "costs": tables.costs(data),
+        "parts": tables.parts(data), "runs": tables.runs(data), "splits": tables.other_splits(data),
+        "heads": heads, "maps": maps, "facts": _facts(data), "icons": ICONS,
+        "colours": {v["name"]: i % 8 for i, v in enumerate(data["variants"])},
+    }  # fmt: skip
+    empty = {
+        "curves": not data["curves"], "comparison": not data["comparisons"],
+        "atlas": not data["atlas"]["variants"], "maps": not maps, "costs": not content["costs"].rows,
+        "parts": not content["parts"].rows, "heads": not heads,
+    }  # fmt: skip
+    sections = [(key, name) for key, name in SECTIONS.items() if not empty.get(key)]
+    template = environment.get_template("report.html.j2")
+    return template.render(data=data, sections=sections, sentence=sentence, plotly=get_plotlyjs(), **content)
+
+
+def embedded(value: Any) -> Any:
+    """JSON that cannot end the script element it stands in."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
+    found = [("Device", data["device"]), ("Seeds", ", ".join(map(str, data["seeds"])))]
+    if size := budget(data):
+        found.append(size)
+    found.append(("Baseline", data["baseline"]))
+    if data["chance_loss"] is not None:
+        found.append(("Loss at chance", f"{data['chance_loss']:.4f} nats"))
+    found.append(("Written", data["written"]))
+    return [(name, str(value)) for name, value in found if value]
