@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from headwise.attention import AttentionConfig
 from headwise.model.config import MLPS, NORMS, POSITIONS, ModelConfig
 from headwise.model.count import parameters_by_part
-from headwise.model.decoder import Decoder, sinusoids
+from headwise.model.decoder import Decoder, Mlp, make_norm, sinusoids
 
 TINY = {"d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 29}
 
@@ -49,6 +50,31 @@ def test_thirteen_heads_of_64_at_width_768() -> None:
 def test_a_vocabulary_is_needed() -> None:
     with pytest.raises(ValueError, match=r"model.vocab_size is not set; take it from the data"):
         Decoder(ModelConfig(**(TINY | {"vocab_size": None})))
+
+
+# --- parts
+
+
+@torch.no_grad()
+def test_mlps_by_their_formulas() -> None:
+    x = torch.randn(3, 16)
+    for name, activation in (("gelu", lambda y: y * torch.special.ndtr(y)), ("gelu_tanh", tanh_gelu)):
+        mlp = Mlp(ModelConfig(d_model=16, mlp=name, bias=True))
+        torch.testing.assert_close(mlp(x), mlp.down(activation(mlp.up(x))))
+    gated = Mlp(ModelConfig(d_model=16, mlp="swiglu"))
+    gate, up = (x @ half.T for half in gated.up.weight.chunk(2))
+    torch.testing.assert_close(gated(x), (gate * gate.sigmoid() * up) @ gated.down.weight.T)
+
+
+def tanh_gelu(y: Tensor) -> Tensor:
+    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+@torch.no_grad()
+def test_rmsnorm_by_its_formula() -> None:
+    norm, x = make_norm(ModelConfig(d_model=16, norm="rmsnorm")), torch.randn(3, 16) + 2
+    norm.weight.uniform_(0.5, 2)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight)
 
 
 # --- embeddings
