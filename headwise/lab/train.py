@@ -119,7 +119,8 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     config, folder, world = trainer.config, trainer.folder, trainer.world
     if saved is not None:
         trainer.resume(saved)
-    trainer.on_evaluation = [HeadRecorder(config, trainer.model, trainer.data, world, folder)]
+    recorder = HeadRecorder(config, trainer.model, trainer.data, world, folder)
+    trainer.on_evaluation = [recorder]
     try:
         if world.leads:
             trainer.trackers = open_trackers(config.training.trackers, folder.path, to_dict(config))
@@ -142,7 +143,7 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     finally:
         for tracker in trainer.trackers:
             tracker.close()
-    summary = summarise(trainer, state, reason, about)
+    summary = summarise(trainer, state, reason, about) | {"measure_s": recorder.seconds}
     if world.leads:
         if state != "interrupted":
             folder.write_summary(summary)

@@ -1,0 +1,50 @@
+"""How many steps a small model needs to copy 64 tokens with 99% accuracy: `configs/exp.copy.*` on a CPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from headwise.bench import harness
+from headwise.config import load
+from headwise.lab.train import train
+from headwise.storage.run_folder import RunFolder
+from headwise.training.progress import for_terminal
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def main(argv: list[str]) -> int:
+    """Train both kinds, print the table and write the JSON; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="headwise bench copy", description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--kind", action="append", choices=("mha", "flash"))
+    arguments = parser.parse_args(argv)
+    kinds = arguments.kind or ["mha", "flash"]
+    rows = [_row(kind, arguments.device) for kind in kinds]
+    harness.print_table(rows)
+    harness.save("copy", rows, arguments.out, device=arguments.device)
+    return 0
+
+
+def _row(kind: str, device: str) -> dict[str, Any]:
+    config = load(CONFIGS / f"exp.copy.{kind}.yaml")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        summary = train(dataclasses.replace(config, out=str(out), device=device), progress=for_terminal())
+        metrics = RunFolder(out).read_metrics()
+    reached = [int(m["step"]) for m in metrics if m["split"] == "val" and float(m["accuracy"]) >= 0.99]
+    longer = {m["split"]: float(m["accuracy"]) for m in metrics if m["split"].startswith("val@")}
+    return {
+        "kind": kind,
+        "steps": summary["step"],
+        "accuracy": summary["val_accuracy"],
+        "evaluated_at_99_percent": min(reached, default=None),
+        **{f"accuracy_{split}": accuracy for split, accuracy in longer.items()},
+        "seconds": summary["wall_s"],
+        "tokens_per_sec": summary["tokens"] / summary["wall_s"],
+    }
