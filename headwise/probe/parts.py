@@ -124,7 +124,9 @@ def writing(
     host = _to_host(values.to(dtype))
     found = {name: _to_host(value) for name, value in found.items()}
     raw = {name: _to_host(value) for name, value in raw.items()}
-    done = _event(block.values.device)
+    done = _event(values.device)
+    names, rows, length = block.names, block.rows, block.values.shape[-1]
+    del values, block  # the device's memory is free again while the work waits
 
     def write() -> None:
         if done is not None:
@@ -134,9 +136,11 @@ def writing(
             _write_raw(folders.raw / f"{name}.safetensors", raw, metadata)
         with replacing(folders.moments / f"{name}.npz") as draft, draft.open("wb") as file:
             arrays = {key: value.numpy() for key, value in found.items()}
-            arrays |= {"names": np.array(block.names), "rows": np.array(block.rows)}
+            arrays |= {"names": np.array(names), "rows": np.array(rows)}
             np.savez(file, allow_pickle=False, **arrays)
-        head_table.write_part(folders.heads, name, _columns(block, first_sample, host.numpy()))
+        columns = _keys(rows, first_sample, host.shape, per_token=host.shape[-1] == length)
+        columns |= {measure: host[m].reshape(-1).numpy() for m, measure in enumerate(names)}
+        head_table.write_part(folders.heads, name, columns)
 
     return write
 
@@ -215,17 +219,20 @@ def _over_tokens(block: Block, ignore_first: int) -> Tensor:
     return mean.float()[..., None]
 
 
-def _columns(block: Block, first_sample: int, values: np.ndarray) -> dict[str, np.ndarray | str | int]:
-    _, batch, n_rows, tokens = values.shape
-    layers, heads = (np.array([row[n] for row in block.rows], np.int32) for n in (0, 1))
-    columns: dict[str, np.ndarray | str | int] = {
+def _keys(
+    rows: Sequence[tuple[int, int]], first_sample: int, shape: Sequence[int], *, per_token: bool
+) -> dict[str, np.ndarray | str | int]:
+    """Key columns of values `(M, B, R, T)`, flattened in that order."""
+    _, batch, n_rows, tokens = shape
+    layers, heads = (np.array([row[n] for row in rows], np.int32) for n in (0, 1))
+    keys: dict[str, np.ndarray | str | int] = {
         "sample": np.repeat(np.arange(first_sample, first_sample + batch), n_rows * tokens),
         "layer": np.tile(np.repeat(layers, tokens), batch),
         "head": np.tile(np.repeat(heads, tokens), batch),
     }
-    if tokens == block.values.shape[-1]:
-        columns["token"] = np.tile(np.arange(tokens, dtype=np.int32), batch * n_rows)
-    return columns | {name: values[m].reshape(-1) for m, name in enumerate(block.names)}
+    if per_token:
+        keys["token"] = np.tile(np.arange(tokens, dtype=np.int32), batch * n_rows)
+    return keys
 
 
 def _write_raw(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

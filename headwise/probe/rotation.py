@@ -35,17 +35,30 @@ PROBES = 4
 
 
 @dataclass(frozen=True)
+class Form:
+    """What stays the same from one forward pass to the next about a pair of tables.
+
+    Attributes:
+        repeats: halves (θ0 θ1 θ0 θ1), pairs (θ0 θ0 θ1 θ1) or once (θ0 θ1).
+        scaled: whether cos² + sin² differs from 1 by more than rounding.
+    """
+
+    repeats: str
+    scaled: bool
+
+
+@dataclass(frozen=True)
 class Tables:
     """One pair of rotation tables, inverted.
 
     Attributes:
         cos, sin: the model's, divided by cos² + sin²; `(B or 1, 1, T, P)` float32, one angle per pair.
-        scaled: whether cos² + sin² differs from 1 by more than rounding.
+        form: how the model's tables repeat the angles, and whether they scale.
     """
 
     cos: Tensor
     sin: Tensor
-    scaled: bool
+    form: Form
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ class Rotations:
         self._conventions: dict[nn.Module, Convention | None] = {}
         self._scaled: dict[nn.Module, bool] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, Tables]] = {}
+        self._forms: dict[tuple[nn.Module, int], Form] = {}
         for module in model.modules():
             kind = type(module).__name__
             if "Attention" in kind:
@@ -102,7 +116,7 @@ class Rotations:
     def scaled(self, layer: nn.Module) -> bool:
         """Whether a rotation that `layer` may apply changes norms."""
         if layer not in self._scaled:
-            self._scaled[layer] = any(table.scaled for table in self._candidates(layer))
+            self._scaled[layer] = any(table.form.scaled for table in self._candidates(layer))
         return self._scaled[layer]
 
     def undo(self, layer: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,13 +149,17 @@ class Rotations:
         inside = [pair for m in layer.modules() for pair in self._made.get(m, ())]
         if not pairs and not inside:
             inside = [pair for made in self._made.values() for pair in made]
-        return [self._prepared(*pair) for pair in pairs + inside]
+        return [self._prepared(layer, n, *pair) for n, pair in enumerate(pairs + inside)]
 
-    def _prepared(self, cos: Tensor, sin: Tensor) -> Tables:
+    def _prepared(self, layer: nn.Module, index: int, cos: Tensor, sin: Tensor) -> Tables:
         key = (id(cos), id(sin))
         if key not in self._tables:  # the tensor is kept beside its id, so that the id stays its own
-            self._tables[key] = (cos, _prepare(cos, sin))
-        return self._tables[key][1]
+            # Finding a form reads values and waits for the device: once, not in every forward pass.
+            form = self._forms.get((layer, index)) or _form(cos, sin)
+            self._tables[key] = (cos, _prepare(cos, sin, form))
+        tables = self._tables[key][1]
+        self._forms.setdefault((layer, index), tables.form)
+        return tables
 
     def _find(self, layer: nn.Module, q: Tensor, tables: list[Tables]) -> Convention | None:
         seen = _vectors(self._outputs.get(layer, ()), q)
@@ -197,21 +215,31 @@ def _table_pairs(value: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield cos, sin
 
 
-def _prepare(cos: Tensor, sin: Tensor) -> Tables:
-    """One angle per pair, whichever way the model repeats its tables."""
+def _form(cos: Tensor, sin: Tensor) -> Form:
+    width = cos.shape[-1]
+    repeats = "once"
+    if width % 2 == 0 and torch.equal(cos[..., : width // 2], cos[..., width // 2 :]):
+        repeats = "halves"
+    elif width % 2 == 0 and torch.equal(cos[..., ::2], cos[..., 1::2]):
+        repeats = "pairs"
     # Rounding cos and sin to their dtype moves cos² + sin² from 1 by up to its eps.
     rounding = max(1.5 * torch.finfo(cos.dtype).eps, 1e-6)
+    off = (cos.float().square() + sin.float().square() - 1).abs().max()
+    return Form(repeats, scaled=bool(off > rounding))
+
+
+def _prepare(cos: Tensor, sin: Tensor, form: Form) -> Tables:
+    """One angle per pair, divided as the inverse needs it."""
     cos, sin = cos.detach().float(), sin.detach().float()
-    width = cos.shape[-1]
-    half = width // 2
-    if width % 2 == 0 and torch.equal(cos[..., :half], cos[..., half:]):
+    if form.repeats == "halves":
+        half = cos.shape[-1] // 2
         cos, sin = cos[..., :half], sin[..., :half]
-    elif width % 2 == 0 and torch.equal(cos[..., ::2], cos[..., 1::2]):
+    elif form.repeats == "pairs":
         cos, sin = cos[..., ::2], sin[..., ::2]
     if cos.dim() < 4:
         cos, sin = (x.reshape(-1, 1, *x.shape[-2:]) for x in (cos, sin))
     square = cos.square() + sin.square()
-    return Tables(cos / square, sin / square, scaled=bool(((square - 1).abs() > rounding).any()))
+    return Tables(cos / square, sin / square, form)
 
 
 def _conventions(tables: list[Tables], q: Tensor) -> Iterator[Convention]:

@@ -1,0 +1,217 @@
+"""Profiling against the plain forward pass: tokens per second with the table written, and its bytes.
+
+On a CPU a model of GPT-2's shape (12 layers, 12 heads) at T 512; on CUDA the shape of Llama 3 8B in
+bfloat16 at T 512 and 4096. Weights and tokens are random. `document 004` rows measure its four
+columns; 64 contexts of 512 tokens on 32 x 32 heads are its whole job of 33,554,432 rows. Beside
+them the same four by the usual ways: eager attention with `output_attentions`, and on a CPU
+TransformerLens where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from headwise.bench import harness
+from headwise.errors import HeadwiseError
+from headwise.probe.export import NEEDED
+from headwise.probe.load import Loaded
+from headwise.probe.profile import Profile, ProfileConfig
+from headwise.probe.samples import Samples
+from headwise.training.distributed import find_device
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model at one length.
+
+    Attributes:
+        name: of the shape.
+        build: makes the model.
+        contexts, length: how many, of how many tokens.
+        batch: contexts per forward pass.
+        eager: contexts for the usual ways, which are slow.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    contexts: int
+    length: int
+    batch: int
+    eager: int
+
+
+def main(argv: list[str]) -> int:
+    """Print the table and write the JSON; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="headwise bench profile", description=__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it works")
+    arguments = parser.parse_args(argv)
+    device = find_device(arguments.device)
+    rows: list[dict[str, Any]] = []
+    for job in _jobs(device, arguments.quick):
+        rows += _rows(job, device)
+    harness.print_table(rows)
+    harness.save("profile", rows, arguments.out, device=str(device))
+    return 0
+
+
+def _jobs(device: torch.device, quick: bool) -> list[Job]:
+    if quick:
+        return [Job("2 layers, 4 heads", lambda: gpt2(2, 4, 64), contexts=4, length=64, batch=2, eager=2)]
+    if device.type == "cuda":
+        model = llama_8b(device)
+        return [
+            Job("Llama 3 8B shape", lambda: model, contexts=64, length=512, batch=8, eager=8),
+            Job("Llama 3 8B shape", lambda: model, contexts=16, length=4096, batch=2, eager=1),
+        ]
+    return [Job("12 layers, 12 heads", lambda: gpt2(12, 12, 768), contexts=8, length=512, batch=4, eager=4)]
+
+
+def gpt2(layers: int, heads: int, width: int) -> nn.Module:
+    """transformers' GPT-2 of that shape with sharp enough random attention."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=width, n_positions=512, initializer_range=0.04, use_cache=False
+    )
+    return GPT2Model(shape)
+
+
+def llama_8b(device: torch.device) -> nn.Module:
+    """Llama 3 8B's shape in bfloat16, without the output layer."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, use_cache=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return LlamaModel(shape)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
+    model = job.build().to(device).eval().requires_grad_(False)
+    loaded = Loaded(job.name, model, None, lambda ids: model(input_ids=ids))
+    tokens = np.random.default_rng(0).integers(loaded.vocab_size, size=(job.contexts, job.length))
+    samples = Samples(tokens, np.arange(job.contexts), job.length, {"name": "random"})
+    four = ProfileConfig(
+        n_samples=job.contexts, context_length=job.length, measures=NEEDED, samples_per_part=job.batch
+    )
+    ways: list[tuple[str, int, Callable[[int], int | None]]] = [
+        ("plain forward", job.contexts, lambda n: _plain(loaded, samples, n, job.batch, device)),
+    ]
+    for name, config in (
+        ("profile, document 004", four),
+        ("profile, document 004, float16", replace(four, table_dtype="float16")),
+        ("profile, all measures", replace(four, measures=ProfileConfig().measures)),
+        ("profile, all measures per head", replace(four, measures=ProfileConfig().measures, aggregate=True)),
+    ):
+        ways.append((name, job.contexts, lambda n, c=config: _profile(loaded, samples, n, c, job.batch)))  # type: ignore[misc]
+    ways.append(("eager, output_attentions", job.eager, lambda n: _eager(loaded, samples, n, device)))
+    if device.type == "cpu" and importlib.util.find_spec("transformer_lens"):
+        ways.append(("TransformerLens", job.eager, _transformer_lens(model, samples)))
+    plain = None
+    for name, contexts, work in ways:
+        work(min(contexts, job.batch))  # warm up
+        began = time.perf_counter()
+        size = work(contexts)
+        seconds = time.perf_counter() - began
+        rate = contexts * job.length / seconds
+        plain = plain or rate
+        yield {
+            "job": job.name, "T": job.length, "contexts": contexts, "way": name, "seconds": seconds,
+            "tokens_per_sec": rate, "share_of_plain": rate / plain, "table_mb": size and size / 1e6,
+        }  # fmt: skip
+
+
+def _plain(loaded: Loaded, samples: Samples, contexts: int, batch: int, device: torch.device) -> None:
+    with torch.inference_mode():
+        for first in range(0, contexts, batch):
+            loaded.forward(samples.batch(first, min(first + batch, contexts)).to(device))
+    _wait(device)
+
+
+def _profile(loaded: Loaded, samples: Samples, contexts: int, config: ProfileConfig, batch: int) -> int:
+    """A whole profile, correlations and all; returns the bytes of its table."""
+    few = replace(samples, chosen=samples.chosen[:contexts])
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Profile(Path(folder) / "out", replace(config, n_samples=contexts))
+        return profile.run(loaded, few, batch_size=batch)["bytes"]
+
+
+def _eager(loaded: Loaded, samples: Samples, contexts: int, device: torch.device) -> None:
+    """Three of document 004's measures from the weights that eager attention returns."""
+    model: Any = loaded.model
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            for n in range(contexts):
+                ids = samples.batch(n, n + 1).to(device)
+                for weights in model(input_ids=ids, output_attentions=True).attentions:
+                    for measured in _usual(weights):
+                        measured.cpu()
+    except torch.OutOfMemoryError as error:
+        raise HeadwiseError("eager attention is out of memory; lower Job.eager to leave it out") from error
+    finally:
+        model.set_attn_implementation(before)
+    _wait(device)
+
+
+def _transformer_lens(model: Any, samples: Samples) -> Callable[[int], None]:
+    """The same from TransformerLens, on a model of the same shape."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    shape = model.config
+    lens = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=shape.n_layer, d_model=shape.n_embd, n_ctx=shape.n_positions, n_heads=shape.n_head,
+            d_head=shape.n_embd // shape.n_head, d_mlp=4 * shape.n_embd, d_vocab=shape.vocab_size,
+            act_fn="gelu_new", normalization_type="LN", device="cpu",
+        )
+    )  # fmt: skip
+
+    def patterns(name: str) -> bool:
+        return name.endswith("hook_pattern")
+
+    def run(contexts: int) -> None:
+        with torch.inference_mode():
+            for n in range(contexts):
+                ids = samples.batch(n, n + 1)
+                _, cache = lens.run_with_cache(ids, return_type=None, names_filter=patterns)
+                for weights in cache.values():
+                    _usual(weights)
+
+    return run
+
+
+def _usual(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, largest weight and k_eff of weights `(B, H, T, T)`, as they are usually computed."""
+    p = weights.float()
+    k_eff = (p.sort(dim=-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
+    return -(p * (p + 1e-12).log()).sum(-1), p.amax(-1), k_eff
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
