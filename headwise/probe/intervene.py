@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.analysis.gain import MEASURES, Sweep
+from headwise.analysis.sweep import MEASURES, Sweep
 from headwise.attention.observation import Observation, Scores, Unmeasured
 from headwise.errors import HeadwiseError
 from headwise.functional.head_stats import HeadStats, head_stats
@@ -35,7 +35,10 @@ SELECTING = ("selective",)
 class Tokens(Protocol):
     """Samples of one length: `headwise.probe.samples.Samples`."""
 
-    context_length: int
+    @property
+    def context_length(self) -> int:
+        """T."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -88,6 +91,11 @@ def check_baseline(speaker: Speaker, target: Target, tokens: Tensor) -> None:
     plain = speaker(tokens)
     with changed(target.layer, Changes(query=scale_head(target.head, 1.0))):
         scaled = speaker(tokens)
+    if not plain.isfinite().all():
+        raise HeadwiseError(
+            f"the output of {speaker.loaded.name} is not finite, so nothing can be compared with it; "
+            "are there NaN weights?"
+        )
     if not torch.equal(plain, scaled):
         difference = (plain.float() - scaled.float()).abs().max().item()
         raise HeadwiseError(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.analysis import gain
+from headwise.analysis.sweep import Sweep, monotonic, parse_sweeps, sample_rows, sweep_rows, with_samples
 from headwise.errors import HeadwiseError
 
 # The sweep that document 004's project published for layer 12, head 15 of an 8B model, and its gain
@@ -30,8 +32,8 @@ PUBLISHED_GAIN = {
 PUBLISHED_GAIN |= {"gain_entropy": -0.8045083802411997, "gain_k_eff": -75.98501171220039}
 
 
-def parse(text: str) -> list[gain.Sweep]:
-    return gain.parse_sweeps(list(csv.DictReader(io.StringIO(text))), "sweep.csv")
+def parse(text: str) -> list[Sweep]:
+    return parse_sweeps(list(csv.DictReader(io.StringIO(text))), "sweep.csv")
 
 
 def head(
@@ -152,12 +154,12 @@ def test_flat_and_the_failure_rule() -> None:
 
 def test_monotonic_names_the_measure_that_turns() -> None:
     (sweep,) = parse(PUBLISHED.replace("0.07865509390830994", "0.04"))
-    assert gain.monotonic(sweep) == {"entropy": True, "max_weight": False, "k_eff": True}
+    assert monotonic(sweep) == {"entropy": True, "max_weight": False, "k_eff": True}
 
 
 def test_rows_come_back_as_they_were() -> None:
     (sweep,) = parse(PUBLISHED)
-    with_effects = gain.Sweep(
+    with_effects = Sweep(
         **{
             **vars(sweep),
             "delta_loss": np.arange(5) / 7,
@@ -165,14 +167,35 @@ def test_rows_come_back_as_they_were() -> None:
             "kl": np.array([0.5, 0.1, 0, 0.1, 0.4]),
         }
     )
-    rows = [{k: str(v) for k, v in row.items()} for s in (sweep, with_effects) for row in gain.sweep_rows(s)]
+    rows = [{k: str(v) for k, v in row.items()} for s in (sweep, with_effects) for row in sweep_rows(s)]
     assert list(rows[0])[:11] == PUBLISHED.splitlines()[0].split(",")
     for original, again in zip(
         (sweep, with_effects),
-        (*gain.parse_sweeps(rows[:5], "a"), *gain.parse_sweeps(rows[5:], "b")),
+        (*parse_sweeps(rows[:5], "a"), *parse_sweeps(rows[5:], "b")),
         strict=True,
     ):
         np.testing.assert_equal(vars(again), vars(original))
+
+
+def test_samples_come_back_to_the_sweeps_they_are_of() -> None:
+    (first,) = parse(PUBLISHED)
+    samples = np.random.default_rng(0).random((5, 3))
+    kept = replace(first, samples=samples, samples_of="abc")
+    other = replace(first, head=1)
+    rows = [{k: str(v) for k, v in row.items()} for row in sample_rows(kept)]
+    again, without = with_samples([first, other], rows, "samples.csv")
+    np.testing.assert_array_equal(again.samples, samples)
+    assert again.samples_of == "abc"
+    assert without.samples is None
+    assert with_samples([first], rows[:-1], "samples.csv")[0].samples is None
+    assert gain.gain_of(again).per_sample == pytest.approx(gain.fit(first.scales, samples).slope)
+
+
+def test_gains_over_other_samples_are_not_paired() -> None:
+    per_sample = np.array([0.1, 0.2, 0.3])
+    one, other = head(0.2, 0.01, per_sample, samples_of="a"), head(0.1, 0.01, per_sample, samples_of="b")
+    assert gain.gain_ratio(one, other).over == "scales"
+    assert gain.gain_ratio(one, one).over == "3 samples"
 
 
 BROKEN = {

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headwise.analysis.gain import fit, monotonic
+from headwise.analysis.gain import fit
+from headwise.analysis.sweep import monotonic
 from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
+from headwise.probe import intervene
 from headwise.probe.change import Changes, Layer, attention_layers, changed, find_layer, scale_head
 from headwise.probe.intervene import Setting, Target, all_heads, check_baseline, check_isolation, sweep
 from headwise.probe.load import Loaded
@@ -241,6 +243,32 @@ def test_all_heads_from_one_pass_equal_running_each(
         assert np.mean(fit(run.scales, run.samples).slope) == pytest.approx(
             fit(run.scales, run.mean["max_weight"]).slope
         )
+
+
+@torch.no_grad()
+def test_a_kind_that_selects_is_run_for_each_head_and_scale(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking a kind that does not select for one that does changes the way, and must not change the gains."""
+    speaks = headwise_speaker()
+    layers = layers_of(speaks, rows)
+    one_pass = all_heads(speaks, rows, layers, Setting((0.5, 2.0)))
+    monkeypatch.setattr(intervene, "SELECTING", ("flash",))
+    passes: list[int] = []
+    run = all_heads(speaks, rows, layers, Setting((0.5, 2.0), advance=passes.append))
+    assert sum(passes) == 1 + 2 * 8
+    assert [(s.layer, s.head) for s in run] == [(s.layer, s.head) for s in one_pass]
+    for a, b in zip(run, one_pass, strict=True):
+        np.testing.assert_allclose(a.mean["max_weight"], b.mean["max_weight"], rtol=1e-5)
+        assert b.delta_loss is None
+        assert a.delta_loss is not None  # the model was run
+
+
+def test_an_output_that_is_not_finite_is_said(speaker: Callable[[str], Speaker], rows: Rows) -> None:
+    speaks = speaker("llama")
+    speaks.loaded.model.model.layers[0].self_attn.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(HeadwiseError, match=r"is not finite.*NaN weights"):
+        check_baseline(speaks, target_of(speaks, rows), rows.tokens)
 
 
 def test_a_model_without_logits_shows_its_output_change(
