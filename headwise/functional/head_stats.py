@@ -24,6 +24,7 @@ measure but `query_norm` is NaN.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,8 +106,12 @@ def head_stats(
     options = {
         "causal": causal, "window": window, "softcap": softcap, "mass": mass, "k_eff": k_eff,
     }  # fmt: skip
+    if _fits_kernel(q, k) and min(scale * factor for factor in factors) >= 0:
+        from headwise.kernels.head_stats import head_stats as measure
+    else:
+        measure = _plain
     with torch.autocast(q.device.type, enabled=False):
-        stats = _plain(q, k, scale, factors, bias, key_mask, **options)
+        stats = measure(q, k, scale, factors, bias, key_mask, **options)
     if q_scales is None:
         stats = {name: value[0] for name, value in stats.items()}
     return HeadStats(**{"k_eff": None, **stats})
@@ -144,6 +149,18 @@ def weights_stats(weights: Tensor, *, mass: float = 0.9, k_eff: bool = True) -> 
     stats = {name: value[0] for name, value in out.items()}
     absent = dict.fromkeys(("query_norm", "logit_mean", "logit_std", "k_eff"))
     return HeadStats(**{**absent, **stats})
+
+
+def _fits_kernel(q: Tensor, k: Tensor) -> bool:
+    """Whether the Triton kernel takes these; what it does not take, plain PyTorch measures."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        q.is_cuda
+        and q.dtype == k.dtype
+        and q.dtype in dtypes
+        and q.shape[-1] <= 256
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _plain(

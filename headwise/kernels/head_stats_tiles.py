@@ -1,0 +1,139 @@
+"""What the kernels of `head_stats` share: a tile of scores, and which of it a query sees.
+
+The scores of a tile stay in the registers that the tensor cores leave them in: four lanes share a
+row there, each with the columns `8g + 2·lane + {0, 1}`. The row is therefore kept as four
+independent *streams*, one a lane, with nothing to exchange between lanes until the streams are
+merged after the last tile. A tile is viewed as `(BLOCK_M, 4, BLOCK_N / 4)` for that; reductions
+over the last axis are additions within a thread. This holds where BLOCK_M is 16 · num_warps.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# The score of a hidden key: 2^(HIDDEN · unit) is 0, and its square is still a float32. A stream that
+# has met hidden keys alone carries nonsense, which the first visible key multiplies by that 0.
+HIDDEN = tl.constexpr(-1e15)
+
+
+@triton.jit
+def streams(s, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile `(M, N)` as `(M, 4, N / 4)`: a row's scores by the lane that holds them."""
+    s = tl.reshape(s, (BLOCK_M, BLOCK_N // 8, 4, 2))
+    return tl.reshape(tl.permute(s, (0, 2, 1, 3)), (BLOCK_M, 4, BLOCK_N // 4))
+
+
+@triton.jit
+def columns(BLOCK_N: tl.constexpr):
+    """Column of each place of a tile in streams: a part per lane, a part within the thread."""
+    lane = (tl.arange(0, 4) * 2)[None, :, None]
+    place = tl.arange(0, BLOCK_N // 4)[None, None, :]
+    return lane, place // 2 * 8 + place % 2
+
+
+@triton.jit
+def cap(s, factor, softcap, SOFTCAP: tl.constexpr):
+    """Soft-capped logits of raw scores; without a cap raw scores, which `factor` turns to logits."""
+    if SOFTCAP:
+        decay = tl.exp2(tl.abs(s) * (factor * (-2.0 * LOG2E) / softcap))
+        s = softcap * (1.0 - decay) / (1.0 + decay) * tl.where(s < 0, -1.0, 1.0)
+    return s
+
+
+@triton.jit
+def sees(rows, cols, tokens, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys the queries see by their positions alone (queries past the end see anything)."""
+    if CAUSAL:
+        keep = cols <= rows
+    else:
+        keep = cols < tokens
+    if WINDOW:
+        keep = keep & (cols > rows - window) & (cols < rows + window)
+    return keep
+
+
+@triton.jit
+def position_count(rows, tokens, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """How many keys `sees` lets through."""
+    first = rows * 0
+    last = first + tokens - 1
+    if CAUSAL:
+        last = rows
+    if WINDOW:
+        first = tl.maximum(first, rows - window + 1)
+        last = tl.minimum(last, rows + window - 1)
+    return last - first + 1
+
+
+@triton.jit
+def key_ranges(
+    start_m, tokens, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DATA_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Key ranges of a block of queries: masked [begin, full_lo), full [.., full_hi), masked [.., end)."""
+    begin = 0
+    end = tokens
+    full_lo = 0
+    full_hi = tokens // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(end, start_m + BLOCK_M)
+        full_hi = tl.minimum(full_hi, (start_m + 1) // BLOCK_N * BLOCK_N)
+    if WINDOW:
+        begin = tl.maximum(0, start_m - window + 1) // BLOCK_N * BLOCK_N
+        full_lo = tl.cdiv(tl.maximum(0, start_m + BLOCK_M - window), BLOCK_N) * BLOCK_N
+        if not CAUSAL:
+            end = tl.minimum(end, start_m + BLOCK_M - 1 + window)
+            full_hi = tl.minimum(full_hi, (start_m + window) // BLOCK_N * BLOCK_N)
+    if DATA_MASK:
+        full_lo = begin
+        full_hi = begin
+    full_lo = tl.minimum(full_lo, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+    full_hi = tl.maximum(full_hi, full_lo)
+    return begin, full_lo, full_hi, end
+
+
+@triton.jit
+def tile(
+    q, k_head, stride_kt, bias_head, stride_bi, stride_bj, lowest, keys_real,
+    start_m, start_n, tokens, window, factor, softcap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    KEY_MASK: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile in streams: raw (or capped) scores, and scores with bias in base 2 or HIDDEN.
+
+    Without a bias the second are the first, and still to be multiplied by `unit`.
+    """
+    ds = tl.arange(0, BLOCK_D)
+    ns = tl.arange(0, BLOCK_N)
+    k_tile = k_head + tl.cast(start_n, tl.int64) * stride_kt + ns[:, None] * stride_kt + ds[None, :]
+    if MASKED:
+        k = tl.load(k_tile, mask=(start_n + ns < tokens)[:, None] & (ds < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        k = tl.load(k_tile)
+    else:
+        k = tl.load(k_tile, mask=(ds < D)[None, :], other=0.0)
+    s = streams(tl.dot(q, tl.trans(k), input_precision="ieee"), BLOCK_M, BLOCK_N)
+    s = cap(s, factor, softcap, SOFTCAP)
+    y = s
+    if MASKED:
+        rows = start_m + tl.arange(0, BLOCK_M)[:, None, None]
+        lane, place = columns(BLOCK_N)
+        cols = start_n + lane + place
+        keep = sees(rows, cols, tokens, window, CAUSAL, WINDOW)
+        if KEY_MASK:
+            keep = keep & (tl.load(keys_real + cols, mask=cols < tokens, other=0) != 0)
+        if BIAS:
+            at = rows.to(tl.int64) * stride_bi + cols * stride_bj
+            inside = (rows < tokens) & (cols < tokens)
+            bias = tl.load(bias_head + at, mask=inside, other=0.0).to(tl.float32)
+            keep = keep & ~(bias <= lowest)
+            if SOFTCAP:
+                y = (s + bias) * LOG2E
+            else:
+                y = (s * factor + bias) * LOG2E
+        y = tl.where(keep, y, HIDDEN)
+    return s, y
