@@ -18,11 +18,17 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from headwise.attention.base import Attention, register
 from headwise.functional.softmax_attention import additive_mask, zero_rows
 
-SMALL_BLOCKS = {
+KERNEL: dict[str, Any] = {"BACKEND": "TRITON"}
+"""Not the decoding kernel, chosen below 128 tokens otherwise: gradients through it are wrong (torch 2.11)."""
+
+SMALL_BLOCKS = KERNEL | {
     "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32,
     "num_stages": 1,
 }  # fmt: skip
 """Block sizes under an additive mask: the default ones need more shared memory than there is."""
+
+RECOMPILE_LIMIT = 128
+"""Shapes that one process may compile. Beyond the usual 8 it would compute unfused, without a word."""
 
 
 @register("flex")
@@ -49,20 +55,26 @@ class FlexAttention(Attention):
             "scale": self.scale,
             "enable_gqa": k.shape[1] != q.shape[1],
         }
-        self.record_engine("flex" if q.is_cuda else "flex-unfused")
         if q.is_cuda:
-            arguments["kernel_options"] = None if bias is None else SMALL_BLOCKS
-            y = _compiled()(q, k, v, **arguments)
-        else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-                y = flex_attention(q, k, v, **arguments)
-        return zero_rows(y, empty)
+            arguments["kernel_options"] = KERNEL if bias is None else SMALL_BLOCKS
+        self.record_engine("flex" if q.is_cuda else "flex-unfused")
+        return zero_rows(_flex(q, k, v, arguments), empty)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, **arguments)
+    if q.is_cuda:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return _compiled()(q, k, v, **arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(q, k, v, **arguments)
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @lru_cache(maxsize=16)
