@@ -25,7 +25,10 @@ CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error",
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the checks need of one run; None = not recorded."""
+    """What the checks need of one run; None = not recorded.
+
+    `loss` is the final one, `start_loss` the same measured before the first step.
+    """
 
     variant: str
     seed: int | None
@@ -33,6 +36,7 @@ class RunFacts:
     reason: str = ""
     loss: float | None = None
     chance_loss: float | None = None
+    start_loss: float | None = None
     engine: str | None = None
     expected_engine: str | None = None
     data_checksum: str | None = None
@@ -66,6 +70,13 @@ class RunFacts:
             return False
         return self.loss >= (1 - CHANCE_MARGIN) * self.chance_loss
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the final loss is within 1% of the loss before the first step, or above it."""
+        if self.loss is None or self.start_loss is None:
+            return False
+        return self.loss >= (1 - CHANCE_MARGIN) * self.start_loss
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -93,6 +104,7 @@ def _each_variant(runs: Sequence[RunFacts]) -> Iterable[Flag]:
     for name in dict.fromkeys(run.variant for run in runs):
         mine = [run for run in runs if run.variant == name]
         yield from _at_chance(name, mine)
+        yield from _untrained(name, mine)
         yield from _identical_seeds(name, mine)
         yield from _left_out(name, mine)
         yield from _few_seeds(name, mine)
@@ -109,9 +121,21 @@ def _at_chance(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
     where = "is within 1% of" if max(losses) <= (1 + CHANCE_MARGIN) * chance else "is not below"
     yield Flag(
         "error", "at_chance",
-        f"{name} ({_seeds(stuck)}) at chance: nothing was learned; final loss "
+        f"{name} ({_seeds(stuck)}) ended at chance: nothing was learned; final loss "
         f"{_span(losses)} {where} ln(vocabulary) = {chance:.4f}.", name,
     )  # fmt: skip
+
+
+def _untrained(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    stuck = [run for run in runs if run.state == "finished" and run.untrained and not run.at_chance]
+    if stuck:
+        after = _span([run.loss for run in stuck if run.loss is not None])
+        before = _span([run.start_loss for run in stuck if run.start_loss is not None])
+        yield Flag(
+            "error", "untrained",
+            f"{name} ({_seeds(stuck)}) did not learn: final loss {after} is no more than 1% below "
+            f"the untrained model's {before}.", name,
+        )  # fmt: skip
 
 
 def _identical_seeds(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
@@ -165,9 +189,18 @@ def _short(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
         steps = _span([float(run.step) for run in short if run.step is not None], "g")
         yield Flag(
             "warning", "few_steps",
-            f"{name} ({_seeds(short)}) trained for {steps} steps only; fewer than {MIN_STEPS} "
-            "say little about a kind of attention.", name,
+            f"{name} ({_seeds(short)}) trained for {steps} step{'' if steps == '1' else 's'} only"
+            f"{_progress(short)}; fewer than {MIN_STEPS} say little about a kind of attention.", name,
         )  # fmt: skip
+
+
+def _progress(runs: list[RunFacts]) -> str:
+    """`, from loss 5.36 untrained to 5.20`: what so few steps did; empty where it is not known."""
+    known = [(run.start_loss, run.loss) for run in runs]
+    before, after = ([pair[i] for pair in known if pair[i] is not None] for i in (0, 1))
+    if not before or len(before) != len(after):
+        return ""
+    return f", from loss {_span(before)} untrained to {_span(after)}"  # type: ignore[arg-type]
 
 
 def _unsteady(name: str, runs: list[RunFacts]) -> Iterable[Flag]:

@@ -31,7 +31,7 @@ class Evidence:
         length_factor: sequence length over flash's.
         entropy_r, entropy_p: correlation of head entropy with head importance, and its
             corrected p; `flash_entropy_p` is the same test for flash.
-        learned: False where the kind or flash stayed at chance.
+        learned: False where the kind or flash stayed at chance, or where it was before training.
         nonfinite_share, spike_share: shares of steps, over all runs that trained.
         diverged: runs that stopped as diverged, of `started`.
     """
@@ -132,7 +132,7 @@ def stability_rule(evidence: Evidence) -> Rule:
 def quality_rule(evidence: Evidence) -> Rule:
     """Validation loss within +5% of flash."""
     if not evidence.learned:
-        return Rule("loss", None, "at chance: nothing was learned, so losses say nothing")
+        return Rule("loss", None, "nothing was learned, so losses say nothing")
     holds = _below(evidence.loss, LOSS_MARGIN)
     return Rule("loss", holds, f"validation loss {_percent(evidence.loss)} against flash (limit +5%)")
 

@@ -70,7 +70,7 @@ def atlas(grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]]) -> dict[str,
         "variants": {
             variant: [
                 {"seed": run.seed, "used": used, "state": run.state, "steps": found["steps"].tolist(),
-                 "measures": {m: rounded(array, 5) for m, array in found["measures"].items()}}
+                 "measures": {m: rounded(array) for m, array in found["measures"].items()}}
                 for run, used, found in runs
             ]
             for variant, runs in grids.items()

@@ -85,18 +85,29 @@ def finite(value: Any) -> Any:
 
 
 def _facts(run: Run) -> RunFacts:
-    version = " ".join(str(v) for v in (run.get("headwise"), run.get("git_commit")) if v)
+    version = " ".join(str(v)[:12] for v in (run.get("headwise"), run.get("git_commit")) if v)
+    device = run.get("device_name") or run.get("device")
+    started = run.state not in ("skipped", "planned")
     step = number(run, "step")
     params = number(run, "params_total")
     return RunFacts(
         variant=str(run.variant), seed=run.seed, state=run.state, reason=run.reason,
-        loss=number(run, "final_loss"), chance_loss=number(run, "chance_loss"), engine=run.get("engine"),
+        loss=number(run, "final_loss"), chance_loss=number(run, "chance_loss"),
+        start_loss=_start_loss(run), engine=run.get("engine"),
         expected_engine=run.get("expected_engine"), data_checksum=run.get("data_checksum"),
         params_total=None if params is None else int(params), step=None if step is None else int(step),
         data_wait=number(run, "data_wait"), nonfinite_share=number(run, "nonfinite_share"),
-        spike_share=number(run, "spike_share"), device=run.get("device_name") or run.get("device"),
+        spike_share=number(run, "spike_share"), device=device if started else None,
         version=version or None,
     )  # fmt: skip
+
+
+def _start_loss(run: Run) -> float | None:
+    """The validation loss before the first step."""
+    if run.problem:
+        return None
+    steps, losses = run.curve("val", "loss")
+    return float(losses[0]) if steps.size and steps[0] == 0 else None
 
 
 def _reference(study: Study, by_variant: dict[str, list[Run]]) -> str | None:
@@ -194,6 +205,7 @@ def _environment(runs: list[Run]) -> list[dict[str, Any]]:
     """Each fact of the environment with the values it takes over the runs."""
     rows = [(name, [run.get(name) for run in runs]) for name in ENVIRONMENT]
     data = [d if isinstance(d := run.get("data"), dict) else {} for run in runs]
+    rows = [(name, [str(v)[:12] if name == "git_commit" and v else v for v in found]) for name, found in rows]
     rows += [(f"data {key}", [d.get(key) for d in data]) for key in ("name", "checksum", "vocab_size")]
     listed = [(name, list(dict.fromkeys(str(v) for v in values if v is not None))) for name, values in rows]
     return [{"name": name.replace("_", " "), "values": values} for name, values in listed if values]

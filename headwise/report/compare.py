@@ -115,7 +115,7 @@ def _evidence(material: Material, flash: str, name: str) -> Evidence:
         memory=memory if memory.n else None,
         on_cpu=most(run.get("device") for run in material.variants[name]) == "cpu",
         length_factor=lengths[1] / lengths[0] if all(lengths) else None,
-        learned=not any(run.at_chance for run in both),
+        learned=not any(run.at_chance or run.untrained for run in both),
         nonfinite_share=_share(facts, "nonfinite_share"),
         spike_share=_share(facts, "spike_share"),
         diverged=sum(f.state == "diverged" for f in facts),

@@ -127,6 +127,7 @@ def head_atlas(data: dict[str, Any], measure: dict[str, Any]) -> Figure | None:
         for at in corners if at[1] == column
     }  # fmt: skip
     figure, axis = _picture(mosaic, corners, labels, "viridis", 0.26)
+    axis.images[0].set_clim(*colour_range(mosaic))
     bar = figure.colorbar(axis.images[0], ax=axis, fraction=0.03, pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=7)
     unit = f" ({measure['unit']})" if measure["unit"] else ""
@@ -134,6 +135,17 @@ def head_atlas(data: dict[str, Any], measure: dict[str, Any]) -> Figure | None:
     axis.set_xlabel("head", fontsize=8)
     axis.set_ylabel("layer (first on top)", fontsize=8)
     return figure
+
+
+def colour_range(values: np.ndarray) -> tuple[float, float]:
+    """Lowest and highest value, at least 1% of their middle apart on either side.
+
+    Heads that hardly differ, as before training, then look alike rather than like night and day.
+    """
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    middle = (low + high) / 2
+    half = max((high - low) / 2, 0.01 * abs(middle))
+    return middle - half, middle + half
 
 
 def attention_maps(prompts: list[tuple[list[str], np.ndarray]]) -> Figure | None:

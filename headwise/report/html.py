@@ -66,7 +66,8 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     found = [("Device", data["device"]), ("Seeds", ", ".join(map(str, data["seeds"])))]
     if size := budget(data):
         found.append(size)
-    found.append(("Baseline", data["baseline"]))
+    if len(data["variants"]) > 1:
+        found.append(("Baseline", data["baseline"]))
     if data["chance_loss"] is not None:
         found.append(("Loss at chance", f"{data['chance_loss']:.4f} nats"))
     found.append(("Written", data["written"]))

@@ -102,7 +102,7 @@ def _variant(data: dict[str, Any], variant: dict[str, Any]) -> list[str]:
     if variant["per_layer_head"]:
         blocks += ["#### Every measure (per layer and head)", _table(tables.per_layer_head(variant))]
     else:
-        blocks.append("No head of this variant was measured.")
+        blocks.append("No averaged run of this variant has measured heads.")
     blocks += ["#### Runs", _table(_runs(data, variant["name"]))]
     return blocks
 

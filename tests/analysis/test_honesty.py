@@ -49,6 +49,19 @@ def test_chance_margin(ratio: float, flagged: bool) -> None:
     assert ("at_chance" in flags(changed(0, loss=ratio * math.log(256)))) == flagged
 
 
+def test_no_better_than_before_training() -> None:
+    assert (
+        "2.0000 is no more than 1% below the untrained model's 2.0100"
+        in flags(changed(0, start_loss=2.01))["untrained"]
+    )
+    assert flags(changed(0, start_loss=2.1)) == {}
+
+
+def test_what_a_few_steps_did_is_said() -> None:
+    found = flags(changed(0, step=1, start_loss=5.2))
+    assert "1 step only, from loss 5.2000 untrained to 2.0000" in found["few_steps"]
+
+
 @pytest.mark.parametrize("state", ["failed", "diverged", "timed_out", "interrupted", "skipped"])
 def test_runs_cut_short_are_named_and_left_out(state: str) -> None:
     runs = changed(0, state=state, reason="step 12 was not finite")

@@ -7,13 +7,16 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from headwise import report
 from headwise.storage import head_table
+from headwise.storage.head_table import MEASURES
 from headwise.storage.run_folder import RunFolder
 
 VOCAB = 256
@@ -49,8 +52,10 @@ class Shape:
     layers: int = 3
     heads: int = 4
     prompt: int = 24
+    measures: tuple[str, ...] = tuple(MEASURES)
 
 
+SMALL = Shape(60, 10, 5, layers=2, heads=2, prompt=6, measures=("entropy", "margin"))
 DEMO = {
     "flash": Variant("flash", "flash (SDPA)"),
     "mha": Variant("mha", "mha (matrix products)", 1.615, "eager", speed=14_500.0),
@@ -196,6 +201,7 @@ def head_part(
     }  # fmt: skip
     if variant.margin:
         measures = {"margin": 0.02 + 0.3 * focus}
+    measures = {name: values for name, values in measures.items() if name in shape.measures}
     columns = {"run": "demo", "step": step, "layer": layer, "head": head} | measures
     head_table.write_part(folder.heads, f"step_{step:08d}", columns)
 
@@ -217,6 +223,31 @@ def write_maps(folder: RunFolder, step: int, shape: Shape, rng: np.random.Genera
         arrays[f"tokens_{prompt}"] = np.frombuffer(tokens.encode(), np.uint8)
     folder.maps.mkdir(parents=True)
     np.savez_compressed(folder.maps / f"step_{step:08d}.npz", **arrays)
+
+
+def edit_study_yaml(folder: Path, **changes: Any) -> None:
+    """Change entries of a study's plan."""
+    plan = yaml.safe_load((folder / "study.yaml").read_text()) | changes
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+
+
+@pytest.fixture(scope="session")
+def make() -> SimpleNamespace:
+    """What tests make study folders with."""
+    return SimpleNamespace(
+        Variant=Variant,
+        Shape=Shape,
+        SMALL=SMALL,
+        study=write_study,
+        run=write_run,
+        study_yaml=edit_study_yaml,
+    )
+
+
+@pytest.fixture(scope="session")
+def built(demo: Path) -> dict[str, Path]:
+    """The report of the demo study, built once. Read-only."""
+    return report.build(demo)
 
 
 @pytest.fixture(scope="session")

@@ -39,10 +39,14 @@ const MANY_HEADS = 160; // beyond it a line a head is a thicket: layer means are
     return grids[0].map((row, layer) => row.map((_, head) => mean(grids.map((grid) => grid[layer]?.[head] ?? null))));
   }
 
+  // Lowest to highest value, at least 1% of their middle apart on either side: heads that hardly
+  // differ, as before training, then look alike.
   function range() {
     const all = known(names.flatMap((name) => lines(name).flatMap((line) => (line.measures[chosen.measure] ?? []).flat(2))));
-    const extremes = all.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
-    return all.length ? extremes : [0, 1];
+    if (!all.length) return [0, 1];
+    const [low, high] = all.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+    const middle = (low + high) / 2, half = Math.max((high - low) / 2, 0.01 * Math.abs(middle));
+    return [middle - half, middle + half];
   }
 
   function drawGrids() {
@@ -100,7 +104,7 @@ const MANY_HEADS = 160; // beyond it a line a head is a thicket: layer means are
         }
       }
       plot(lower, traces, {
-        height: 190, hovermode: "closest", x: { title: "step", nticks: 5 }, y: { range: [low - pad, high + pad], nticks: 5 },
+        height: 190, hovermode: "closest", x: { title: "step", nticks: 5, dtick: mine.at(-1) <= 5 ? 1 : undefined }, y: { range: [low - pad, high + pad], nticks: 5 },
         margin: { l: 40, r: 8, t: 6, b: 36 }, shapes: [marker()],
       });
     }
@@ -116,8 +120,8 @@ const MANY_HEADS = 160; // beyond it a line a head is a thicket: layer means are
 
   const redraw = () => { drawGrids(); drawLines(); };
   for (const seed of seeds) {
-    const states = names.flatMap((name) => lines(name)).filter((line) => line.seed === seed && !line.used);
-    byId("atlas-seed").append(new Option(states.length ? `${seed} (partly ${states[0].state})` : `${seed}`, String(seed)));
+    const apart = names.filter((name) => lines(name).some((line) => line.seed === seed && !line.used));
+    byId("atlas-seed").append(new Option(apart.length ? `${seed} (not averaged: ${apart.join(", ")})` : `${seed}`, String(seed)));
   }
   if (seeds.length > 1) byId("atlas-seed").append(new Option("mean over seeds", "mean"));
   byId("atlas-measure").onchange = (event) => { chosen.measure = event.target.value; redraw(); };

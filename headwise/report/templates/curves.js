@@ -62,8 +62,8 @@ const LABELS = {
     const shapes = chance ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: chance, y1: chance, line: { color: css("--muted"), width: 1, dash: "dot" } }] : [];
     const annotations = chance ? [{ xref: "paper", x: 1, y: chance, xanchor: "right", yanchor: "bottom", showarrow: false, text: "chance: ln(vocabulary)", font: { size: 11, color: css("--muted") } }] : [];
     plot(targets[i], drawn, {
-      x: { title: { steps: "step", tokens: "tokens", flops: "training FLOPs" }[chosen.x], range: x, hoverformat: chosen.x === "steps" ? ",d" : ".3s" },
-      y: { range: y, tickformat: panel === "accuracy" ? ".0%" : undefined }, hovermode: "x unified", shapes, annotations,
+      x: { title: { steps: "step", tokens: "tokens", flops: "training FLOPs" }[chosen.x], range: x, dtick: chosen.x === "steps" && drawn.every((trace) => trace.x.at(-1) <= 5) ? 1 : undefined, hoverformat: chosen.x === "steps" ? ",d" : ".3s" },
+      y: { range: y, tickformat: panel === "accuracy" ? ".1~%" : undefined }, hovermode: "x unified", shapes, annotations,
     });
   }));
   const redraw = drawings.at(-1);
@@ -123,8 +123,8 @@ const LABELS = {
     show(() => plot(target, [{
       type: "bar", orientation: "h", y: rows.map((v) => v.name), x: rows.map((v) => v.results[metric].mean), width: 0.62,
       marker: { color: rows.map((v) => colour(v.name)) },
-      error_x: { type: "data", array: rows.map((v) => v.results[metric].ci95 ?? 0), color: css("--ink"), thickness: 1.5, width: 5 },
+      error_x: { type: "data", array: rows.map((v) => v.results[metric].ci95 ?? 0), visible: rows.some((v) => v.results[metric].ci95 !== null), color: css("--ink"), thickness: 1.5, width: 5 },
       hovertemplate: "%{y}: %{x:,.4~g}<extra></extra>",
-    }], { height: 44 + 36 * rows.length, x: { rangemode: "tozero", nticks: 5 }, y: { type: "category", autorange: "reversed", ticks: "", showgrid: false }, hovermode: "closest" }));
+    }], { height: 44 + 36 * rows.length, x: { range: [0, 1.05 * Math.max(...rows.map((v) => v.results[metric].mean + (v.results[metric].ci95 ?? 0)))], nticks: 5 }, y: { type: "category", autorange: "reversed", ticks: "", showgrid: false }, hovermode: "closest" }));
   }
 })();

@@ -1,0 +1,163 @@
+"""The numbers of a report: who is averaged, who is compared, who is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from headwise.analysis.statistics import summarize
+from headwise.lab.runs import Run, Study
+from headwise.report.collect import collect
+from headwise.report.curves import rounded, thin
+
+
+def variant(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(v for v in data["variants"] if v["name"] == name)
+
+
+@pytest.fixture(scope="module")
+def of_demo(demo: Path) -> dict[str, Any]:
+    """What is collected of the demo study. Read-only."""
+    return collected(demo)
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    return collect(Study.read(folder))
+
+
+def test_averages_are_over_the_usable_runs_alone(demo: Path, of_demo: dict[str, Any]) -> None:
+    found = variant(of_demo, "tropical")
+    losses = [json.loads((demo / f"tropical/seed_{s}/summary.json").read_text())["val_loss"] for s in (0, 1)]
+    expected = summarize(losses)
+    assert found["n"] == 2
+    assert found["results"]["val_loss"] == {
+        "n": 2, "mean": expected.mean, "std": expected.std, "ci95": expected.ci95,
+    }  # fmt: skip
+    assert found["states"] == {"finished": 2, "diverged": 1}
+
+
+def test_per_head_means_are_those_of_the_last_parts(demo: Path, of_demo: dict[str, Any]) -> None:
+    data = of_demo
+    parts = [pl.read_parquet(demo / f"flash/seed_{s}/heads/step_00000200.parquet") for s in (0, 1, 2)]
+    values = [part.filter(pl.col("head") == 2)["entropy"].cast(pl.Float64).mean() for part in parts]
+    row = variant(data, "flash")["per_head"]["entropy"][2]
+    expected = summarize(values)
+    assert row["head"] == 2
+    assert (row["mean"], row["ci95"]) == pytest.approx((expected.mean, expected.ci95))
+    one = variant(data, "flash")["per_layer_head"]["k_eff"][5]
+    at = [part.filter((pl.col("layer") == 1) & (pl.col("head") == 1))["k_eff"][0] for part in parts]
+    assert (one["layer"], one["head"], one["mean"]) == pytest.approx((1, 1, np.mean(at)))
+
+
+def test_margins_and_nothing_else_for_a_kind_that_offers_only_margins(of_demo: dict[str, Any]) -> None:
+    assert list(variant(of_demo, "tropical")["per_head"]) == ["margin"]
+
+
+def test_comparisons_pair_seeds(demo: Path, of_demo: dict[str, Any]) -> None:
+    rows = [c for c in of_demo["comparisons"] if c["metric"] == "val_loss"]
+    assert [(c["variant"], c["seeds"]) for c in rows] == [("mha", [0, 1, 2]), ("tropical", [0, 1])]
+    runs = {
+        kind: [Run(demo / kind / f"seed_{s}").get("val_loss") for s in (0, 1, 2)] for kind in ("flash", "mha")
+    }
+    differences = np.subtract(runs["mha"], runs["flash"])
+    assert rows[0]["mean"] == pytest.approx(differences.mean())
+    assert rows[0]["p_holm"] >= rows[0]["p_t"]
+
+
+def test_smoothed_training_loss_is_compared_too(of_demo: dict[str, Any]) -> None:
+    assert "train_loss" in {c["metric"] for c in of_demo["comparisons"]}
+
+
+def test_runs_on_other_data_are_not_paired(tmp_path: Path, make) -> None:
+    variants = {
+        "flash": make.Variant("flash"),
+        "mha": make.Variant("mha", summary={"data_checksum": "other"}),
+    }
+    data = collected(make.study(tmp_path, variants, seeds=(0, 1), shape=make.SMALL))
+    assert data["comparisons"] == []
+    assert "different_data" in {flag["code"] for flag in data["flags"]}
+    assert data["verdicts"][0]["verdict"] == "INCONCLUSIVE"
+
+
+def test_verdicts_of_the_demo(of_demo: dict[str, Any]) -> None:
+    found = {v["variant"]: v for v in of_demo["verdicts"]}
+    assert set(found) == {"mha", "flex", "tropical"}
+    assert found["mha"]["verdict"] == "INCONCLUSIVE"
+    assert "not evaluated on CPU" in found["mha"]["text"]
+    assert "flex cannot train on cpu" in found["flex"]["text"]
+    assert (found["tropical"]["verdict"], found["tropical"]["decided_by"]) == ("NO-GO", "stability")
+
+
+@pytest.mark.parametrize(("vram", "verdict"), [(6_000.0, "GO"), (9_500.0, "NO-GO")])
+def test_memory_decides_on_a_gpu(tmp_path: Path, make, vram: float, verdict: str) -> None:
+    on_gpu = {"device": "cuda", "val_loss": 1.6}
+    variants = {
+        "flash": make.Variant("flash", vram=10_000.0, summary=on_gpu),
+        "tt": make.Variant("tt", vram=vram, summary=on_gpu),
+    }
+    data = collected(make.study(tmp_path, variants, seeds=(0, 1, 2), shape=make.SMALL))
+    assert (data["verdicts"][0]["verdict"], data["verdicts"][0]["decided_by"]) == (verdict, "memory")
+
+
+def test_at_chance_gives_no_verdict(tmp_path: Path, make) -> None:
+    stuck = {"val_loss": math.log(256)}
+    variants = {k: make.Variant(k, summary=stuck) for k in ("flash", "mha")}
+    data = collected(make.study(tmp_path, variants, seeds=(0, 1), shape=make.SMALL))
+    assert data["verdicts"][0]["verdict"] == "INCONCLUSIVE"
+    assert {"at_chance", "identical_losses"} <= {flag["code"] for flag in data["flags"]}
+
+
+def test_without_flash_there_is_no_verdict_and_it_says_so(tmp_path: Path, make) -> None:
+    data = collected(make.study(tmp_path, {"mha": make.Variant("mha")}, seeds=(0,), shape=make.SMALL))
+    assert data["verdicts"] == []
+    assert "flash" in data["verdict_note"]
+
+
+def test_curves_keep_their_ends_and_their_order(of_demo: dict[str, Any]) -> None:
+    series = of_demo["curves"]["flash"]["train"]
+    assert (series["steps"][0], series["steps"][-1]) == (5, 200)
+    assert all(
+        low <= mean <= high
+        for low, mean, high in zip(series["low"], series["mean"], series["high"], strict=True)
+    )
+    assert series["tokens"][-1] == 200 * 16 * 128
+    assert len(series["seeds"]) == 3
+
+
+def test_a_diverged_run_has_its_own_line_and_is_not_in_the_band(of_demo: dict[str, Any]) -> None:
+    series = of_demo["curves"]["tropical"]["train"]
+    diverged = series["seeds"][2]
+    assert (diverged["used"], diverged["state"], diverged["steps"][-1]) == (False, "diverged", 60)
+    assert series["steps"][-1] == 200
+
+
+def test_the_atlas_holds_every_head_at_every_evaluation(demo: Path, of_demo: dict[str, Any]) -> None:
+    atlas = of_demo["atlas"]
+    line = atlas["variants"]["flash"][1]
+    assert line["steps"] == [40, 80, 120, 160, 200]
+    assert np.shape(line["measures"]["entropy"]) == (5, 3, 4)
+    part = pl.read_parquet(demo / "flash/seed_1/heads/step_00000120.parquet")
+    expected = part.filter((pl.col("layer") == 2) & (pl.col("head") == 3))["entropy"][0]
+    assert line["measures"]["entropy"][2][2][3] == pytest.approx(expected, rel=1e-5)
+
+
+def test_everything_is_json(of_demo: dict[str, Any]) -> None:
+    data = of_demo
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+
+
+def test_thin_keeps_first_and_last() -> None:
+    steps = np.arange(1000)
+    kept = thin(steps, 40)
+    assert (kept.size, kept[0], kept[-1]) == (40, 0, 999)
+    assert thin(steps[:10], 40).tolist() == list(range(10))
+
+
+def test_rounded_keeps_significant_digits() -> None:
+    assert rounded(np.array([123456.789, 0.000123456789, 0.0, -2.0])) == [123457.0, 0.000123457, 0.0, -2.0]
