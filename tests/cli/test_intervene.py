@@ -33,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50, architectures=["LlamaForCausalLM"],
+        hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     built = transformers.LlamaForCausalLM(config)
     for parameter in built.parameters():

@@ -246,9 +246,7 @@ def test_all_heads_from_one_pass_equal_running_each(
 
 
 @torch.no_grad()
-def test_a_kind_that_selects_is_run_for_each_head_and_scale(
-    rows: Rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kind_that_selects_is_run_for_each_head(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking a kind that does not select for one that does changes the way, and must not change the gains."""
     speaks = headwise_speaker()
     layers = layers_of(speaks, rows)
