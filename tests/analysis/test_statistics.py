@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headwise.analysis.statistics import half_width, holm, paired, relative, summarize, t_quantile
@@ -101,6 +101,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.04, 0.01, None, 0.03]) == pytest.approx([0.06, 0.03, None, 0.06])
 
 
+@settings(deadline=None)
 @given(st.lists(values, min_size=2, max_size=8), st.floats(-100, 100), st.floats(0.01, 100))
 def test_shift_and_scale(data: list[float], shift: float, scale: float) -> None:
     base, moved = summarize(data), summarize([scale * x + shift for x in data])
@@ -108,6 +109,7 @@ def test_shift_and_scale(data: list[float], shift: float, scale: float) -> None:
     assert moved.ci95 == pytest.approx(scale * base.ci95, rel=1e-5, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(values, min_size=2, max_size=8))
 def test_order_does_not_matter(data: list[float]) -> None:
     forward, backward = summarize(data), summarize(data[::-1])
@@ -115,6 +117,7 @@ def test_order_does_not_matter(data: list[float]) -> None:
     assert forward.std == pytest.approx(backward.std, rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(values, values), min_size=2, max_size=8))
 def test_paired_is_antisymmetric(pairs: list[tuple[float, float]]) -> None:
     a, b = ({s: p[i] for s, p in enumerate(pairs)} for i in (0, 1))
@@ -123,6 +126,7 @@ def test_paired_is_antisymmetric(pairs: list[tuple[float, float]]) -> None:
     assert forward.p_t == pytest.approx(backward.p_t)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(values, values), min_size=3, max_size=8))
 def test_interval_excludes_zero_exactly_when_p_is_small(pairs: list[tuple[float, float]]) -> None:
     result = paired({s: p[0] for s, p in enumerate(pairs)}, {s: p[1] for s, p in enumerate(pairs)})
@@ -131,6 +135,7 @@ def test_interval_excludes_zero_exactly_when_p_is_small(pairs: list[tuple[float,
     assert excludes == (result.p_t < 0.05)
 
 
+@settings(deadline=None)
 @given(st.lists(probabilities, max_size=10))
 def test_holm_laws(p_values: list[float]) -> None:
     corrected = holm(p_values)

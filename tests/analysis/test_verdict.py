@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.analysis.statistics import Summary
@@ -92,6 +92,7 @@ def test_no_common_seed() -> None:
     assert "no common seed" in verdict.text
 
 
+@settings(deadline=None)
 @given(st.floats(-0.5, 0.5), st.floats(0, 0.3), st.floats(-0.9, 0.9), st.floats(0, 0.3))
 def test_a_narrower_interval_never_swaps_go_and_no_go(
     loss: float, loss_width: float, memory: float, memory_width: float
