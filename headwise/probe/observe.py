@@ -105,10 +105,12 @@ class Rows:
     Attributes:
         values: column name to `(B, H, T)` float32.
         real: `(B, T)`, False at padding tokens, which have no rows; None = all are real.
+        visible_keys: mean number of keys that a query sees, padding and additive masks aside.
     """
 
     values: dict[str, Tensor]
-    real: Tensor | None = None
+    real: Tensor | None
+    visible_keys: float
 
 
 @dataclass
@@ -161,7 +163,7 @@ class Collector:
             values["entropy"] = values["entropy"].masked_fill(early, torch.nan)
         if not self.passes or layer in self.passes[-1]:
             self.passes.append({})
-        self.passes[-1][layer] = Rows(values, real)
+        self.passes[-1][layer] = Rows(values, real, _visible_keys(observation))
 
     def columns(self) -> dict[str, np.ndarray]:
         """Head-table columns, ordered by sample, layer, head, token.
@@ -234,6 +236,18 @@ class Collector:
                         _append_rows(columns, names, values, real, sample, first_sample, layer)
             first_sample += batch
         return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def _visible_keys(seen: Observation) -> float:
+    if isinstance(seen, Scores):
+        tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window or seen.q.shape[-2]
+    elif isinstance(seen, Weights | Margins):
+        length = seen.weights.shape[-1] if isinstance(seen, Weights) else seen.margin.shape[-1]
+        tokens, causal, window = length, True, length
+    else:
+        return 0.0
+    behind = np.minimum(np.arange(tokens) + 1, window)
+    return float(behind.mean() if causal else (behind + behind[::-1] - 1).mean())
 
 
 def _to_host(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray]:

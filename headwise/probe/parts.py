@@ -62,12 +62,12 @@ class Block:
 
     Attributes:
         names: of the measures, M.
-        rows: (layer, head) of each of the R heads.
+        rows: (layer, head, mean number of keys that a query sees) of each of the R heads.
         values: `(M, B, R, T)` float32, on the device.
     """
 
     names: list[str]
-    rows: list[tuple[int, int]]
+    rows: list[tuple[int, int, float]]
     values: Tensor
 
 
@@ -94,7 +94,7 @@ def take(collector: Collector) -> Block:
         like = next(iter(measured.values.values()))
         absent = torch.full_like(like, torch.nan)
         stacked.append(torch.stack([measured.values.get(name, absent) for name in names]))
-        rows += [(layer, head) for head in range(like.shape[1])]
+        rows += [(layer, head, measured.visible_keys) for head in range(like.shape[1])]
     return Block(names, rows, torch.cat(stacked, dim=2))
 
 
@@ -146,13 +146,13 @@ def writing(
 
 
 def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
-    """Names of the measures, (layer, head) of the heads `(R, 2)`, and the moments of all parts.
+    """Names of the measures, `Block.rows` as `(R, 3)`, and the moments of all parts.
 
     Raises:
         HeadwiseError: a part is damaged or its moments are lost.
     """
     names: list[str] = []
-    rows = np.empty((0, 2), int)
+    rows = np.empty((0, 3))
     found = []
     for table in sorted(folders.heads.glob("*.parquet")):
         path = folders.moments / f"{table.stem}.npz"
@@ -220,7 +220,7 @@ def _over_tokens(block: Block, ignore_first: int) -> Tensor:
 
 
 def _keys(
-    rows: Sequence[tuple[int, int]], first_sample: int, shape: Sequence[int], *, per_token: bool
+    rows: Sequence[tuple[int, int, float]], first_sample: int, shape: Sequence[int], *, per_token: bool
 ) -> dict[str, np.ndarray | str | int]:
     """Key columns of values `(M, B, R, T)`, flattened in that order."""
     _, batch, n_rows, tokens = shape

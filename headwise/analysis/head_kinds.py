@@ -1,0 +1,75 @@
+"""What a head does, by plain rules on its mean measures.
+
+A rule compares one mean over tokens with a threshold, so that every label can be checked by hand.
+`broad` is relative to what uniform attention over the same keys would give, and `local` to its mean
+distance: causal attention over T tokens sees (T + 1)/2 keys on average, at a mean distance of about
+half of that. The first rule that holds names the head; all that hold are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+MASS = 0.9
+"""k_eff counts keys for this share of the weight."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`label` holds where `measure`, divided by what uniform attention gives, passes `threshold`.
+
+    Attributes:
+        above: whether it must be at least the threshold, or at most.
+        relative: divide by uniform attention's value of the measure first.
+        text: the rule in words and numbers.
+    """
+
+    label: str
+    measure: str
+    threshold: float
+    above: bool
+    relative: bool
+    text: str
+
+
+RULES = (
+    Rule("sink", "sink_weight", 0.5, True, False, "mean weight on key 0 is at least 0.5"),
+    Rule("previous-token", "previous_weight", 0.5, True, False, "mean weight on key i-1 is at least 0.5"),
+    Rule("local", "mean_distance", 0.1, False, True, "mean distance is at most 0.1 of uniform attention's"),
+    Rule("sharp", "max_weight", 0.5, True, False, "mean largest weight is at least 0.5"),
+    Rule("broad", "k_eff", 0.5, True, True, "mean k_eff is at least 0.5 of uniform attention's"),
+)
+OTHER = "mixed"
+
+
+def classify(per_head: Mapping[str, np.ndarray]) -> list[list[str]]:
+    """For each of R heads the labels of all rules that hold, the first of which names it.
+
+    Args:
+        per_head: means by measure `(R,)`, and `visible_keys`, the mean number of keys a query sees.
+            A measure that is absent or NaN holds no rule.
+
+    Returns:
+        Lists of labels; `["mixed"]` where no rule holds.
+    """
+    n_heads = len(per_head["visible_keys"])
+    found: list[list[str]] = [[] for _ in range(n_heads)]
+    for rule in RULES:
+        if rule.measure not in per_head:
+            continue
+        value = per_head[rule.measure] / (
+            uniform(rule.measure, per_head["visible_keys"]) if rule.relative else 1.0
+        )
+        with np.errstate(invalid="ignore"):
+            holds = value >= rule.threshold if rule.above else value <= rule.threshold
+        for head in np.flatnonzero(holds):
+            found[head].append(rule.label)
+    return [labels or [OTHER] for labels in found]
+
+
+def uniform(measure: str, visible_keys: np.ndarray) -> np.ndarray:
+    """What uniform attention over so many keys gives: k_eff, and the mean distance to keys behind."""
+    return MASS * visible_keys if measure == "k_eff" else (visible_keys - 1) / 2
