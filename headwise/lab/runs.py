@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headwise.errors import HeadwiseError
-from headwise.storage.run_folder import STALE_S, STATES
+from headwise.storage.run_folder import STALE_S, STATES, state_of
 
 if TYPE_CHECKING:
     import polars
@@ -105,9 +104,11 @@ class Run:
         state, reason = str(status.get("state")), str(status.get("reason") or "")
         if state not in STATES:
             return "failed", f"unreadable status.json: state {state!r} is not known"
-        if state == "running":
-            gone = _gone(self.status)
-            return ("interrupted", gone) if gone else (state, reason)
+        try:
+            if state_of(self.status) == "interrupted" != state:
+                return "interrupted", _silence(self.status)
+        except TypeError:
+            return "failed", "unreadable status.json: its heartbeat or pid is no number"
         return state, reason
 
     @property
@@ -275,20 +276,12 @@ def _is_run(path: Path) -> bool:
     return any((path / mark).is_file() for mark in MARKS)
 
 
-def _gone(status: dict[str, Any]) -> str | None:
-    """Why a run that says `running` does not run; None while it shows signs of life."""
-    host, pid, beat = status.get("host"), status.get("pid"), status.get("heartbeat")
-    if isinstance(pid, int) and host == socket.gethostname():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return f"its process {pid} is gone"
-        except (PermissionError, OverflowError):
-            pass
-    age = time.time() - float(beat) if isinstance(beat, int | float) else float("inf")
-    if age > STALE_S:
-        return f"no sign of life for {age:.0f} s" if np.isfinite(age) else "no heartbeat recorded"
-    return None
+def _silence(status: dict[str, Any]) -> str:
+    """What shows that a run that says `running` does not run."""
+    age = time.time() - status.get("heartbeat", 0)
+    if age < STALE_S:
+        return f"its process {status.get('pid')} is gone"
+    return f"no sign of life for {age:.0f} s" if "heartbeat" in status else "no heartbeat recorded"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def test_dead_process_on_this_host_reads_as_interrupted(tmp_path: Path) -> None:
         ("summary.json", b"[1, 2]"),
         ("status.json", b"\xff\xfe\x00garbage"),
         ("status.json", b'{"state": "dancing"}'),
+        ("status.json", b'{"state": "running", "heartbeat": "yesterday"}'),
         ("config.yaml", b"model: [unclosed"),
         ("metrics.csv", b"what is this\n1,2,3\n"),
         ("metrics.csv", b"step,split,loss\nfive,train,1.0\n"),
