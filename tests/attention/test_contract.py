@@ -11,28 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from attention_layers import (
-    BATCH,
-    CLOSE,
-    LENGTH,
-    additive,
-    entering_output,
-    form,
-    inputs,
-    make,
-    masks_for,
-    random_mask,
-    rope_of,
-)
 from torch import Tensor
 
-from headwise.attention import KINDS, AttentionConfig
+from headwise.attention import KINDS, Attention, AttentionConfig, AttentionShape
 from headwise.attention.base import FEATURES
+from headwise.attention.mha import VanillaAttention
 from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
 from headwise.config import Config
 from headwise.errors import HeadwiseError
 from headwise.lab.train import refuse_device
 from headwise.model.config import ModelConfig
+from headwise.model.rope import Rope
+
+BATCH, LENGTH = 3, 9
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+"""Two float32 computations of one thing: the outputs below are of size 1 and differ by 3e-6 at worst."""
+
 
 SHAPES: dict[str, dict[str, int]] = {
     "usual": {},
@@ -44,6 +39,57 @@ SHAPES: dict[str, dict[str, int]] = {
     "head_dim above d_model / n_heads": {"d_model": 10, "n_heads": 3, "n_kv_heads": 3, "head_dim": 8},
     "one head": {"n_heads": 1, "n_kv_heads": 1},
 }
+
+
+def make(kind: str, **sizes: Any) -> Attention:
+    """A layer in eval mode."""
+    default = {"d_model": 20, "n_heads": 4, "n_kv_heads": 4, "head_dim": 6}
+    return KINDS[kind](AttentionShape(**(default | sizes)), AttentionConfig(kind=kind).options()).eval()
+
+
+def inputs(layer: Attention, batch: int = BATCH, length: int = LENGTH) -> Tensor:
+    """`(B, T, d_model)`, wide enough that logits spread over a few units and weights are far from uniform."""
+    return 3 * torch.randn(batch, length, layer.shape.d_model)
+
+
+def rope_of(layer: Attention) -> Rope:
+    return Rope(layer.shape.head_dim)
+
+
+def form(kind: str) -> dict[str, bool]:
+    """The forward's `causal` in a form that the kind takes."""
+    return {"causal": "causal" in KINDS[kind].supports}
+
+
+def random_mask(batch: int = BATCH, length: int = LENGTH) -> Tensor:
+    """Half of the keys hidden, the diagonal visible so that no row is empty."""
+    return (torch.rand(batch, length, length) < 0.5) | torch.eye(length, dtype=torch.bool)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """0 where `mask` is True and -inf elsewhere."""
+    return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+
+
+def entering_output(layer: Attention, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What the core gave, `(B, T, H·D)`, and the layer's result."""
+    seen: list[Tensor] = []
+    handle = layer.out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        y = layer(x, **kwargs)
+    finally:
+        handle.remove()
+    return seen[0], y
+
+
+def masks_for(kind: str) -> list[Tensor | None]:
+    """No mask, and one of each form that the kind takes."""
+    mask = random_mask()
+    supports = KINDS[kind].supports
+    found: list[Tensor | None] = [None]
+    found += [mask] if "padding" in supports else []
+    found += [additive(mask) + torch.randn(mask.shape)] if "additive_mask" in supports else []
+    return found
 
 
 every_kind = pytest.mark.parametrize("kind", list(KINDS))
@@ -104,6 +150,19 @@ def test_takes_what_it_declares_and_refuses_the_rest(kind: str, feature: str) ->
     else:
         with pytest.raises(error, match=kind):
             ask(kind)
+
+
+@pytest.mark.parametrize("supports", [{"causal"}, {"full"}, {"full", "padding"}, {"causal", "additive_mask"}])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_whatever_a_kind_does_not_declare_is_refused(
+    supports: set[str], feature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bare(VanillaAttention):
+        """Could do everything and declares little."""
+
+    Bare.supports, Bare.kind = frozenset(supports), "bare"
+    monkeypatch.setitem(KINDS, "bare", Bare)
+    test_takes_what_it_declares_and_refuses_the_rest("bare", feature)
 
 
 @every_kind

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_layers import (
-    BATCH,
-    CLOSE,
-    LENGTH,
-    entering_output,
-    inputs,
-    make,
-    masks_for,
-    random_mask,
-    rope_of,
-)
 from torch import Tensor, nn
 
-from headwise.attention import Attention
+from headwise.attention import KINDS, Attention, AttentionShape
 from headwise.attention.observation import Scores
+from headwise.model.rope import Rope
 
 SOFTMAX = ("mha", "flash", "flex")
+
+BATCH, LENGTH, D_MODEL, N_HEADS, HEAD_DIM = 3, 9, 24, 4, 6
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+"""Two float32 computations of one thing: the outputs below are of size 1 and differ by 3e-6 at worst."""
+
+
+def make(kind: str, n_kv_heads: int, *, bias: bool = False) -> Attention:
+    return KINDS[kind](AttentionShape(D_MODEL, N_HEADS, n_kv_heads, HEAD_DIM, bias=bias)).eval()
+
+
+def inputs() -> Tensor:
+    """Wide enough that logits spread over a few units and weights are far from uniform."""
+    return 3 * torch.randn(BATCH, LENGTH, D_MODEL)
+
+
+def random_mask() -> Tensor:
+    """Half of the keys hidden, one query that sees nothing, and one that sees nothing of the past."""
+    mask = (torch.rand(BATCH, LENGTH, LENGTH) < 0.5) | torch.eye(LENGTH, dtype=torch.bool)
+    mask[0, 3] = False
+    mask[1, 5, :6] = False
+    return mask
+
+
+def masks() -> list[Tensor | None]:
+    """None, boolean, additive, and one for the whole batch."""
+    mask = random_mask()
+    return [None, mask, torch.randn(mask.shape).masked_fill(~mask, -torch.inf), mask[:1]]
 
 
 def definition(layer: Attention, x: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
@@ -48,13 +66,9 @@ def definition(layer: Attention, x: Tensor, mask: Tensor | None, *, causal: bool
 @pytest.mark.parametrize("n_kv_heads", [1, 2])
 @torch.no_grad()
 def test_softmax_engines_agree_with_the_definition(kind: str, causal: bool, n_kv_heads: int) -> None:
-    layer = make(kind, n_kv_heads=n_kv_heads)
+    layer, x = make(kind, n_kv_heads), inputs()
     layer.scale *= 0.7
-    x = inputs(layer)
-    for mask in masks_for(kind):
-        if mask is not None:  # a query that sees nothing, and one that sees nothing of the past
-            mask[0, 3] = False if mask.dtype == torch.bool else -torch.inf
-            mask[1, 5, :6] = False if mask.dtype == torch.bool else -torch.inf
+    for mask in masks():
         exact = definition(layer, x, mask, causal=causal)
         y = layer(x, attn_mask=mask, causal=causal)
         torch.testing.assert_close(y.double(), exact, **CLOSE)
@@ -64,16 +78,16 @@ def test_softmax_engines_agree_with_the_definition(kind: str, causal: bool, n_kv
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_mha_is_multihead_attention_of_pytorch(causal: bool, bias: bool) -> None:
-    layer = make("mha", d_model=24, bias=bias).double()
-    theirs = nn.MultiheadAttention(24, 4, bias=bias, batch_first=True).double().eval()
+    layer = make("mha", N_HEADS, bias=bias).double()
+    theirs = nn.MultiheadAttention(D_MODEL, N_HEADS, bias=bias, batch_first=True).double().eval()
     pairs = [(theirs.in_proj_weight, layer.qkv.weight), (theirs.out_proj.weight, layer.out.weight)]
     pairs += [(theirs.in_proj_bias, layer.qkv.bias), (theirs.out_proj.bias, layer.out.bias)] if bias else []
     for target, source in pairs:
         target.copy_(source)
-    x, mask = inputs(layer).double(), random_mask(batch=1)
+    x, mask = inputs().double(), random_mask()[2:]  # theirs gives NaN to a query that sees nothing
     visible = mask[0].tril() if causal else mask[0]
     expected, weights = theirs(x, x, x, attn_mask=~visible, average_attn_weights=False)
-    assert weights.shape == (BATCH, 4, LENGTH, LENGTH)
+    assert weights.shape == (BATCH, N_HEADS, LENGTH, LENGTH)
     torch.testing.assert_close(layer(x, attn_mask=mask, causal=causal), expected)
 
 
@@ -81,19 +95,20 @@ def test_mha_is_multihead_attention_of_pytorch(causal: bool, bias: bool) -> None
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_offered_scores_reproduce_the_output(kind: str, causal: bool) -> None:
-    layer, seen = make(kind, n_heads=6, n_kv_heads=2), []
+    group = 2
+    layer, rope, x = make(kind, N_HEADS // group), Rope(HEAD_DIM), inputs()
+    entering, seen = [], []
+    layer.out.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
     layer.observer = seen.append
-    x = inputs(layer)
-    for mask in masks_for(kind):
-        core, _ = entering_output(layer, x, attn_mask=mask, causal=causal, rope=rope_of(layer))
+    for mask in masks():
+        layer(x, attn_mask=mask, causal=causal, rope=rope)
         scores: Scores = seen.pop()
-        k = scores.k.repeat_interleave(3, dim=1)
-        logits = scores.scale * scores.q @ k.transpose(-2, -1)
+        logits = scores.scale * scores.q @ scores.k.repeat_interleave(group, dim=1).transpose(-2, -1)
         logits = logits if scores.bias is None else logits + scores.bias
         if scores.causal:
             logits = logits.masked_fill(~torch.ones(LENGTH, LENGTH).tril().bool(), -torch.inf)
-        v = layer.heads(x)[2].repeat_interleave(3, dim=1)
-        expected = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(core, expected, **CLOSE)
+        v = layer.heads(x)[2].repeat_interleave(group, dim=1)
+        expected = (logits.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(entering.pop(), expected, **CLOSE)
         assert scores.q_pre is not None
-        torch.testing.assert_close(rope_of(layer)(scores.q_pre, scores.k_pre), (scores.q, scores.k), **CLOSE)
+        torch.testing.assert_close(rope(scores.q_pre, scores.k_pre), (scores.q, scores.k), **CLOSE)
