@@ -24,7 +24,7 @@ class Scores:
         softcap: logits become `softcap · tanh(logits / softcap)`.
         window: query i sees keys j > i - window only.
         key_mask: `(B, T)`, True where a key is real and not padding.
-        q_pre: queries before rotation, `(B, H, T, D)`; None where nothing is rotated.
+        q_pre: queries before rotation, `(B, H, T, D)`, q itself where nothing is rotated; None = not known.
         k_pre: keys before rotation, `(B, K, T, D)`.
     """
 
