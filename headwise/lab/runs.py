@@ -105,7 +105,7 @@ class Run:
         if state not in STATES:
             return "failed", f"unreadable status.json: state {state!r} is not known"
         try:
-            if state_of(self.status) == "interrupted" != state:
+            if state == "running" and state_of(self.status) == "interrupted":
                 return "interrupted", _silence(self.status)
         except TypeError:
             return "failed", "unreadable status.json: its heartbeat or pid is no number"
