@@ -57,12 +57,13 @@ def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ig
     finally:
         display.close()
     states = [state(run) for run in runs]
-    if not any(one in ENDED or one == "skipped" for one in states):
-        reason = next((r.folder.read_status().get("reason") for r in runs if state(r) == "failed"), "stopped")
+    if any(one in ENDED for one in states) or complete and "skipped" in states:
+        paths = report.build(folder)
+        print(f"report: {paths['html']}\n        {paths['markdown']}")
+    elif complete:
+        reason = next((r.folder.read_status().get("reason") for r in runs if state(r) == "failed"), "")
         raise HeadwiseError(f"no run of {folder} came to a result: {reason}")
-    paths = report.build(folder)
-    print(f"report: {paths['html']}\n        {paths['markdown']}")
     if not complete:
-        print(f"stopped; to go on: {study.command}", file=sys.stderr)
+        print(f"stopped; what was done is kept. To go on: {study.command}", file=sys.stderr)
         return 130
     return 0 if all(one in ("finished", "skipped") for one in states) else 1
