@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -29,6 +30,9 @@ from headwise.probe.load import Loaded
 from headwise.probe.profile import Profile, ProfileConfig
 from headwise.probe.samples import Samples
 from headwise.training.distributed import find_device
+
+ROUNDS = 3
+"""Of all ways in turns; the medians are shown."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def _jobs(device: torch.device, quick: bool) -> list[Job]:
             Job("Llama 3 8B shape", lambda: model, contexts=64, length=512, batch=8, eager=8),
             Job("Llama 3 8B shape", lambda: model, contexts=16, length=4096, batch=2, eager=1),
         ]
-    return [Job("12 layers, 12 heads", lambda: gpt2(12, 12, 768), contexts=8, length=512, batch=4, eager=4)]
+    return [Job("12 layers, 12 heads", lambda: gpt2(12, 12, 768), contexts=4, length=512, batch=4, eager=2)]
 
 
 def gpt2(layers: int, heads: int, width: int) -> nn.Module:
@@ -130,17 +134,21 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
     ways.append(("eager, output_attentions", job.eager, lambda n: _eager(loaded, samples, n, device)))
     if device.type == "cpu" and importlib.util.find_spec("transformer_lens"):
         ways.append(("TransformerLens", job.eager, _transformer_lens(model, samples)))
-    plain = None
-    for name, contexts, work in ways:
+    for _, contexts, work in ways:
         work(min(contexts, job.batch))  # warm up
-        began = time.perf_counter()
-        size = work(contexts)
-        seconds = time.perf_counter() - began
-        rate = contexts * job.length / seconds
-        plain = plain or rate
+    seconds: list[list[float]] = [[] for _ in ways]
+    sizes: list[int | None] = [None] * len(ways)
+    for _ in range(ROUNDS):  # in turns, so that a machine that slows down slows them all
+        for n, (_, contexts, work) in enumerate(ways):
+            began = time.perf_counter()
+            sizes[n] = work(contexts)
+            seconds[n].append(time.perf_counter() - began)
+    rates = [w[1] * job.length / statistics.median(s) for w, s in zip(ways, seconds, strict=True)]
+    for (name, contexts, _), taken, rate, size in zip(ways, seconds, rates, sizes, strict=True):
         yield {
-            "job": job.name, "T": job.length, "contexts": contexts, "way": name, "seconds": seconds,
-            "tokens_per_sec": rate, "share_of_plain": rate / plain, "table_mb": size and size / 1e6,
+            "job": job.name, "T": job.length, "contexts": contexts, "way": name,
+            "seconds": statistics.median(taken), "tokens_per_sec": rate, "share_of_plain": rate / rates[0],
+            "table_mb": size and size / 1e6,
         }  # fmt: skip
 
 
