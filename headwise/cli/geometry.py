@@ -162,7 +162,9 @@ def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], name: str)
             writer.writerow([layer, head, circuit, *(float(v[layer, head]) for v in values.values())])
     write_text(folder / "geometry.csv", text.getvalue())
     for circuit, values in described.items():
-        draw_descriptors(values, f"{Path(name).name}: {CIRCUITS[circuit]}", folder / f"geometry_{circuit}.png")
+        draw_descriptors(
+            values, f"{Path(name).name}: {CIRCUITS[circuit]}", folder / f"geometry_{circuit}.png"
+        )
     print(f"wrote {folder / 'geometry.csv'} and a heatmap of each circuit")
 
 

@@ -32,9 +32,9 @@ ATTENTION = re.compile(r"(?i)(^|\.|_)(self_?)?(attn|attention)\b")
 CROSS = re.compile(r"(?i)cross|encoder_att|encdec|encoder_decoder")
 
 SEPARATE = {
-    "q": ("q_proj", "query", "q_lin", "wq", "q"),
-    "k": ("k_proj", "key", "k_lin", "wk", "k"),
-    "v": ("v_proj", "value", "v_lin", "wv", "v"),
+    "q": ("q_proj", "query", "query_proj", "q_lin", "wq", "q"),
+    "k": ("k_proj", "key", "key_proj", "k_lin", "wk", "k"),
+    "v": ("v_proj", "value", "value_proj", "v_lin", "wv", "v"),
 }
 OUTPUT = ("o_proj", "out_proj", "out_lin", "dense", "c_proj", "Wo", "wo", "o")
 FUSED = {
@@ -44,19 +44,24 @@ FUSED = {
 """`stacked`: all queries, all keys, all values. `by_head`: q, k, v of each head in turn.
 `by_group`: the queries of a group, then its key, then its value."""
 
-HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "persimmon"}
+"""Model types whose `query_key_value` is known to be laid out by head (or by group)."""
+
+HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 NORMS = (
     "input_layernorm", "attention_norm", "ln_1", "ln_attn", "norm_1", "norm1", "attn_norm",
-    "layernorm_before", "layer.0.layer_norm",
+    "layernorm_before", "layer_norm1", "attention_layernorm", "attention.LayerNorm", "layer.0.layer_norm",
 )  # fmt: skip
 """Norms whose output enters the projections."""
-NORM_FIRST = {"mbart", "m2m_100", "whisper", "xglm", "pegasus", "opt"}
+NORM_FIRST = {"mbart", "m2m_100", "whisper", "xglm", "pegasus", "opt", "biogpt"}
 """Model types whose `self_attn_layer_norm` comes before attention, where others have it after."""
 NORM_PLUS_ONE = {
     "gemma", "gemma2", "gemma3", "gemma3_text", "t5gemma", "t5gemma2", "vaultgemma", "recurrent_gemma",
     "nemotron", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
 }  # fmt: skip
 """Model types whose norm multiplies by 1 + weight."""
+POSITION_BIAS = {"bloom", "mpt", "t5", "mt5", "deberta", "deberta-v2"}
+"""Model types that add a term for the positions of query and key to the scores."""
 
 
 @dataclass(frozen=True)
@@ -178,15 +183,22 @@ def _cut(rest: dict[str, str], heads: int, tensors: Tensors, where: str) -> Laye
     output = get("o")
     if fused := next((role for role in roles if role in FUSED), None):
         weight = get(fused)
-        if fused == "c_attn" and tensors.config.get("model_type") not in ("gpt_bigcode", None):
+        if weight.shape[0] < weight.shape[1]:
             weight, output = weight.T, output.T  # GPT-2's Conv1D keeps (in, out)
         width = _even(output.shape[1], heads, where, "output projection")
-        layout = _layout(fused, tensors.config)
+        layout = _layout(fused, tensors)
         q, k, v = _split(weight, heads, width, layout, where)
     else:
         q, k, v = get("q"), get("k"), get("v")
-        width = _even(q.shape[0], heads, where, "query projection")
-    if k.shape[0] % width or v.shape != k.shape or heads % (k.shape[0] // width):
+        width = _even(output.shape[1], heads, where, "output projection")
+        if q.shape[0] == 2 * heads * width:  # a gate follows each head's query, as in Qwen3-Next
+            q = q.reshape(heads, 2, width, -1)[:, 0].flatten(0, 1)
+    if (
+        q.shape[0] != heads * width
+        or k.shape[0] % width
+        or v.shape != k.shape
+        or heads % (k.shape[0] // width)
+    ):
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in (("q", q), ("k", k), ("v", v)))
         raise HeadwiseError(f"{where}: projections {shapes} do not divide into {heads} heads of {width}")
     q, k, v = (t.reshape(-1, width, t.shape[-1]) for t in (q, k, v))
@@ -211,11 +223,14 @@ def _split(weight: Tensor, heads: int, width: int, layout: str, where: str) -> t
     return q.flatten(0, 2), k.flatten(0, 1), v.flatten(0, 1)
 
 
-def _layout(fused: str, config: dict[str, Any]) -> str:
+def _layout(fused: str, tensors: Tensors) -> str:
     """How the fused projection is laid out; a few model types differ from their projection's name."""
+    config = tensors.config
     kind = config.get("model_type")
-    if kind == "codegen":
-        raise HeadwiseError("CodeGen interleaves q, v and k across 4 shards, a layout that is not supported")
+    if kind == "codegen" or (fused == "query_key_value" and kind not in BY_HEAD):
+        raise HeadwiseError(
+            f"{tensors.name}: how model type {kind!r} lays out its fused {fused} is not known to headwise"
+        )
     if kind == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture"):
         return "stacked"
     if kind == "gpt_bigcode" and not config.get("multi_query", True):
@@ -282,6 +297,8 @@ def _notes(tensors: Tensors, names: list[str], fold_norm: bool) -> list[str]:
     notes = _general_notes(biases=biases, rope=rope, fold_norm=fold_norm)
     if any(re.search(r"(q|k)_(norm|layernorm)\.weight$", n) for n in names):
         notes.append("the norm of each query and key is left out: it changes their length, token by token")
+    if config.get("model_type") in POSITION_BIAS:
+        notes.append("what positions add to the scores is left out")
     return notes
 
 

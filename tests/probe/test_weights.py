@@ -222,6 +222,20 @@ def check_split(model: nn.Module, fused: nn.Linear, split: Any) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gate_beside_the_query_is_left_out(tmp_path: Path) -> None:
+    """Qwen3-Next keeps a gate after each head's query in one projection; other layers have no heads."""
+    config = transformers.Qwen3NextConfig(
+        **LLAMA | {"num_hidden_layers": 4}, **GROUPED, head_dim=8, num_experts=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    model = transformers.Qwen3NextModel(config)
+    ((number, found),) = read_weights(model)
+    assert number == 3
+    x = torch.randn(D_MODEL)
+    both = model.layers[3].self_attn.q_proj(x).view(HEADS, 16)
+    torch.testing.assert_close(torch.tensor(found.q) @ x, both.chunk(2, dim=-1)[0], rtol=1e-4, atol=1e-6)
+
+
 def test_a_stack_must_be_chosen_where_there_are_several() -> None:
     config = transformers.T5Config(
         d_model=D_MODEL, d_ff=16, num_layers=2, num_heads=HEADS, d_kv=6, vocab_size=20
@@ -306,6 +320,10 @@ TWO = {"num_attention_heads": 2}
 CHECKPOINTS = {
     "no config": (layer(), None, "has no config.json"),
     "no head count": (layer(), {"model_type": "llama"}, "does not say how many heads"),
+    "unknown layout": (
+        {f"h.0.attn.{n}.weight": torch.ones(s) for n, s in (("query_key_value", (24, 8)), ("dense", (8, 8)))},
+        {"n_head": 2, "model_type": "chatglm"}, "'chatglm' lays out its fused query_key_value is not known",
+    ),
     "wrong head count": (layer(), {"num_attention_heads": 3}, "8 rows do not divide into 3 heads"),
     "kv shapes": (
         layer(v_proj=(4, 8)), {"num_attention_heads": 4}, r"q \(8, 8\), k \(8, 8\), v \(4, 8\) do not divide",
@@ -319,7 +337,7 @@ CHECKPOINTS = {
     ),
     "codegen": (
         {f"h.0.attn.{n}.weight": torch.ones(s) for n, s in (("qkv_proj", (24, 8)), ("out_proj", (8, 8)))},
-        {"n_head": 2, "model_type": "codegen"}, "not supported",
+        {"n_head": 2, "model_type": "codegen"}, "'codegen' lays out its fused qkv_proj is not known",
     ),
 }  # fmt: skip
 
