@@ -41,14 +41,14 @@ def main(argv: list[str]) -> int:
     for note in weights.notes:
         print(f"  {note}")
     for circuit, values in described.items():
-        _print_layers(CIRCUITS[circuit], values)
+        _print_layers(CIRCUITS[circuit], weights.layers, values)
     broken = sum(int(np.isnan(v["op_norm"]).sum()) for v in described.values())
     if broken:
         print(
             f"{broken} circuits have weights that are not finite; their descriptors are NaN", file=sys.stderr
         )
     if args.out:
-        _write(Path(args.out), described, weights.name)
+        _write(Path(args.out), described, weights)
     if args.json:
         if dynamics is not None and dynamics["entropy"].shape != shape:
             found = " x ".join(map(str, dynamics["entropy"].shape))
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
             "matrix": args.matrix,
             "fold_norm": args.fold_norm,
             "notes": weights.notes,
+            "layers": weights.layers,
         }
         write_json(args.json, correlation.heads_document(singular["query_key"], dynamics) | about)
         print(f"wrote {args.json}" + ("" if dynamics else " (without dynamics: --profile DIR adds them)"))
@@ -140,30 +141,29 @@ def _descriptors(singular: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.stack([layer[name] for layer in layers]) for name in geometry.DESCRIPTORS}
 
 
-def _print_layers(title: str, values: dict[str, np.ndarray]) -> None:
+def _print_layers(title: str, layers: list[int], values: dict[str, np.ndarray]) -> None:
     """The mean over heads of each layer; the table stays readable for any depth."""
     print(f"\n{title}, mean over the heads of a layer (condition: median)")
     print(f"{'layer':>7}" + "".join(f"{name:>14}" for name in values))
-    for layer in range(next(iter(values.values())).shape[0]):
-        means = (
-            np.median(v[layer]) if name == "condition" else v[layer].mean() for name, v in values.items()
-        )
+    for row, layer in enumerate(layers):
+        means = [np.median(v[row]) if name == "condition" else v[row].mean() for name, v in values.items()]
         print(f"{layer:>7}" + "".join(f"{mean:>14.5g}" for mean in means))
 
 
-def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], name: str) -> None:
+def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], weights: HeadWeights) -> None:
     from headwise.report.geometry import draw_descriptors
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["layer", "head", "circuit", *geometry.DESCRIPTORS])
     for circuit, values in described.items():
-        for layer, head in np.ndindex(values["op_norm"].shape):
-            writer.writerow([layer, head, circuit, *(float(v[layer, head]) for v in values.values())])
+        for row, head in np.ndindex(values["op_norm"].shape):
+            numbers = (float(v[row, head]) for v in values.values())
+            writer.writerow([weights.layers[row], head, circuit, *numbers])
     write_text(folder / "geometry.csv", text.getvalue())
     for circuit, values in described.items():
         draw_descriptors(
-            values, f"{Path(name).name}: {CIRCUITS[circuit]}", folder / f"geometry_{circuit}.png"
+            values, f"{Path(weights.name).name}: {CIRCUITS[circuit]}", folder / f"geometry_{circuit}.png"
         )
     print(f"wrote {folder / 'geometry.csv'} and a heatmap of each circuit")
 
