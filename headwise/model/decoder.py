@@ -125,7 +125,8 @@ class Decoder(nn.Module):
                 )
             x = x + self.positions.weight[:length]
         elif self.config.position == "sinusoidal":
-            x = x + sinusoids(length, x.shape[-1], x.device).to(x.dtype)
+            # the paper's factor: without it the sinusoids drown embeddings that start at init_std
+            x = x * math.sqrt(x.shape[-1]) + sinusoids(length, x.shape[-1], x.device).to(x.dtype)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, attn_mask=attn_mask, causal=causal, rope=self.rope)

@@ -158,6 +158,15 @@ def test_sinusoids_are_those_of_the_paper(width: int) -> None:
             )
 
 
+@torch.no_grad()
+def test_sinusoids_are_added_to_embeddings_scaled_as_in_the_paper() -> None:
+    model, tokens, entering = build(position="sinusoidal"), torch.randint(29, (2, 8)), []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    model(tokens)
+    expected = 4 * model.tokens(tokens) + sinusoids(8, 16, tokens.device)
+    torch.testing.assert_close(entering[0], expected)
+
+
 # --- attention inside
 
 
