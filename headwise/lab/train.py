@@ -64,8 +64,7 @@ def train(
     try:
         refuse_device(config, world.device)
         refuse_missing(config.training.trackers)
-        if resume:
-            _refuse_running(folder)
+        _refuse_running(folder) if resume else folder.refuse_taken()
         torch.manual_seed(config.seed)
         data = open_data(config.data, config.seed)
         config = with_vocabulary(config, data)

@@ -84,11 +84,11 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config.exists()
 
-    def start(self, config_yaml: str) -> None:
-        """Claim the folder for a run.
+    def refuse_taken(self) -> None:
+        """Refuse to start a run here when something else is.
 
         Raises:
-            HeadwiseError: the folder cannot be written, or holds another run or other files.
+            HeadwiseError: the folder holds another run or other files.
         """
         if self.holds_run():
             raise HeadwiseError(
@@ -96,6 +96,14 @@ class RunFolder:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise HeadwiseError(f"{self.path} exists and is no run folder; pass another --out")
+
+    def start(self, config_yaml: str) -> None:
+        """Claim the folder for a run.
+
+        Raises:
+            HeadwiseError: the folder cannot be written, or holds another run or other files.
+        """
+        self.refuse_taken()
         try:
             write_text(self.config, config_yaml)
         except OSError as error:
