@@ -235,7 +235,7 @@ def test_two_processes_give_the_losses_of_one(config: str, tmp_path: Path) -> No
     flags = ["train", "--config", config, "--device=cpu", "--training.max_steps=6"]
     flags += ["--model.dropout=0", "--model.attention.dropout=0"]
     flags += ["--data.batch_size=4", "--training.total_batch_tokens=128"]
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m headwise".split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "headwise"]
     two, one = tmp_path / "two", tmp_path / "one"
     done = subprocess.run(
         [sys.executable, *torchrun, *flags, f"--out={two}"], capture_output=True, text=True, check=False
