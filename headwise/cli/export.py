@@ -1,0 +1,74 @@
+"""`headwise export`: a run as a folder for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwise.data.config import TEXT, DataConfig
+from headwise.data.shards import MANIFEST
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def main(argv: list[str]) -> int:
+    """Export; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="headwise export",
+        description="Write a run's weights (its best checkpoint, or its latest where none is marked) as a "
+        "folder that transformers loads, after comparing the logits; and the run's tokenizer, where it is on "
+        "this machine.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--format", default="huggingface", choices=["huggingface"], help="(%(default)s)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    args = parser.parse_args(argv)
+
+    from headwise.lab.weights import load_model
+    from headwise.model.export import export, family_of
+
+    model, config = load_model(args.run)
+    family = family_of(model, args.run)
+    _quiet()
+    tokenizer, what = _tokenizer(config.data)
+    difference = export(model, args.out, args.run, tokenizer)
+    print(f"{args.out}: {family}-shaped, logits within {difference:.1g} of the run's; tokenizer: {what}")
+    return 0
+
+
+def _tokenizer(data: DataConfig) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """What the run's text was read with, and a word on it."""
+    from headwise.model.export import byte_tokenizer, local_tokenizer
+
+    name = data.tokenizer or _of_shards(data)
+    if name is None and data.name in TEXT:
+        return byte_tokenizer(), "one token per byte"
+    if name is None:
+        return None, f"none, for {data.name} data names none"
+    tokenizer = local_tokenizer(name)
+    missing = f"none, for {name} is not on this machine (name one with --tokenizer where text is read)"
+    return tokenizer, name if tokenizer else missing
+
+
+def _of_shards(data: DataConfig) -> str | None:
+    """The tokenizer that the manifest of the run's shards names."""
+    if data.name != "shards" or data.path is None:
+        return None
+    try:
+        manifest = json.loads((Path(data.path).expanduser() / MANIFEST).read_text(encoding="utf-8"))
+        return str(manifest["settings"]["tokenizer"]["name"])
+    except (OSError, ValueError, LookupError, TypeError):  # gone, a single file, or made elsewhere
+        return None
+
+
+def _quiet() -> None:
+    """Without transformers' own bars and reports while it loads."""
+    if not os.environ.get("HEADWISE_VERBOSE"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
