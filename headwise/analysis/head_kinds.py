@@ -1,9 +1,9 @@
 """What a head does, by plain rules on its mean measures.
 
 A rule compares one mean over tokens with a threshold, so that every label can be checked by hand.
-`broad` is relative to what uniform attention over the same keys would give, and `local` to its mean
-distance: causal attention over T tokens sees (T + 1)/2 keys on average, at a mean distance of about
-half of that. The first rule that holds names the head; all that hold are kept.
+`local` and `broad` are relative to what uniform attention over the same keys would give: over T
+tokens, causal attention sees (T + 1)/2 keys on average, at a mean distance of (T - 1)/4. The first
+rule that holds names the head; all that hold are kept.
 """
 
 from __future__ import annotations
@@ -49,27 +49,22 @@ def classify(per_head: Mapping[str, np.ndarray]) -> list[list[str]]:
     """For each of R heads the labels of all rules that hold, the first of which names it.
 
     Args:
-        per_head: means by measure `(R,)`, and `visible_keys`, the mean number of keys a query sees.
-            A measure that is absent or NaN holds no rule.
+        per_head: means by measure `(R,)`, and of uniform attention `uniform_keys`, the mean number
+            of keys that a query sees, and `uniform_distance`, their mean distance. A measure that
+            is absent or NaN holds no rule.
 
     Returns:
         Lists of labels; `["mixed"]` where no rule holds.
     """
-    n_heads = len(per_head["visible_keys"])
+    uniform = {"k_eff": MASS * per_head["uniform_keys"], "mean_distance": per_head["uniform_distance"]}
+    n_heads = len(per_head["uniform_keys"])
     found: list[list[str]] = [[] for _ in range(n_heads)]
     for rule in RULES:
         if rule.measure not in per_head:
             continue
-        value = per_head[rule.measure] / (
-            uniform(rule.measure, per_head["visible_keys"]) if rule.relative else 1.0
-        )
+        value = per_head[rule.measure] / (uniform[rule.measure] if rule.relative else 1.0)
         with np.errstate(invalid="ignore"):
             holds = value >= rule.threshold if rule.above else value <= rule.threshold
         for head in np.flatnonzero(holds):
             found[head].append(rule.label)
     return [labels or [OTHER] for labels in found]
-
-
-def uniform(measure: str, visible_keys: np.ndarray) -> np.ndarray:
-    """What uniform attention over so many keys gives: k_eff, and the mean distance to keys behind."""
-    return MASS * visible_keys if measure == "k_eff" else (visible_keys - 1) / 2

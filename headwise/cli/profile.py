@@ -141,7 +141,18 @@ def _conclude(args: argparse.Namespace, summary: dict[str, Any]) -> None:
         from headwise.probe.export import export_csv
 
         lines.append(f"csv: {export_csv(out)}")
+    if not args.no_atlas:
+        lines.append(_atlas(out))
     print("\n".join(lines))
+
+
+def _atlas(out: Path) -> str:
+    from headwise.report.profile import atlas
+
+    try:
+        return f"atlas: {atlas(out)}"
+    except ImportError as error:
+        return f"no atlas: {error.name} is not installed"
 
 
 @contextmanager

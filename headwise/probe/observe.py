@@ -105,12 +105,13 @@ class Rows:
     Attributes:
         values: column name to `(B, H, T)` float32.
         real: `(B, T)`, False at padding tokens, which have no rows; None = all are real.
-        visible_keys: mean number of keys that a query sees, padding and additive masks aside.
+        uniform: what uniform attention would give, padding and additive masks aside: the mean
+            number of keys that a query sees, and their mean distance.
     """
 
     values: dict[str, Tensor]
     real: Tensor | None
-    visible_keys: float
+    uniform: tuple[float, float]
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Collector:
             values["entropy"] = values["entropy"].masked_fill(early, torch.nan)
         if not self.passes or layer in self.passes[-1]:
             self.passes.append({})
-        self.passes[-1][layer] = Rows(values, real, _visible_keys(observation))
+        self.passes[-1][layer] = Rows(values, real, _uniform(observation))
 
     def columns(self) -> dict[str, np.ndarray]:
         """Head-table columns, ordered by sample, layer, head, token.
@@ -238,16 +239,21 @@ class Collector:
         return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
-def _visible_keys(seen: Observation) -> float:
+def _uniform(seen: Observation) -> tuple[float, float]:
+    """Mean number of keys that a query sees, and their mean distance."""
+    causal, window = True, None
     if isinstance(seen, Scores):
-        tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window or seen.q.shape[-2]
-    elif isinstance(seen, Weights | Margins):
-        length = seen.weights.shape[-1] if isinstance(seen, Weights) else seen.margin.shape[-1]
-        tokens, causal, window = length, True, length
+        tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window
+    elif isinstance(seen, Weights):
+        tokens = seen.weights.shape[-1]
     else:
-        return 0.0
-    behind = np.minimum(np.arange(tokens) + 1, window)
-    return float(behind.mean() if causal else (behind + behind[::-1] - 1).mean())
+        assert isinstance(seen, Margins)
+        tokens = seen.margin.shape[-1]
+    behind = np.minimum(np.arange(tokens), (window or tokens) - 1)
+    ahead = np.zeros_like(behind) if causal else behind[::-1]
+    keys = behind + ahead + 1
+    distance = (behind * (behind + 1) + ahead * (ahead + 1)) / 2 / keys
+    return float(keys.mean()), float(distance.mean())
 
 
 def _to_host(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -30,6 +30,9 @@ _PENDING = 4
 """Parts that may wait to be written before the device waits too: what memory holds."""
 
 
+Row = tuple[int, int, float, float]
+
+
 @dataclass(frozen=True)
 class Folders:
     """Where the parts of a profile lie."""
@@ -62,12 +65,12 @@ class Block:
 
     Attributes:
         names: of the measures, M.
-        rows: (layer, head, mean number of keys that a query sees) of each of the R heads.
+        rows: of each of the R heads layer, head, and `Rows.uniform`.
         values: `(M, B, R, T)` float32, on the device.
     """
 
     names: list[str]
-    rows: list[tuple[int, int, float]]
+    rows: list[Row]
     values: Tensor
 
 
@@ -94,7 +97,7 @@ def take(collector: Collector) -> Block:
         like = next(iter(measured.values.values()))
         absent = torch.full_like(like, torch.nan)
         stacked.append(torch.stack([measured.values.get(name, absent) for name in names]))
-        rows += [(layer, head, measured.visible_keys) for head in range(like.shape[1])]
+        rows += [(layer, head, *measured.uniform) for head in range(like.shape[1])]
     return Block(names, rows, torch.cat(stacked, dim=2))
 
 
@@ -146,13 +149,13 @@ def writing(
 
 
 def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
-    """Names of the measures, `Block.rows` as `(R, 3)`, and the moments of all parts.
+    """Names of the measures, `Block.rows` as `(R, 4)`, and the moments of all parts.
 
     Raises:
         HeadwiseError: a part is damaged or its moments are lost.
     """
     names: list[str] = []
-    rows = np.empty((0, 3))
+    rows = np.empty((0, 4))
     found = []
     for table in sorted(folders.heads.glob("*.parquet")):
         path = folders.moments / f"{table.stem}.npz"
@@ -220,7 +223,7 @@ def _over_tokens(block: Block, ignore_first: int) -> Tensor:
 
 
 def _keys(
-    rows: Sequence[tuple[int, int, float]], first_sample: int, shape: Sequence[int], *, per_token: bool
+    rows: Sequence[Row], first_sample: int, shape: Sequence[int], *, per_token: bool
 ) -> dict[str, np.ndarray | str | int]:
     """Key columns of values `(M, B, R, T)`, flattened in that order."""
     _, batch, n_rows, tokens = shape

@@ -247,12 +247,13 @@ def summarise(
     """Means and correlations of query_norm per head, from the parts of a profile.
 
     Returns:
-        Columns `layer`, `head`, `visible_keys` (mean number that a query sees), the measures,
-        `pearson_<measure>` and, of a table with tokens, `spearman_<measure>`, each `(R,)`.
-        Correlations leave out the first `ignore_first` tokens.
+        Columns `layer`, `head`, `uniform_keys` and `uniform_distance` (mean number of keys that a
+        query sees, and their mean distance), the measures, `pearson_<measure>` and, of a table with
+        tokens, `spearman_<measure>`, each `(R,)`. Correlations leave out the first `ignore_first` tokens.
     """
     names, rows, total = parts.read_moments(folders)
-    found = {"layer": rows[:, 0].astype(int), "head": rows[:, 1].astype(int), "visible_keys": rows[:, 2]}
+    found = {"layer": rows[:, 0].astype(int), "head": rows[:, 1].astype(int)}
+    found |= {"uniform_keys": rows[:, 2], "uniform_distance": rows[:, 3]}
     found |= {name: total.mean[m] for m, name in enumerate(names)}
     correlated = moments.pearson(total, names)
     found |= {f"pearson_{name}": r for name, r in correlated.items()}

@@ -38,7 +38,8 @@ def patterns() -> dict[str, torch.Tensor]:
 def means(weights: torch.Tensor) -> dict[str, np.ndarray]:
     columns = weights_stats(weights[None]).columns()
     found = {name: value.mean((0, 2)).numpy() for name, value in columns.items()}
-    return found | {"visible_keys": np.full(len(weights), (T + 1) / 2)}
+    uniform = {"uniform_keys": (T + 1) / 2, "uniform_distance": (T - 1) / 4}
+    return found | {name: np.full(len(weights), value) for name, value in uniform.items()}
 
 
 def test_each_pattern_gets_its_name():
