@@ -8,6 +8,7 @@ width that is free of d_model / n_heads. Initialised as GPT-2.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
 
     def attentions(self) -> list[Attention]:
         """The attention of each layer, in order."""
-        return [block.attention for block in self.blocks]  # type: ignore[union-attr, misc]
+        return [cast(Block, block).attention for block in self.blocks]
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
