@@ -24,6 +24,11 @@ DOCUMENT_NAMES = {
 """Document 001's short names, in its order."""
 IN_THIRDS = ("op_norm", "fro_norm", "rank_eff", "spec_entropy", "anisotropy", "condition")
 
+LOGARITHMIC = ("op_norm", "fro_norm", "trace", "condition")
+"""Descriptors drawn on a logarithmic scale where they span much."""
+FEW_HEADS = 0.3
+"""How far r and Spearman's rho may lie apart before a few heads must be suspected behind r."""
+
 LABELS = {
     "op_norm": "op_norm  σ_max", "fro_norm": "fro_norm  √Σσ²", "trace": "trace  Σσ",
     "rank_eff": "rank_eff  Σσ/σ_max", "spec_entropy": "spec_entropy (nats)",
@@ -69,6 +74,16 @@ def further_tables(report: Report) -> str:
                 f"  {short:12} {dynamic:9} {c.r:+.3f}  {_interval(c.fisher)} {_interval(c.bootstrap)}  "
                 f"{c.rho:+8.3f}  {c.p:8.2g}  {c.p_holm:8.2g}"
             )
+    apart = [
+        f"{short} with {dynamic}"
+        for name, short in DOCUMENT_NAMES.items()
+        for dynamic, c in report.pairs[name].items()
+        if abs(c.r - c.rho) > FEW_HEADS
+    ]
+    if apart:
+        lines.append(
+            f"r and Spearman lie apart, so a few heads may carry r (see the scatter): {', '.join(apart)}"
+        )
     condition = report.regression.condition
     lines += [
         "",
@@ -116,7 +131,7 @@ def scatter(heads: Heads, report: Report, dynamic: str) -> Figure:
         known = np.isfinite(x) & np.isfinite(y)
         points = axis.scatter(x[known], y[known], c=depth[known], cmap="viridis", s=14, linewidths=0, vmin=0,
                               vmax=max(layers - 1, 1))  # fmt: skip
-        if _wide(x[known]):
+        if name in LOGARITHMIC and _wide(x[known]):
             axis.set_xscale("log")
         c = report.pairs[name][dynamic]
         axis.set_title(f"r = {c.r:+.2f}, p Holm = {c.p_holm:.2g}", fontsize=9, color=INK)
@@ -143,7 +158,7 @@ def heatmaps(maps: dict[str, Array], title: str) -> Figure:
     figure, axes = _grid(len(maps), columns=columns, width=3.2, height=height)
     for axis, (name, values) in zip(axes, maps.items(), strict=False):
         shown, label = values, LABELS.get(name, name)
-        if _wide(values[np.isfinite(values)]):
+        if name in LOGARITHMIC and _wide(values[np.isfinite(values)]):
             shown, label = np.log10(np.maximum(values, np.finfo(float).tiny)), f"log10 {label}"
         image = axis.imshow(shown, aspect="auto", cmap="viridis", interpolation="nearest")
         figure.colorbar(image, ax=axis, fraction=0.06).ax.tick_params(labelsize=8)
