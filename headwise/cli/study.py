@@ -57,7 +57,7 @@ def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ig
     finally:
         display.close()
     states = [state(run) for run in runs]
-    if any(one in ENDED for one in states) or complete and "skipped" in states:
+    if any(one in ENDED for one in states) or (complete and "skipped" in states):
         paths = report.build(folder)
         print(f"report: {paths['html']}\n        {paths['markdown']}")
     elif complete:

@@ -22,7 +22,7 @@ from headwise.data.base import Data
 from headwise.errors import HeadwiseError
 from headwise.lab.heads import HeadRecorder
 from headwise.lab.weights import initialise_from
-from headwise.model.count import parameters_by_part
+from headwise.model.count import forward_flops_by_part, parameters_by_part
 from headwise.model.decoder import Decoder
 from headwise.storage.atomic import write_json
 from headwise.storage.environment import environment
@@ -183,6 +183,7 @@ def summarise(trainer: Trainer, state: str, reason: str, about: dict[str, Any]) 
         "params": parts,
         "params_total": sum(parts.values()),
         "flops_per_token": trainer.flops_per_token,
+        "flops_parts": forward_flops_by_part(model, config.data.seq_len),
         "peak_vram_mb": max(vram, default=None),
         "peak_rss_mb": peak_rss_mb(),
         "data_checksum": trainer.data.identity["checksum"],

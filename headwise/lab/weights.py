@@ -61,7 +61,10 @@ def initialise_from(source: str, model: Decoder, optimizer: torch.optim.Optimize
         saved = checkpoint.load(find_checkpoint(folder) if folder.holds_run() else path)
         weights, slots = saved.model, saved.optimizer
     elif path.is_file():
-        weights = from_nanogpt(_read_pt(path), model, str(path))
+        state, n_heads = _read_pt(path)
+        if n_heads not in (None, model.config.n_heads):
+            raise HeadwiseError(f"{path} has {n_heads} heads, and model.n_heads is {model.config.n_heads}")
+        weights = from_nanogpt(state, model, str(path))
     else:
         raise HeadwiseError(f"--init-from {source!r} is not there: give a run folder or a .pt file")
     checkpoint.load_weights(model, weights, f"--init-from {source}")
@@ -73,17 +76,18 @@ def initialise_from(source: str, model: Decoder, optimizer: torch.optim.Optimize
         checkpoint.restore_optimizer(model, optimizer, slots)
 
 
-def _read_pt(path: Path) -> dict[str, Tensor]:
-    """The state dictionary of a `.pt` file, without unpickling anything but tensors and plain values."""
+def _read_pt(path: Path) -> tuple[dict[str, Tensor], int | None]:
+    """The state dictionary of a `.pt` file and its number of heads, where it says; only plain values are read."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
-        reason = str(error).splitlines()[0]
-        raise HeadwiseError(f"{path} cannot be read as tensors alone: {reason}") from error
+        raise HeadwiseError(f"{path} cannot be read as tensors alone: {_first_line(error)}") from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise HeadwiseError(f"{path} holds no model: expected a dictionary of tensors, or one under 'model'")
-    return {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    about = loaded.get("model_args")
+    n_heads = about.get("n_head") if isinstance(about, dict) else None
+    return {name.removeprefix("_orig_mod."): value for name, value in state.items()}, n_heads
 
 
 def _download(source: str) -> Path:
@@ -95,5 +99,8 @@ def _download(source: str) -> Path:
     try:
         return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2]))
     except Exception as error:  # the hub's client raises many kinds
-        reason = str(error).splitlines()[0]
-        raise HeadwiseError(f"{source} could not be fetched: {reason}") from error
+        raise HeadwiseError(f"{source} could not be fetched: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
