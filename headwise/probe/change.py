@@ -66,7 +66,7 @@ def attention_layers(model: nn.Module, forward: Callable[[Tensor], Any], tokens:
         tokens: a few ids `(B, T)` to run it on.
 
     Raises:
-        HeadwiseError: no layer computes attention where it can be changed.
+        HeadwiseError: no layer computes attention where it can be changed, or layers share a module.
     """
     own = [module for module in model.modules() if isinstance(module, Attention)]
     if own:
@@ -76,11 +76,16 @@ def attention_layers(model: nn.Module, forward: Callable[[Tensor], Any], tokens:
     found: dict[nn.Module, Layer] = {}
 
     def note(module: nn.Module, call: Call) -> None:
+        if module in found:
+            raise HeadwiseError(
+                f"{type(model).__name__} runs one attention module as several layers, so a head of one of "
+                "them cannot be changed alone"
+            )
         taken = {layer.number for layer in found.values()}
         index = getattr(module, "layer_idx", None)
         free = isinstance(index, int) and index not in taken
         number = int(index) if free else max(taken, default=-1) + 1  # type: ignore[arg-type]
-        found.setdefault(module, Layer(number, module, call.q.shape[1]))
+        found[module] = Layer(number, module, call.q.shape[1])
 
     with listening(model, note):
         forward(tokens)

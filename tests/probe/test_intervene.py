@@ -295,3 +295,5 @@ def test_a_model_past_the_interface_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(HeadwiseError, match="without transformers' attention interface"):
         layers_of(speaker("bloom"), rows)
+    with pytest.raises(HeadwiseError, match="runs one attention module as several layers"):
+        layers_of(speaker("albert"), rows)
