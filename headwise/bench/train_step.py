@@ -120,11 +120,12 @@ def theirs(model: ModelConfig, batch: int, seq_len: int, device: torch.device) -
 
     torch.manual_seed(0)
     shape = GPT2Config(
-        vocab_size=model.vocab_size, n_positions=seq_len, n_embd=model.d_model, n_layer=model.n_layers,
+        vocab_size=model.vocab_size or 1, n_positions=seq_len, n_embd=model.d_model, n_layer=model.n_layers,
         n_head=model.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        attn_implementation="sdpa",
     )  # fmt: skip
-    network = GPT2LMHeadModel(shape).to(device).train()
+    shape._attn_implementation = "sdpa"
+    network: torch.nn.Module = GPT2LMHeadModel(shape)
+    network.to(device).train()
     compiled = torch.compile(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     batches = torch.randint(model.vocab_size or 1, (4, batch, seq_len), device=device)

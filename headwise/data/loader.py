@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def train_loader(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Endless micro-batches of this process from optimizer step `start_step` on.
 
     Each step takes `batch_sequences / world_size / micro_batch` of them: process `rank` has a
@@ -71,7 +71,7 @@ def train_loader(
     )
 
 
-def _train_batches(loader: DataLoader) -> Iterator[Batch]:
+def _train_batches(loader: DataLoader) -> Generator[Batch]:
     yield from loader
 
 

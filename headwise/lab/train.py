@@ -76,7 +76,7 @@ def train(
         trainer = Trainer(config, model, data, world, folder, progress=progress or Silent())
         if not world.leads:
             trainer.progress = Silent()
-        about = {"engine": _engine(trainer), "data": data.identity}
+        about: dict[str, Any] = {"engine": _engine(trainer), "data": data.identity}
         _check_engine(config, about["engine"])
         saved = _last_checkpoint(folder) if resume else None
         if config.init_from and saved is None:

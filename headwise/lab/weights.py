@@ -77,7 +77,7 @@ def initialise_from(source: str, model: Decoder, optimizer: torch.optim.Optimize
 
 
 def _read_pt(path: Path) -> tuple[dict[str, Tensor], int | None]:
-    """The state dictionary of a `.pt` file and its number of heads, where it says; only plain values are read."""
+    """The tensors of a `.pt` file, and the number of heads where it says; nothing else is unpickled."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for damaged or unsafe files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Feed:
     computes.
     """
 
-    def __init__(self, batches: Iterator[Batch], passes: int, device: torch.device) -> None:
+    def __init__(self, batches: Generator[Batch], passes: int, device: torch.device) -> None:
         self._batches, self._passes, self._device = batches, passes, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready: Passes | None = None
@@ -67,3 +67,7 @@ class Feed:
                     Batch(*(t.to(self._device, non_blocking=True) for t in batch)) for batch in batches
                 ]
         return Passes(batches, counted, wait_s)
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._batches.close()

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,8 +113,7 @@ class Trainer:
         self.progress.start(self.step, self.max_steps)
         timeout = self.config.training.timeout_s or math.inf
         self._ends_at = time.monotonic() + timeout - self.telemetry.trained_s
-        batches = self._batches()
-        feed = Feed(batches, self.sequences // self.config.data.batch_size, self.world.device)
+        feed = Feed(self._batches(), self.sequences // self.config.data.batch_size, self.world.device)
         try:
             with beating(self.folder, self._about) if self.world.leads else contextlib.nullcontext():
                 return self._run(feed)
@@ -122,7 +121,7 @@ class Trainer:
             return "diverged", str(error)
         finally:
             self.progress.stop()
-            batches.close()
+            feed.close()
 
     def _run(self, feed: Feed) -> tuple[str, str]:
         if self.step == 0:
@@ -161,18 +160,16 @@ class Trainer:
 
     def _max_steps(self, tokens: int) -> int:
         training = self.config.training
-        limits = [
-            limit
-            for limit in (
-                training.max_steps,
-                training.max_tokens and training.max_tokens // tokens,
-                training.max_flops and int(training.max_flops // (tokens * self.flops_per_token)),
-            )
-            if limit is not None
-        ]
+        limits = []
+        if training.max_steps is not None:
+            limits.append(training.max_steps)
+        if training.max_tokens is not None:
+            limits.append(training.max_tokens // tokens)
+        if training.max_flops is not None:
+            limits.append(int(training.max_flops // (tokens * self.flops_per_token)))
         return max(1, min(limits))
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch]:
         data = self.config.data
         return train_loader(
             self.data,
@@ -228,8 +225,8 @@ class Trainer:
         inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         debug = self.step < self.config.training.debug_steps
         model = self.plain if debug and self.world.size == 1 else self.loss
-        skip_sync = model.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext()
-        with skip_sync:
+        together = isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if together and not last else contextlib.nullcontext():  # type: ignore[operator]
             with self.autocast:
                 summed, _ = model(inputs, targets)
             # DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
