@@ -194,17 +194,22 @@ class _Watcher:
         )  # fmt: skip
 
     def _mask(self, layer: nn.Module, call: Call) -> _Mask:
+        read = self._read_mask(layer, call)
         position_bias = call.options.get("position_bias")
-        if position_bias is None and isinstance(call.mask, Tensor):
-            for known, read in self.masks:
-                if known is call.mask:
-                    return read
-        read = _read_mask(layer, call)
-        if position_bias is not None:
-            bias = position_bias if read.bias is None else position_bias + read.bias
-            return _Mask(read.causal, read.window, read.key_mask, bias)
-        if isinstance(call.mask, Tensor):
-            self.masks.append((call.mask, read))
+        if position_bias is None:
+            return read
+        bias = position_bias if read.bias is None else position_bias + read.bias
+        return _Mask(read.causal, read.window, read.key_mask, bias)
+
+    def _read_mask(self, layer: nn.Module, call: Call) -> _Mask:
+        """The mask of this call; a 4-D one says everything by itself and is read once for all layers."""
+        if call.mask is None or call.mask.dim() != 4:
+            return _read_flags(layer, call)
+        for known, read in self.masks:
+            if known is call.mask:
+                return read
+        read = _read_pattern(call)
+        self.masks.append((call.mask, read))
         return read
 
 
@@ -234,28 +239,32 @@ def _unsupported(call: Call) -> str | None:
         return "it adds learned sink logits to its softmax, so its weights do not sum to 1"
     if call.mask is not None and not isinstance(call.mask, Tensor):
         return f"its mask is a {type(call.mask).__name__}; load the model with attn_implementation='sdpa'"
+    if call.mask is not None and call.mask.dim() != 4 and call.mask.shape[:-1] != q.shape[:1]:
+        return f"its mask has shape {tuple(call.mask.shape)}, neither (B, 1, T, T) nor (B, T)"
     return None
 
 
-def _read_mask(layer: nn.Module, call: Call) -> _Mask:
-    """The mask as causal, window and padding where it is made of these; as a bias otherwise."""
-    mask = call.mask
+def _read_flags(layer: nn.Module, call: Call) -> _Mask:
+    """Without a mask, or with padding alone `(B, T)` as flash attention takes it: flags say the rest."""
     given = call.options.get("is_causal")
     causal = bool(getattr(layer, "is_causal", True) if given is None else given)
     window = call.options.get("sliding_window")
-    if mask is None:
+    if call.mask is None:
         return _Mask(causal and not call.eager, window)
-    tokens = call.q.shape[-2]
-    if mask.dim() == 2:  # flash attention: padding only
-        return _Mask(causal, window, key_mask=mask[:, -tokens:].bool())
-    mask = mask[..., :tokens]
+    return _Mask(causal, window, key_mask=call.mask[:, -call.q.shape[-2] :].bool())
+
+
+def _read_pattern(call: Call) -> _Mask:
+    """A 4-D mask as causal, window and padding where it is made of these; as a bias otherwise."""
+    batch, tokens = call.q.shape[0], call.q.shape[-2]
+    mask = call.mask[..., :tokens]
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    read = _pattern(visible, call.q.shape[0])
+    read = _pattern(visible, batch)
     added = mask.dtype != torch.bool and bool((mask.masked_fill(~visible, 0) != 0).any())
     if read is not None and not added:
         return read
     bias = torch.zeros_like(visible, dtype=torch.float32) if mask.dtype == torch.bool else mask.float()
-    key_mask = visible.any(-2).any(1).expand(call.q.shape[0], tokens)
+    key_mask = visible.any(-2).any(1).expand(batch, tokens)
     return _Mask(False, None, key_mask, bias.masked_fill(~visible, -torch.inf))
 
 

@@ -216,12 +216,12 @@ class Profile:
                 )
             write_json(path, wanted)
         share.wait()
-        before = _read_json(path)
-        for key in wanted | before:
-            if before.get(key) != wanted.get(key):
+        before, now = _flat(_read_json(path)), _flat(wanted)
+        for key in now | before:
+            if before.get(key) != now.get(key):
                 raise HeadwiseError(
                     f"{self.folders.out} holds a profile with {key} {before.get(key)!r}, not "
-                    f"{wanted.get(key)!r}; give another --out, or those options to go on with it"
+                    f"{now.get(key)!r}; give another --out, or those options to go on with it"
                 )
 
     def _finish(self, device: torch.device, seconds: float, measured: int) -> None:
@@ -311,6 +311,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise HeadwiseError(f"{path} cannot be read ({error}); give another --out") from error
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"data": {"name": …}}` as `{"data.name": …}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
 
 
 def _size(folder: Path) -> int:

@@ -6,7 +6,8 @@ it can be undone: with `a' = a·cos - b·sin` and `b' = b·cos + a·sin`,
 
     a = (a'·cos + b'·sin) / (cos² + sin²)        b = (b'·cos - a'·sin) / (cos² + sin²)
 
-The divisor matters: YaRN and LongRoPE scale their tables, so that cos² + sin² is not 1.
+The divisor matters: YaRN and LongRoPE scale their tables, so that cos² + sin² is not 1. In float32
+q and k come back to rounding; in bfloat16 to two of its roundings, 2^-7 relative.
 
 Which coordinates form a pair, and whether a layer rotates at all, differs between architectures.
 Instead of knowing them, the first forward pass tries every convention and keeps the one whose

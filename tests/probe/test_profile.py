@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import shutil
@@ -13,7 +14,10 @@ import pytest
 import torch
 from scipy import stats
 
+from headwise.config import Config
 from headwise.errors import HeadwiseError
+from headwise.model.config import ModelConfig
+from headwise.model.decoder import Decoder
 from headwise.probe import watch
 from headwise.probe.load import Loaded, load
 from headwise.probe.moments import AGAINST, Moments, gather, merge, spearman
@@ -137,6 +141,9 @@ def test_another_configuration_is_refused(finished, loaded, samples, tmp_path):
     other = ProfileConfig(n_samples=7, context_length=12, samples_per_part=2, scores="post_rope")
     with pytest.raises(HeadwiseError, match="holds a profile with scores 'pre_rope', not 'post_rope'"):
         Profile(out, other).run(loaded, samples)
+    elsewhere = Samples(samples.tokens, samples.chosen, 12, {"name": "other"})
+    with pytest.raises(HeadwiseError, match=r"holds a profile with data\.name 'random', not 'other'"):
+        Profile(out, CONFIG).run(loaded, elsewhere)
     (out / "profile.json").unlink()
     with pytest.raises(HeadwiseError, match="head table of something else"):
         Profile(out, CONFIG).run(loaded, samples)
@@ -204,6 +211,49 @@ def test_out_of_memory_says_which_batch_size_to_try(loaded, samples, tmp_path):
     starved = Loaded("llama", loaded.model, None, forward)
     with pytest.raises(HeadwiseError, match="out of memory with --batch-size 8; try --batch-size 4"):
         Profile(tmp_path / "out", CONFIG).run(starved, samples, batch_size=8)
+
+
+def test_a_full_disk_stops_the_profile_and_keeps_finished_parts(
+    finished, loaded, samples, tmp_path, monkeypatch
+):
+    write, written = pq.write_table, []
+
+    def write_until_full(*args, **options):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(1)
+        write(*args, **options)
+
+    monkeypatch.setattr(pq, "write_table", write_until_full)
+    with pytest.raises(HeadwiseError, match="disk is full"):
+        Profile(tmp_path / "out", CONFIG).run(loaded, samples, batch_size=2)
+    monkeypatch.undo()
+    kept = sorted((tmp_path / "out" / "heads").glob("*.parquet"))
+    assert 1 <= len(kept) <= 2
+    before = [path.stat().st_mtime_ns for path in kept]
+    Profile(tmp_path / "out", CONFIG).run(loaded, samples, batch_size=2)
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    same(finished, tmp_path / "out")
+
+
+def test_a_headwise_model_with_its_raw_values(samples, tmp_path):
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    shape = ModelConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, vocab_size=64, init_std=0.4)
+    decoder = Decoder(shape, seq_len=12).eval()
+    own = Loaded("run", decoder, Config(model=shape), decoder.hidden)
+    assert (own.vocab_size, own.n_layers, own.longest) == (64, 2, None)
+    config = ProfileConfig(n_samples=2, context_length=12, scores="post_rope", raw_layers=(0,))
+    Profile(tmp_path / "out", config).run(own, samples)
+    kept = load_file(tmp_path / "out" / "raw" / "part_000000.safetensors")
+    with torch.no_grad():
+        x = decoder.blocks[0].attention_norm(decoder.tokens(samples.batch(0, 2)))
+        q, k, v = decoder.attentions()[0].heads(x)
+        q, k = decoder.rope(q, k)
+    for name, expected in (("q", q), ("k", k), ("v", v)):
+        torch.testing.assert_close(kept[f"layer_00.{name}"], expected, msg=name)
+    assert "heads" not in vars(decoder.attentions()[0])
 
 
 def test_values_out_of_range_are_refused():
