@@ -142,7 +142,7 @@ def _open(
 
         shards = open_shards(path, source.cache_folder, loaded.vocab_size)
         return shards.sequences, {"name": "shards", "checksum": shards.checksum}
-    if path.exists() and path.suffix not in RECORDS:
+    if path.exists() and not _holds_records(path):
         return _text(DataConfig(name="text", path=source.data, cache=source.cache), source, loaded)
     if source.data in TEXT and source.data != "text":
         return _text(DataConfig(name=source.data, cache=source.cache), source, loaded)
@@ -152,6 +152,12 @@ def _open(
             "leave --seed out, or make shards with `headwise data prepare`"
         )
     return _documents(source, loaded, n_samples, context_length)
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether a file, or any in a folder, keeps texts in records; packed ones too (.jsonl.gz)."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return any(suffix in RECORDS for file in files for suffix in file.suffixes)
 
 
 def _text(config: DataConfig, source: Source, loaded: Loaded) -> tuple[np.ndarray, dict[str, Any]]:

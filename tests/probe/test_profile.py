@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -329,9 +330,13 @@ def test_records_are_cut_document_by_document(loaded, tmp_path):
     _write_tokenizer(tokenizer)
     texts = ["to be or not to", "be", "not or be to or to"]
     file.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-    source = Source(str(file), str(tokenizer), text_field="body")
-    samples = open_samples(source, loaded, n_samples=4, context_length=2)
-    assert samples.batch(0, 4).tolist() == [[1, 2], [3, 4], [4, 3], [2, 1]]
+    (tmp_path / "folder").mkdir()
+    packed = tmp_path / "folder" / "docs.jsonl.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    for place in (file, packed, packed.parent):
+        source = Source(str(place), str(tokenizer), text_field="body")
+        samples = open_samples(source, loaded, n_samples=4, context_length=2)
+        assert samples.batch(0, 4).tolist() == [[1, 2], [3, 4], [4, 3], [2, 1]]
     with pytest.raises(HeadwiseError, match="shuffles data of known size"):
         open_samples(source, loaded, n_samples=4, context_length=2, seed=0)
 
