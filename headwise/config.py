@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,6 +131,13 @@ def make_parser(**kwargs: Any) -> ArgumentParser:
     return ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
 
 
+@functools.cache  # building one takes longer than parsing with it
+def _plain_parser() -> ArgumentParser:
+    parser = make_parser()
+    add_arguments(parser)
+    return parser
+
+
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespace]:
     """Read the command line and the files it names.
 
@@ -174,15 +182,13 @@ def from_dict(values: dict[str, Any]) -> Config:
     """
     import json
 
-    parser = make_parser()
-    add_arguments(parser)
     arguments = []
     for key, value in flatten(values):
         if key not in KEYS:
             raise HeadwiseError(f"unknown key {key!r}{did_you_mean(key, KEYS)}")
         if value is not None:
             arguments.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return parse(parser, arguments)[0]
+    return parse(_plain_parser(), arguments)[0]
 
 
 def load(path: str | Path) -> Config:
@@ -191,9 +197,7 @@ def load(path: str | Path) -> Config:
     Raises:
         HeadwiseError: it is missing, unreadable, or not a configuration.
     """
-    parser = make_parser()
-    add_arguments(parser)
-    return parse(parser, ["--config", str(path)])[0]
+    return parse(_plain_parser(), ["--config", str(path)])[0]
 
 
 def explain(message: str, keys: Sequence[str]) -> str:

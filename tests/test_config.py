@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 
 from headwise.config import (
     KEYS,
@@ -24,10 +26,15 @@ from headwise.config import (
 from headwise.errors import HeadwiseError
 
 
-def read(*argv: str) -> Config:
+@functools.cache
+def parser() -> ArgumentParser:
     parser = make_parser()
     add_arguments(parser)
-    return parse(parser, argv)[0]
+    return parser
+
+
+def read(*argv: str) -> Config:
+    return parse(parser(), argv)[0]
 
 
 def test_flags_win_over_files_and_later_over_earlier(tmp_path: Path) -> None:
@@ -50,7 +57,7 @@ def test_a_file_may_name_the_file_of_a_section(tmp_path: Path, monkeypatch: pyte
     assert load("run.yaml").model.d_model == 64
 
 
-words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+words = st.text("aB1 /._-:,'\"{}[]é注𝛼", max_size=12)
 
 
 @given(
@@ -168,6 +175,14 @@ def test_what_is_wrong_in_a_file_is_said_in_one_line(tmp_path: Path, text: str, 
     assert "\n" not in str(error.value)
 
 
+def test_configurations_share_nothing() -> None:
+    one, other = (from_dict({"training.max_steps": 2}) for _ in range(2))
+    one.training.trackers.append("wandb")
+    one.model.attention.kind = "mha"
+    assert (other.training.trackers, other.model.attention.kind) == ([], "flash")
+    assert from_dict({"training.max_steps": 2}) == other
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(HeadwiseError, match=r"absent\.yaml"):
         load(tmp_path / "absent.yaml")
@@ -180,7 +195,5 @@ def test_a_run_needs_an_end() -> None:
 
 def test_every_key_explains_itself() -> None:
     pytest.importorskip("docstring_parser", reason="it reads the sections' docstrings for --help")
-    parser = make_parser()
-    add_arguments(parser)
-    helps = {flag.removeprefix("--"): a.help for a in parser._actions for flag in a.option_strings}
+    helps = {flag.removeprefix("--"): a.help for a in parser()._actions for flag in a.option_strings}
     assert [key for key in KEYS if not helps[key]] == []
