@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwise.analysis.gain import Gain, gain_of, summary_row
 from headwise.analysis.sweep import SCALES, Sweep, parse_sweeps, sample_rows, sweep_rows, with_samples
+from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError, one_of
 from headwise.storage.atomic import write_json, write_text
 
@@ -35,7 +36,6 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     scales = _check(args)
 
-    from headwise.cli.profile import source_of
     from headwise.probe.change import attention_layers
     from headwise.probe.output import load_speaker
     from headwise.probe.samples import open_samples
@@ -90,13 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4, help="contexts per forward pass (%(default)s)")
     add("--dtype", default="auto", help="of the model: auto (as stored), float32, bfloat16, float16")
     add("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
-    text = parser.add_argument_group("text")
-    text.add_argument("--tokenizer", help="path or name; default the model's own")
-    text.add_argument("--text-field", default="text", help="of jsonl, Parquet and datasets (%(default)s)")
-    text.add_argument("--split", default="train", help="of a Hugging Face dataset (%(default)s)")
-    text.add_argument("--dataset-config", help="configuration of a Hugging Face dataset")
-    text.add_argument("--streaming", action="store_true", help="stream the dataset, download nothing whole")
-    text.add_argument("--cache", metavar="DIR", help="folder for tokenised text")
+    add_text_options(parser)
     return parser
 
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError
 from headwise.storage.head_table import MEASURES
 
 if TYPE_CHECKING:
     from headwise.probe.profile import ProfileConfig
-    from headwise.probe.samples import Source
 
 
 def main(argv: list[str]) -> int:
@@ -52,13 +52,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add("--samples-per-part", type=int, default=8, help="contexts per Parquet part (%(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
     add("--no-atlas", action="store_true", help="write no atlas.html")
-    text = parser.add_argument_group("text")
-    text.add_argument("--tokenizer", help="path or name; default the model's own")
-    text.add_argument("--text-field", default="text", help="of jsonl, Parquet and datasets (%(default)s)")
-    text.add_argument("--split", default="train", help="of a Hugging Face dataset (%(default)s)")
-    text.add_argument("--dataset-config", help="configuration of a Hugging Face dataset")
-    text.add_argument("--streaming", action="store_true", help="stream the dataset, download nothing whole")
-    text.add_argument("--cache", metavar="DIR", help="folder for tokenised text")
+    add_text_options(parser)
     return parser
 
 
@@ -84,21 +78,6 @@ def config_of(args: argparse.Namespace) -> ProfileConfig:
             "leave out --aggregate, and name them in --measures"
         )
     return config
-
-
-def source_of(args: argparse.Namespace) -> Source:
-    """Where the tokens come from."""
-    from headwise.probe.samples import Source
-
-    return Source(
-        args.data,
-        args.tokenizer,
-        args.text_field,
-        args.split,
-        args.dataset_config,
-        args.streaming,
-        args.cache,
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -72,6 +72,11 @@ class Loaded:
         return digest.hexdigest()[:16]
 
 
+def is_run(name: str) -> bool:
+    """Whether `name` is the folder of a headwise run."""
+    return (Path(name).expanduser() / "config.yaml").is_file()
+
+
 def load(name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Loaded:
     """The model of that name, without the output layer where a checkpoint has one.
 
@@ -85,7 +90,7 @@ def load(name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") 
     """
     one_of("dtype", dtype, ("auto", *DTYPES))
     path = Path(name).expanduser()
-    if (path / "config.yaml").is_file():
+    if is_run(name):
         from headwise.lab.weights import load_model
 
         model, config = load_model(path, device)

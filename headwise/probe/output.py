@@ -8,7 +8,7 @@ layer has neither; then its last hidden states tell, by their relative change.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError, one_of
-from headwise.probe.load import DTYPES, Loaded
+from headwise.probe.load import DTYPES, Loaded, is_run, load
 from headwise.probe.tensors import find, tensors_of_folder
 
 ELEMENTS = 1 << 24
@@ -55,15 +55,11 @@ def load_speaker(name: str, *, dtype: str = "auto", device: torch.device | str =
     Raises:
         HeadwiseError: nothing of that name, no weights, or an architecture that is not known.
     """
+    if is_run(name):
+        loaded = load(name, dtype=dtype, device=device)
+        return Speaker(replace(loaded, forward=loaded.model), True, True)
     one_of("dtype", dtype, ("auto", *DTYPES))
     path = Path(name).expanduser()
-    if (path / "config.yaml").is_file():
-        from headwise.lab.weights import load_model
-
-        model, config = load_model(path, device)
-        if dtype != "auto":
-            model = model.to(DTYPES[dtype])
-        return Speaker(Loaded(name, model.requires_grad_(False), config, model), True, True)
     folder = find(path if path.exists() else name)
     assert isinstance(folder, Path)
     tensors_of_folder(folder)  # says clearly what is missing, before transformers says it otherwise
