@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 WINDOW = 50
-"""Steps that speed and the share of waiting are averaged over."""
+"""Steps that speed and the share of waiting are averaged over, the first of a process left out."""
 
 SPIKE = 10.0
 """A gradient norm above this multiple of the running median is a spike."""
@@ -65,11 +65,16 @@ class Telemetry:
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     waits: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _clock: float = field(default_factory=time.perf_counter)
+    _warm: bool = False
 
     def add(self, step: Step) -> None:
         """Count one finished step; its duration is the time since the last one."""
         now = time.perf_counter()
         duration, self._clock = now - self._clock, now
+        if self.durations and not self._warm:  # the first step compiles and warms up: no measure of speed
+            self.durations.clear()
+            self.waits.clear()
+            self._warm = True
         self.durations.append(duration)
         self.waits.append(step.wait_s)
         self.trained_s += duration

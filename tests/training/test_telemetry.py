@@ -66,6 +66,18 @@ def test_speed_is_of_the_last_steps_alone_and_leaves_out_what_was_no_step(clock:
     assert (totals["tokens"], totals["flops"]) == (20 * WINDOW, 2000 * WINDOW)
 
 
+def test_the_first_step_warms_up(clock: Clock) -> None:
+    seen = telemetry()
+    seen.restart_clock()
+    times = []
+    for n, duration in enumerate((90.0, 0.5, 1.5), 1):
+        clock.now += duration
+        seen.add(step(n))
+        times.append(seen.speed()["step_time_ms"])
+    assert times == pytest.approx([90_000, 500, 1000])
+    assert seen.totals()["train_s"] == pytest.approx(92)
+
+
 def test_before_the_first_step_nothing_is_known() -> None:
     seen = telemetry()
     assert seen.smooth_loss is None
