@@ -106,7 +106,7 @@ def head_stats(
     options = {
         "causal": causal, "window": window, "softcap": softcap, "mass": mass, "k_eff": k_eff,
     }  # fmt: skip
-    if _fits_kernel(q, k) and min(scale * factor for factor in factors) >= 0:
+    if _fits_kernel(q, k) and scale > 0 and min(factors) >= 0:
         from headwise.kernels.head_stats import head_stats as measure
     else:
         measure = _plain
@@ -207,7 +207,7 @@ def _plain(
                 raw = (raw @ key_block[:, first:last].mT).view(-1, q1 - q0, last - first)
                 added = None if bias_block is None else bias_block[:, q0:q1, first:last].to(dtype)
                 hidden = _hidden(queries, keys, causal, window, bias_block, key_mask, b)
-                n_visible = last - first - (0 if hidden is None else hidden.sum(-1))
+                n_visible = last - first - (0 if hidden is None else hidden.sum(-1).to(dtype))
                 seen = n_visible > 0 if can_be_blind else None
                 for n, factor in enumerate(factors):
                     s = raw if n == len(factors) - 1 else raw.clone()
@@ -321,9 +321,7 @@ def _hidden(
     Causality alone hides keys only at the tile's diagonal, which is all that is covered then.
     """
     if causal and window is None and bias is None and key_mask is None:
-        return torch.ones(
-            len(queries), len(queries), dtype=torch.bool, device=queries.device
-        ).triu_(1)[None]
+        return torch.ones(len(queries), len(queries), dtype=torch.bool, device=queries.device).triu_(1)[None]
     hidden = torch.zeros(1, len(queries), len(keys), dtype=torch.bool, device=queries.device)
     ahead = keys - queries.unsqueeze(-1)
     if causal:
@@ -409,9 +407,7 @@ def _check(
             f"bias must be a float tensor (B or 1, H or 1, T, T), got {bias.dtype} "
             f"{tuple(bias.shape)} for q {tuple(q.shape)}"
         )
-    if key_mask is not None and (
-        key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool
-    ):
+    if key_mask is not None and (key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool):
         raise ValueError(
             f"key_mask must be bool (B, T), got {key_mask.dtype} {tuple(key_mask.shape)} "
             f"for q {tuple(q.shape)}"

@@ -100,17 +100,117 @@ def between(lo, hi, w_lo, w_hi, target):
 
 
 @triton.jit
-def collect(x, e, rows, first, last, counts, pool, count, weight, inside, POOL: tl.constexpr):
-    """Put scores in [first, last) into the pool; add number and weight above it, weight inside."""
-    above = tl.where(x >= last[:, None, None], 1.0, 0.0)
-    found = (x >= first[:, None, None]) & (x < last[:, None, None])
-    row = (rows + tl.zeros_like(x)).to(tl.int32)
-    slot = tl.atomic_add(counts + row, 1, mask=found, sem="relaxed")
-    tl.store(pool + row * POOL + slot, x, mask=found & (slot < POOL))
+def put(x, first, last, rows, counts, pool, POOL: tl.constexpr, PTX: tl.constexpr):
+    """Append the scores in [first, last) to their rows of the pool; `counts` may exceed POOL.
+
+    In PTX the scores are written from the registers that hold them: `tl.store` would first carry
+    every tile through shared memory. All counters are asked before the first answer is waited for.
+    """
+    if PTX:
+        slot = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred p;
+            setp.ge.f32 p, $1, $2;
+            setp.lt.and.f32 p, $1, $3, p;
+            mov.b32 $0, -1;
+            @p atom.relaxed.gpu.global.add.u32 $0, [$4], 1;
+            }
+            """,
+            "=r,f,f,f,l",
+            [x, first, last, (counts + rows).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.inline_asm_elementwise(
+            f"""
+            {{
+            .reg .pred p;
+            .reg .b64 at;
+            setp.lt.u32 p, $1, {POOL};
+            mad.wide.u32 at, $1, 4, $2;
+            @p st.global.f32 [at], $3;
+            mov.b32 $0, 0;
+            }}
+            """,
+            "=r,r,l,f",
+            [slot, (pool + rows * POOL).to(tl.int64), x],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        found = (x >= first) & (x < last)
+        row = rows + tl.zeros_like(x).to(tl.int32)
+        slot = tl.atomic_add(counts + row, 1, mask=found, sem="relaxed")
+        tl.store(pool + row * POOL + slot, x, mask=found & (slot < POOL))
+
+
+@triton.jit
+def collect(
+    x, first, last, rows, counts, pool, count, weight, POOL: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Put scores in [first, last) into the pool; add the number and the weight of those above."""
+    put(x, first, last, rows, counts, pool, POOL, PTX)
+    e = tl.exp2(x)
+    above = tl.where(x >= last, 1.0, 0.0)
     count += tl.sum(above, 2)
     weight += tl.sum(above * e, 2)
-    inside += tl.sum(tl.where(found, e, 0.0), 2)
-    return count, weight, inside
+    return count, weight
+
+
+@triton.jit
+def below_top(y, unit, top, MASKED: tl.constexpr):
+    """Scores in base 2 below the row's maximum; hidden keys below any threshold."""
+    x = y * unit - top[:, None, None]
+    if MASKED:
+        x = tl.where(y == HIDDEN, HIDDEN, x)
+    return x
+
+
+@triton.jit
+def tally_range(
+    start, stop, scores, top, unit, at, sums, MASKED: tl.constexpr, WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    KEY_MASK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Walk over keys start … stop and tally those above six thresholds."""
+    t0, t1, t2, t3, t4, t5 = at
+    n0, n1, n2, n3, n4, n5, w0, w1, w2, w3, w4, w5 = sums
+    for start_n in range(start, stop, WIDTH):
+        _, y = tile(
+            *scores, start_n, CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D,
+            MASKED, BLOCK_M, WIDTH, BLOCK_D,
+        )  # fmt: skip
+        x = below_top(y, unit, top, MASKED)
+        e = tl.exp2(x)
+        n0, w0 = tally(x, e, t0, n0, w0)
+        n1, w1 = tally(x, e, t1, n1, w1)
+        n2, w2 = tally(x, e, t2, n2, w2)
+        n3, w3 = tally(x, e, t3, n3, w3)
+        n4, w4 = tally(x, e, t4, n4, w4)
+        n5, w5 = tally(x, e, t5, n5, w5)
+    return n0, n1, n2, n3, n4, n5, w0, w1, w2, w3, w4, w5
+
+
+@triton.jit
+def collect_range(
+    start, stop, scores, top, unit, first, last, counts, pool, sums,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, POOL: tl.constexpr, PTX: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    KEY_MASK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Walk over keys start … stop and collect those between two thresholds."""
+    count, weight = sums
+    rows = tl.arange(0, BLOCK_M)[:, None, None]
+    for start_n in range(start, stop, WIDTH):
+        _, y = tile(
+            *scores, start_n, CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D,
+            MASKED, BLOCK_M, WIDTH, BLOCK_D,
+        )  # fmt: skip
+        x = below_top(y, unit, top, MASKED)
+        count, weight = collect(
+            x, first[:, None, None], last[:, None, None], rows, counts, pool, count, weight,
+            POOL, PTX,
+        )  # fmt: skip
+    return count, weight
 
 
 @triton.jit
@@ -120,9 +220,9 @@ def k_eff_kernel(
     stride_bb, stride_bh, stride_bi, stride_bj, lowest, factor,
     batch, heads, kv_heads, tokens, window, softcap, plane,
     state_ptr, out_ptr, counts_ptr, pool_ptr, blocks, jobs, mass, POOL: tl.constexpr,
-    SEVERAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PTX: tl.constexpr, SEVERAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     DATA_MASK: tl.constexpr = BIAS or KEY_MASK
     local = tl.arange(0, BLOCK_M)
@@ -138,9 +238,7 @@ def k_eff_kernel(
             factor = tl.load(factors_ptr + sbh // (heads * batch))
         q_head = q_ptr + tl.cast(b_index, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh
         k_head = k_ptr + tl.cast(b_index, tl.int64) * stride_kb + tl.cast(kv, tl.int64) * stride_kh
-        bias_head = (
-            bias_ptr + tl.cast(b_index, tl.int64) * stride_bb + tl.cast(h, tl.int64) * stride_bh
-        )
+        bias_head = bias_ptr + tl.cast(b_index, tl.int64) * stride_bb + tl.cast(h, tl.int64) * stride_bh
         keys_real = key_mask_ptr + tl.cast(b_index, tl.int64) * tokens
         rows = start_m + local
         ds = tl.arange(0, BLOCK_D)
@@ -152,9 +250,13 @@ def k_eff_kernel(
         if BIAS:
             unit = 1.0
         begin, full_lo, full_hi, end = key_ranges(
-            start_m, tokens, window, CAUSAL, WINDOW, DATA_MASK, BLOCK_M, BLOCK_N
+            start_m, tokens, window, CAUSAL, WINDOW, DATA_MASK, BLOCK_M, BLOCK_N, EDGE_N
         )
 
+        scores = (
+            q, k_head, stride_kt, bias_head, stride_bi, stride_bj, lowest, keys_real,
+            start_m, tokens, window, factor, softcap,
+        )  # fmt: skip
         state = state_ptr + tl.cast(sbh, tl.int64) * tokens + rows
         here = rows < tokens
         top = tl.load(state, mask=here, other=0.0)
@@ -198,61 +300,27 @@ def k_eff_kernel(
                     t4 = guess(mean, std, share, 0.3, lo, hi)
                     t5 = guess(mean, std, share, 0.7, lo, hi)
                 zero = tl.zeros((BLOCK_M, 4), tl.float32)
-                n0 = zero
-                n1 = zero
-                n2 = zero
-                n3 = zero
-                n4 = zero
-                n5 = zero
-                w0 = zero
-                w1 = zero
-                w2 = zero
-                w3 = zero
-                w4 = zero
-                w5 = zero
-                for part in tl.static_range(3):
-                    part_lo = begin
-                    part_hi = full_lo
-                    if part == 1:
-                        part_lo = full_lo
-                        part_hi = full_hi
-                    if part == 2:
-                        part_lo = full_hi
-                        part_hi = end
-                    if (part > 0 or WINDOW) and (part != 1 or not DATA_MASK):
-                        for start_n in range(part_lo, part_hi, BLOCK_N):
-                            _, y = tile(
-                                q, k_head, stride_kt, bias_head, stride_bi, stride_bj, lowest,
-                                keys_real, start_m, start_n, tokens, window, factor, softcap,
-                                CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, part != 1, D,
-                                BLOCK_M, BLOCK_N, BLOCK_D,
-                            )  # fmt: skip
-                            x = y * unit - top[:, None, None]
-                            e = tl.exp2(x)
-                            n0, w0 = tally(x, e, t0, n0, w0)
-                            n1, w1 = tally(x, e, t1, n1, w1)
-                            n2, w2 = tally(x, e, t2, n2, w2)
-                            n3, w3 = tally(x, e, t3, n3, w3)
-                            n4, w4 = tally(x, e, t4, n4, w4)
-                            n5, w5 = tally(x, e, t5, n5, w5)
-                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                    t0, tl.sum(n0, 1), tl.sum(w0, 1), target, lo, hi, n_lo, n_hi, w_lo, w_hi
-                )
-                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                    t1, tl.sum(n1, 1), tl.sum(w1, 1), target, lo, hi, n_lo, n_hi, w_lo, w_hi
-                )
-                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                    t2, tl.sum(n2, 1), tl.sum(w2, 1), target, lo, hi, n_lo, n_hi, w_lo, w_hi
-                )
-                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                    t3, tl.sum(n3, 1), tl.sum(w3, 1), target, lo, hi, n_lo, n_hi, w_lo, w_hi
-                )
-                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                    t4, tl.sum(n4, 1), tl.sum(w4, 1), target, lo, hi, n_lo, n_hi, w_lo, w_hi
-                )
-                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                    t5, tl.sum(n5, 1), tl.sum(w5, 1), target, lo, hi, n_lo, n_hi, w_lo, w_hi
-                )
+                at = (t0, t1, t2, t3, t4, t5)
+                sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+                if WINDOW:
+                    sums = tally_range(
+                        begin, full_lo, scores, top, unit, at, sums, True, EDGE_N,
+                        CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
+                    )  # fmt: skip
+                if not DATA_MASK:
+                    sums = tally_range(
+                        full_lo, full_hi, scores, top, unit, at, sums, False, BLOCK_N,
+                        CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
+                    )  # fmt: skip
+                sums = tally_range(
+                    full_hi, end, scores, top, unit, at, sums, True, EDGE_N,
+                    CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
+                for i in tl.static_range(6):
+                    lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
+                        at[i], tl.sum(sums[i], 1), tl.sum(sums[6 + i], 1), target,
+                        lo, hi, n_lo, n_hi, w_lo, w_hi,
+                    )  # fmt: skip
                 now = open_rows & settled(lo, hi, n_lo, n_hi, w_lo, w_hi, total)
                 k_eff = tl.where(now, answer(n_lo, n_hi, w_lo, w_hi, target), k_eff)
                 open_rows = open_rows & ~now
@@ -271,50 +339,43 @@ def k_eff_kernel(
                 tl.store(counts + local, tl.zeros((BLOCK_M,), tl.int32))
                 tl.debug_barrier()
                 zero = tl.zeros((BLOCK_M, 4), tl.float32)
-                count = zero
-                weight = zero
-                inside = zero
-                for part in tl.static_range(3):
-                    part_lo = begin
-                    part_hi = full_lo
-                    if part == 1:
-                        part_lo = full_lo
-                        part_hi = full_hi
-                    if part == 2:
-                        part_lo = full_hi
-                        part_hi = end
-                    if (part > 0 or WINDOW) and (part != 1 or not DATA_MASK):
-                        for start_n in range(part_lo, part_hi, BLOCK_N):
-                            _, y = tile(
-                                q, k_head, stride_kt, bias_head, stride_bi, stride_bj, lowest,
-                                keys_real, start_m, start_n, tokens, window, factor, softcap,
-                                CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, part != 1, D,
-                                BLOCK_M, BLOCK_N, BLOCK_D,
-                            )  # fmt: skip
-                            x = y * unit - top[:, None, None]
-                            count, weight, inside = collect(
-                                x, tl.exp2(x), local[:, None, None], first, last, counts, pool,
-                                count, weight, inside, POOL,
-                            )  # fmt: skip
+                sums = (zero, zero)
+                if WINDOW:
+                    sums = collect_range(
+                        begin, full_lo, scores, top, unit, first, last, counts, pool, sums,
+                        True, EDGE_N, POOL, PTX,
+                        CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
+                    )  # fmt: skip
+                if not DATA_MASK:
+                    sums = collect_range(
+                        full_lo, full_hi, scores, top, unit, first, last, counts, pool, sums,
+                        False, BLOCK_N, POOL, PTX,
+                        CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
+                    )  # fmt: skip
+                sums = collect_range(
+                    full_hi, end, scores, top, unit, first, last, counts, pool, sums,
+                    True, EDGE_N, POOL, PTX,
+                    CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
                 tl.debug_barrier()
                 held = tl.load(counts + local).to(tl.float32)
-                n_last = tl.sum(count, 1)
-                w_last = tl.sum(weight, 1)
-                n_first = n_last + held
-                w_first = w_last + tl.sum(inside, 1)
-                won = open_rows & (w_first >= target) & (w_last < target) & (held <= POOL)
-                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                    first, n_first, w_first, target, lo, hi, n_lo, n_hi, w_lo, w_hi
-                )
+                n_last = tl.sum(sums[0], 1)
+                w_last = tl.sum(sums[1], 1)
                 lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
                     last, n_last, w_last, target, lo, hi, n_lo, n_hi, w_lo, w_hi
                 )
-                # Bisect in the pool, which holds every key of the bracket of the rows that won.
+                # A pool that overflowed proves nothing about its lower end.
                 slots = tl.arange(0, POOL)[None, :]
-                x = tl.load(
-                    pool + local[:, None] * POOL + slots, mask=slots < held[:, None], other=HIDDEN
-                )
+                x = tl.load(pool + local[:, None] * POOL + slots, mask=slots < held[:, None], other=HIDDEN)
                 e = tl.exp2(x)
+                complete = held <= POOL
+                w_first = w_last + tl.sum(e, 1)
+                won = open_rows & complete & (w_first >= target) & (w_last < target)
+                lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
+                    tl.where(complete, first, NEVER), n_last + held,
+                    tl.where(complete, w_first, 0.0), target, lo, hi, n_lo, n_hi, w_lo, w_hi,
+                )  # fmt: skip
+                # Bisect in the pool, which holds every key of the bracket of the rows that won.
                 n_above = n_last
                 w_above = w_last
                 todo = won & ~settled(lo, hi, n_lo, n_hi, w_lo, w_hi, total)

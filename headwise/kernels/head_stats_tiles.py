@@ -4,7 +4,11 @@ The scores of a tile stay in the registers that the tensor cores leave them in: 
 row there, each with the columns `8g + 2·lane + {0, 1}`. The row is therefore kept as four
 independent *streams*, one a lane, with nothing to exchange between lanes until the streams are
 merged after the last tile. A tile is viewed as `(BLOCK_M, 4, BLOCK_N / 4)` for that; reductions
-over the last axis are additions within a thread. This holds where BLOCK_M is 16 · num_warps.
+over the last axis are additions within a thread. This holds where BLOCK_M >= 16 · num_warps.
+
+Keys come in three ranges: tiles that every query of the block sees in full need no mask and are
+BLOCK_N wide; what lies before them (a window) and after them (the diagonal, the end of the text)
+is masked, in tiles of EDGE_N.
 """
 
 from __future__ import annotations
@@ -13,9 +17,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# The score of a hidden key: 2^(HIDDEN · unit) is 0, and its square is still a float32. A stream that
-# has met hidden keys alone carries nonsense, which the first visible key multiplies by that 0.
-HIDDEN = tl.constexpr(-1e15)
+# The score of a hidden key: below any score, and its square is still a float32.
+HIDDEN = tl.constexpr(-1e12)
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def columns(BLOCK_N: tl.constexpr):
 
 @triton.jit
 def cap(s, factor, softcap, SOFTCAP: tl.constexpr):
-    """Soft-capped logits of raw scores; without a cap raw scores, which `factor` turns to logits."""
+    """Soft-capped logits of raw scores; without a cap raw scores, which `factor` makes logits."""
     if SOFTCAP:
         decay = tl.exp2(tl.abs(s) * (factor * (-2.0 * LOG2E) / softcap))
         s = softcap * (1.0 - decay) / (1.0 + decay) * tl.where(s < 0, -1.0, 1.0)
@@ -55,52 +58,38 @@ def sees(rows, cols, tokens, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr)
 
 
 @triton.jit
-def position_count(rows, tokens, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """How many keys `sees` lets through."""
-    first = rows * 0
-    last = first + tokens - 1
-    if CAUSAL:
-        last = rows
-    if WINDOW:
-        first = tl.maximum(first, rows - window + 1)
-        last = tl.minimum(last, rows + window - 1)
-    return last - first + 1
-
-
-@triton.jit
 def key_ranges(
-    start_m, tokens, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DATA_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    start_m, tokens, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DATA_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
-    """Key ranges of a block of queries: masked [begin, full_lo), full [.., full_hi), masked [.., end)."""
+    """Keys of a block of queries: masked `[begin, full_lo)`, full `[.., full_hi)`, masked `[.., end)`."""
     begin = 0
-    end = tokens
     full_lo = 0
-    full_hi = tokens // BLOCK_N * BLOCK_N
+    end = tokens
+    shared = tokens  # keys before this one are seen by all, as far as causality and the end go
     if CAUSAL:
-        end = tl.minimum(end, start_m + BLOCK_M)
-        full_hi = tl.minimum(full_hi, (start_m + 1) // BLOCK_N * BLOCK_N)
+        end = tl.minimum(tokens, start_m + BLOCK_M)
+        shared = start_m + 1
     if WINDOW:
-        begin = tl.maximum(0, start_m - window + 1) // BLOCK_N * BLOCK_N
-        full_lo = tl.cdiv(tl.maximum(0, start_m + BLOCK_M - window), BLOCK_N) * BLOCK_N
+        begin = tl.maximum(0, start_m - window + 1) // EDGE_N * EDGE_N
+        full_lo = tl.cdiv(tl.maximum(0, start_m + BLOCK_M - window), EDGE_N) * EDGE_N
         if not CAUSAL:
-            end = tl.minimum(end, start_m + BLOCK_M - 1 + window)
-            full_hi = tl.minimum(full_hi, (start_m + window) // BLOCK_N * BLOCK_N)
+            end = tl.minimum(tokens, start_m + BLOCK_M - 1 + window)
+            shared = tl.minimum(tokens, start_m + window)
+        full_lo = tl.minimum(full_lo, tl.cdiv(end, EDGE_N) * EDGE_N)
     if DATA_MASK:
         full_lo = begin
-        full_hi = begin
-    full_lo = tl.minimum(full_lo, tl.cdiv(end, BLOCK_N) * BLOCK_N)
-    full_hi = tl.maximum(full_hi, full_lo)
+        shared = begin
+    full_hi = full_lo + tl.maximum(0, shared - full_lo) // BLOCK_N * BLOCK_N
     return begin, full_lo, full_hi, end
 
 
 @triton.jit
 def tile(
     q, k_head, stride_kt, bias_head, stride_bi, stride_bj, lowest, keys_real,
-    start_m, start_n, tokens, window, factor, softcap,
+    start_m, tokens, window, factor, softcap, start_n,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    KEY_MASK: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr,
+    KEY_MASK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile in streams: raw (or capped) scores, and scores with bias in base 2 or HIDDEN.
