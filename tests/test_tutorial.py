@@ -1,6 +1,6 @@
 """The tutorial is true: its commands run as they stand on the page, smaller, and leave every file it names.
 
-Only what `SMALLER` and `SMALLER_TEXT` say is changed: the values of these flags, on whichever command they stand.
+Only what `SMALLER` and `SMALLER_TEXT` say is changed: the values of these flags, on whichever command.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALLER = {
     "--n-samples": "3", "--context-length": "16",
 }  # fmt: skip
 SMALLER_TEXT = {"pystdlib": "small.txt", "tutorial/prose.txt": "small.txt"}
-"""And the text that is profiled: tokenising the whole standard library would take longer than all the rest."""
+"""And the text that is profiled: tokenising the standard library would take longer than all the rest."""
 
 
 @pytest.fixture(scope="module")
