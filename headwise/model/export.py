@@ -66,9 +66,8 @@ def export(
     from transformers import GenerationConfig
 
     family = family_of(model, name)
-    config = _config(model, family)
-    for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, special, getattr(tokenizer, special, None))
+    ends = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = _config(model, family, ends)
     with replacing(folder) as draft:
         draft.mkdir()
         (draft / "model.safetensors").write_bytes(_serialised(model, family))
@@ -119,7 +118,7 @@ def _obstacles(config: ModelConfig, family: str) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _config(model: Decoder, family: str) -> PreTrainedConfig:
+def _config(model: Decoder, family: str, ends: dict[str, int | None]) -> PreTrainedConfig:
     from transformers import GPT2Config, LlamaConfig, MistralConfig
 
     ours = model.config
@@ -128,6 +127,7 @@ def _config(model: Decoder, family: str) -> PreTrainedConfig:
         "tie_word_embeddings": ours.tie_embeddings,
         "initializer_range": ours.init_std,
         "dtype": "float32",
+        **ends,  # None where there is none: an architecture's own defaults would be bytes like any other
     }
     if family == "GPT-2":
         return GPT2Config(
