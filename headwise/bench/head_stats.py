@@ -77,7 +77,7 @@ def definition(
     stats = {
         "entropy": torch.special.entr(p).sum(-1),
         "max_weight": p.amax(-1),
-        "k_eff": (gathered < mass).sum(-1) + 1.0,
+        "k_eff": ((gathered < mass).sum(-1) + 1.0).masked_fill(gathered[..., -1].isnan(), torch.nan),
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
         "sink_weight": p[..., 0],

@@ -255,7 +255,7 @@ def stats_kernel(
     tl.store(out + plane, largest + blank, mask=here)
     tl.store(out + 2 * plane, norm, mask=here)
     tl.store(out + 3 * plane, (raw_top * raw_unit + d) * LN2 + blank, mask=here)
-    tl.store(out + 4 * plane, tl.sqrt(tl.maximum(v, 0.0)) * LN2 + blank, mask=here)
+    tl.store(out + 4 * plane, tl.sqrt(tl.where(v < 0.0, 0.0, v)) * LN2 + blank, mask=here)
     tl.store(out + 5 * plane, weight_of(sink, top, z, unit) + blank, mask=here)
     tl.store(out + 6 * plane, weight_of(own, top, z, unit) + blank, mask=here)
     tl.store(out + 7 * plane, weight_of(previous, top, z, unit) + blank, mask=here)

@@ -339,28 +339,28 @@ def k_eff_kernel(
                 tl.store(counts + local, tl.zeros((BLOCK_M,), tl.int32))
                 tl.debug_barrier()
                 zero = tl.zeros((BLOCK_M, 4), tl.float32)
-                sums = (zero, zero)
+                passed = (zero, zero)
                 if WINDOW:
-                    sums = collect_range(
-                        begin, full_lo, scores, top, unit, first, last, counts, pool, sums,
+                    passed = collect_range(
+                        begin, full_lo, scores, top, unit, first, last, counts, pool, passed,
                         True, EDGE_N, POOL, PTX,
                         CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
                     )  # fmt: skip
                 if not DATA_MASK:
-                    sums = collect_range(
-                        full_lo, full_hi, scores, top, unit, first, last, counts, pool, sums,
+                    passed = collect_range(
+                        full_lo, full_hi, scores, top, unit, first, last, counts, pool, passed,
                         False, BLOCK_N, POOL, PTX,
                         CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
                     )  # fmt: skip
-                sums = collect_range(
-                    full_hi, end, scores, top, unit, first, last, counts, pool, sums,
+                passed = collect_range(
+                    full_hi, end, scores, top, unit, first, last, counts, pool, passed,
                     True, EDGE_N, POOL, PTX,
                     CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
                 tl.debug_barrier()
                 held = tl.load(counts + local).to(tl.float32)
-                n_last = tl.sum(sums[0], 1)
-                w_last = tl.sum(sums[1], 1)
+                n_last = tl.sum(passed[0], 1)
+                w_last = tl.sum(passed[1], 1)
                 lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
                     last, n_last, w_last, target, lo, hi, n_lo, n_hi, w_lo, w_hi
                 )

@@ -1,0 +1,263 @@
+"""The measures of `head_stats` in plain PyTorch, tile by tile: the definition, and what a CPU runs.
+
+A tile is a block of queries of some heads of one sequence against the keys they can see; its size
+is bounded, so memory is O(T), and chosen so that a tile and its temporaries stay in a CPU's cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores per tile, and queries; a GPU wants wide launches instead.
+TILE_CPU = 1 << 19
+TILE_GPU = 1 << 26
+ROWS_CPU = 64
+# Finite, so that 0 · HIDDEN = 0 and not NaN; far below any logit.
+HIDDEN = -1e30
+# The share of weight by which a row may miss `mass` and still meet it: rounding of float32 weights,
+# without which uniform rows would waver between k and k + 1.
+SLACK = {torch.float32: 3e-7, torch.float64: 1e-13}
+# Keys per sum in the search for k_eff.
+BLOCK = 32
+
+
+class Span(NamedTuple):
+    """Queries `q0 … q1 - 1` against keys `k0 … k1 - 1`."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+    def queries(self, device: torch.device) -> Tensor:
+        return torch.arange(self.q0, self.q1, device=device)
+
+    def keys(self, device: torch.device) -> Tensor:
+        return torch.arange(self.k0, self.k1, device=device)
+
+
+def of_scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    factors: list[float],
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    mass: float,
+    k_eff: bool,
+) -> dict[str, Tensor]:
+    """Measures by name, each `(S, B, H, T)` for S factors; other arguments as `head_stats` takes."""
+    batch, heads, tokens, width = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    dtype = _compute_dtype(q)
+    shape = (len(factors), batch, heads, tokens)
+    out = {"query_norm": torch.empty(shape, dtype=dtype, device=q.device)}
+    for n, factor in enumerate(factors):
+        out["query_norm"][n] = abs(factor) * torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
+    rows, kv_step = _tile_shape(q, group, tokens)
+    can_be_blind = bias is not None or key_mask is not None
+    for b in range(batch):
+        real = None if key_mask is None else key_mask[b]
+        for g0 in range(0, kv_heads, kv_step):
+            g1 = min(g0 + kv_step, kv_heads)
+            some = slice(g0 * group, g1 * group)
+            key_block = k[b, g0:g1].to(dtype)
+            query_block = q[b, some].to(dtype).mul(scale).view(g1 - g0, group, tokens, width)
+            bias_block = None if bias is None else bias[b % bias.shape[0]]
+            if bias_block is not None and bias_block.shape[0] > 1:
+                bias_block = bias_block[some]
+            for q0 in range(0, tokens, rows):
+                span = _visible_span(q0, min(q0 + rows, tokens), tokens, causal, window)
+                raw = query_block[:, :, span.q0 : span.q1].reshape(g1 - g0, -1, width)
+                raw = raw @ key_block[:, span.k0 : span.k1].mT
+                raw = raw.view(-1, span.q1 - span.q0, span.k1 - span.k0)
+                part = None if bias_block is None else bias_block[:, span.q0 : span.q1, span.k0 : span.k1]
+                hidden = _hidden(span, causal, window, part, real, q.device)
+                n_visible: Tensor | int = span.k1 - span.k0
+                if hidden is not None:
+                    n_visible = n_visible - hidden.sum(-1).to(dtype)
+                seen = n_visible > 0 if can_be_blind and isinstance(n_visible, Tensor) else None
+                for n, factor in enumerate(factors):
+                    s = raw if n == len(factors) - 1 else raw.clone()
+                    if factor != 1.0:
+                        s *= factor
+                    if softcap is not None:
+                        s.div_(softcap).tanh_().mul_(softcap)
+                    tile = _tile(s, part, hidden, n_visible, span, causal, mass, k_eff)
+                    _store(out, tile, seen, shape, (n, b, some.start, q0))
+    return out
+
+
+def of_weights(weights: Tensor, *, mass: float, k_eff: bool) -> dict[str, Tensor]:
+    """Measures of explicit weights `(B, H, T, T)` by name, each `(B, H, T)`."""
+    batch, heads, tokens, _ = weights.shape
+    dtype = _compute_dtype(weights)
+    out: dict[str, Tensor] = {}
+    rows, _ = _tile_shape(weights, 1, tokens)
+    for b in range(batch):
+        for h in range(heads):
+            for q0 in range(0, tokens, rows):
+                span = Span(q0, min(q0 + rows, tokens), 0, tokens)
+                p = weights[b, h : h + 1, span.q0 : span.q1].to(dtype, copy=True)
+                total = p.sum(-1)
+                tile = {"entropy": torch.special.entr(p).sum(-1), "max_weight": p.amax(-1)}
+                tile |= _where_it_looks(p, torch.ones_like(total), span, causal=False)
+                if k_eff:
+                    tile["k_eff"] = _count_keys(p, torch.ones_like(total), mass)
+                _store(out, tile, total > 0, (1, batch, heads, tokens), (0, b, h, q0))
+    return {name: value[0] for name, value in out.items()}
+
+
+def _tile(
+    s: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    n_visible: Tensor | int,
+    span: Span,
+    causal: bool,
+    mass: float,
+    k_eff: bool,
+) -> dict[str, Tensor]:
+    """Measures of scores `s (h, c, n)`, which are overwritten.
+
+    `hidden` covers the last keys of the tile, as many as it has columns; keys before them are
+    visible to every query of the tile.
+    """
+    edge = s
+    if hidden is not None:
+        edge = s[..., s.shape[-1] - hidden.shape[-1] :]
+        edge.masked_fill_(hidden, 0.0)
+    # Logits are centred before they are squared: no cancellation, and the softmax does not mind.
+    mean = s.sum(-1) / n_visible
+    s -= mean.unsqueeze(-1)
+    if hidden is not None:
+        edge.masked_fill_(hidden, 0.0)
+    root = n_visible**0.5
+    stats = {"logit_mean": mean, "logit_std": torch.linalg.vector_norm(s, dim=-1) / root}
+    if bias is not None:
+        s += bias
+    if hidden is not None:
+        edge.masked_fill_(hidden, HIDDEN)
+    s -= s.amax(-1, keepdim=True)
+    e = torch.exp(s)
+    total = e.sum(-1)
+    stats["entropy"] = total.log() - s.mul_(e).sum(-1) / total
+    stats["max_weight"] = 1.0 / total
+    stats |= _where_it_looks(e, total, span, causal)
+    if k_eff:
+        stats["k_eff"] = _count_keys(e, total, mass)
+    return stats
+
+
+def _where_it_looks(e: Tensor, total: Tensor, span: Span, causal: bool) -> dict[str, Tensor]:
+    """Weights on key 0, i and i - 1 and the mean distance; weights are `e (h, c, n) / total`."""
+    shift = span.q0 - span.k0
+    sink = e[..., 0] if span.k0 == 0 else torch.zeros_like(e[..., 0])
+    previous = torch.zeros_like(sink)
+    before = e.diagonal(shift - 1, dim1=-2, dim2=-1)
+    previous[..., previous.shape[-1] - before.shape[-1] :] = before
+    queries, keys = span.queries(e.device), span.keys(e.device)
+    if causal:
+        ahead = (keys - span.q0).to(e.dtype)
+        distance = (queries - span.q0) - (e @ ahead) / total
+    else:
+        apart = (queries.unsqueeze(-1) - keys).abs().to(e.dtype)
+        distance = (e * apart).sum(-1) / total
+    return {
+        "sink_weight": sink / total,
+        "self_weight": e.diagonal(shift, dim1=-2, dim2=-1) / total,
+        "previous_weight": previous / total,
+        "mean_distance": distance,
+    }
+
+
+def _count_keys(e: Tensor, total: Tensor, mass: float) -> Tensor:
+    """Fewest keys that hold `mass` of `total`; sorts `e (h, c, n)` in place.
+
+    Keys are dropped from the lightest up for as long as what is dropped leaves `mass`. Sums of
+    blocks find the block where that ends, a running sum over this block alone the key.
+    """
+    if e.device.type == "cpu":
+        e.numpy().sort(axis=-1)  # vectorised in numpy >= 2, ten times faster than torch's
+    else:
+        e = e.sort(-1).values
+    droppable = (total.double() * (1.0 - mass + SLACK[e.dtype])).unsqueeze(-1)
+    blocks = torch.nn.functional.pad(e, (-e.shape[-1] % BLOCK, 0)).unflatten(-1, (-1, BLOCK))
+    upto = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    whole = torch.searchsorted(upto, droppable, right=True).clamp_(max=upto.shape[-1] - 1)
+    before = torch.where(whole > 0, upto.gather(-1, (whole - 1).clamp_(min=0)), 0.0)
+    last = blocks.gather(-2, whole.unsqueeze(-1).expand(*whole.shape, BLOCK)).squeeze(-2)
+    running = last.cumsum(-1, dtype=torch.float64) + before
+    dropped = whole * BLOCK + torch.searchsorted(running, droppable, right=True)
+    count = (upto.shape[-1] * BLOCK - dropped).squeeze(-1).clamp_(min=1).to(e.dtype)
+    return count.where(total.isfinite(), torch.nan)
+
+
+def _visible_span(q0: int, q1: int, tokens: int, causal: bool, window: int | None) -> Span:
+    """The keys that queries `q0 … q1 - 1` can see as far as causality and the window go."""
+    first = 0 if window is None else max(0, q0 - window + 1)
+    last = q1 if causal else tokens
+    return Span(q0, q1, first, last if window is None else min(last, q1 + window - 1))
+
+
+def _hidden(
+    span: Span,
+    causal: bool,
+    window: int | None,
+    bias: Tensor | None,
+    real: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Keys a query does not see, `(h or 1, c, n')` over the tile's last n' keys; None: sees all.
+
+    Causality alone hides keys only at the tile's diagonal, which is all that is covered then.
+    """
+    rows = span.q1 - span.q0
+    if window is None and bias is None and real is None:
+        return torch.ones(1, rows, rows, dtype=torch.bool, device=device).triu_(1) if causal else None
+    ahead = span.keys(device) - span.queries(device).unsqueeze(-1)
+    hidden = (ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)).unsqueeze(0)
+    if window is not None:
+        hidden = hidden | (ahead.abs() >= window)
+    if real is not None:
+        hidden = hidden | ~real[span.k0 : span.k1]
+    if bias is not None:
+        hidden = hidden | (bias <= torch.finfo(bias.dtype).min / 2)
+    return hidden
+
+
+def _store(
+    out: dict[str, Tensor],
+    tile: dict[str, Tensor],
+    seen: Tensor | None,
+    shape: tuple[int, ...],
+    at: tuple[int, int, int, int],
+) -> None:
+    """Put a tile's measures `(h, c)` where they belong; NaN for queries that see nothing."""
+    n, b, h0, q0 = at
+    for name, value in tile.items():
+        if name not in out:
+            out[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
+        h, c = value.shape
+        if seen is not None:
+            value = value.where(seen, torch.nan)
+        out[name][n, b, h0 : h0 + h, q0 : q0 + c] = value
+
+
+def _tile_shape(x: Tensor, group: int, tokens: int) -> tuple[int, int]:
+    """Queries and key/value heads per tile, so that a tile holds about TILE scores."""
+    budget = TILE_CPU if x.device.type == "cpu" else TILE_GPU
+    rows = max(1, min(tokens, ROWS_CPU if x.device.type == "cpu" else tokens, budget // tokens))
+    return rows, max(1, budget // (rows * tokens * group))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
