@@ -79,13 +79,20 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
             arrays.append(pa.array(values.astype(dtype, copy=False)))
             fields.append(pa.field(measure, arrays[-1].type))
     path = Path(folder) / f"{name}.parquet"
+    floats = [field.name for field in fields if field.name in MEASURES and field.name != "k_eff"]
     with replacing(path) as draft:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields)), draft)
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=pa.schema(fields)),
+            draft,
+            compression="zstd",
+            use_dictionary=[*KEYS, "k_eff"],  # few values; a float's bytes compress when split by place
+            column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        )
     return path
 
 
 def read(folder: str | Path) -> polars.DataFrame:
-    """All parts of a head table as one polars frame, in the order of their names.
+    """All parts of a head table as one polars frame, measures as float32, in the order of their names.
 
     Raises:
         HeadwiseError: the folder holds no part, or a part is damaged.
@@ -98,7 +105,7 @@ def read(folder: str | Path) -> polars.DataFrame:
     frames = []
     for part in parts:
         try:
-            frames.append(polars.read_parquet(part))
+            frames.append(polars.read_parquet(part).cast({polars.Float16: polars.Float32}))
         except (polars.exceptions.PolarsError, OSError) as error:
             raise HeadwiseError(
                 f"head table part {part} is damaged ({str(error).splitlines()[0]}); delete it and run again"
