@@ -4,9 +4,10 @@ With x the score in base 2 below the row's maximum and e = 2^x, let M(t) be the 
 with x >= t. The answer is decided at the threshold where M first reaches `mass · Σ e`. A bracket
 lo <= t < hi with M(lo) >= target > M(hi) closes in on it, each step one more walk over the keys:
 
-    tally    M and the number of keys above six thresholds at once. The first six come from the
-             mean and variance of x under the weights (left by `stats_kernel`), the largest weight
-             taken apart; in practice they leave a few percent of the keys in the bracket.
+    tally    M and the number of keys above five thresholds at once. The first five come from
+             the mean and variance of x under the weights (left by `stats_kernel`), the largest
+             weight taken apart, and from how far n keys stray from them; they often leave about
+             one percent of the keys in the bracket.
     collect  the scores inside the bracket, or inside a part of it that should hold the answer, are
              written to a small pool (at most POOL keys a row) while M at its ends is summed anew.
              A search in the pool then ends at the very key.
@@ -41,12 +42,9 @@ def quantile(u):
 
 
 @triton.jit
-def guess(mean, std, share, further, lo, hi):
-    """Threshold above which `share` of the weight should lie, moved `further` towards 1 or 0."""
-    room = share
-    if further > 0:
-        room = 1.0 - share
-    u = tl.minimum(tl.maximum(1.0 - share - further * room, 1e-6), 1.0 - 1e-6)
+def guess(mean, std, share, lo, hi):
+    """Threshold above which a share of the weight lies if scores are normal under the weights."""
+    u = tl.minimum(tl.maximum(1.0 - share, 1e-6), 1.0 - 1e-6)
     return tl.minimum(tl.maximum(mean + std * quantile(u), lo), hi)
 
 
@@ -171,9 +169,9 @@ def tally_range(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     KEY_MASK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Walk over keys start … stop and tally those above six thresholds."""
-    t0, t1, t2, t3, t4, t5 = at
-    n0, n1, n2, n3, n4, n5, w0, w1, w2, w3, w4, w5 = sums
+    """Walk over keys start … stop and tally those above five thresholds."""
+    t0, t1, t2, t3, t4 = at
+    n0, n1, n2, n3, n4, w0, w1, w2, w3, w4 = sums
     for start_n in range(start, stop, WIDTH):
         _, y = tile(
             *scores, start_n, CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D,
@@ -186,8 +184,7 @@ def tally_range(
         n2, w2 = tally(x, e, t2, n2, w2)
         n3, w3 = tally(x, e, t3, n3, w3)
         n4, w4 = tally(x, e, t4, n4, w4)
-        n5, w5 = tally(x, e, t5, n5, w5)
-    return n0, n1, n2, n3, n4, n5, w0, w1, w2, w3, w4, w5
+    return n0, n1, n2, n3, n4, w0, w1, w2, w3, w4
 
 
 @triton.jit
@@ -269,6 +266,9 @@ def k_eff_kernel(
         mean = mean / rest
         std = tl.sqrt(tl.maximum(std / rest - mean * mean, 0.0))
         share = tl.minimum(tl.maximum((target - 1.0) / rest, 1e-3), 1.0 - 1e-6)
+        # Standard deviation of the share of weight above a threshold that fits mean and variance.
+        noise = 0.2 * tl.exp2(tl.minimum(0.3466 * std * std, 14.0)) / tl.sqrt(tl.maximum(n_lo, 1.0))
+        noise = tl.minimum(noise, 0.01)
         # No key above hi; keys below lo weigh less than 1 - mass all together.
         hi = 1e-6 + 2e-7 * tl.abs(top)
         lo = tl.log2(total * (1.0 - mass) / tl.maximum(n_lo, 1.0)) - 1e-5
@@ -283,25 +283,25 @@ def k_eff_kernel(
         most = tl.max(tl.where(open_rows, n_lo, 0.0), 0)
         while most > 0:
             while most > gate:
-                each = tl.log2(tl.maximum((w_lo - w_hi) / tl.maximum(n_lo - n_hi, 1.0), 1e-30))
-                step = 1e-6 * tl.maximum(1.0, -each)
-                t = between(lo, hi, w_lo, w_hi, target)
-                t0 = t + 0.15 * (hi - t)
-                t1 = t
-                t2 = t - 0.15 * (t - lo)
-                t3 = tl.minimum(tl.maximum(each - step, lo), hi)
-                t4 = tl.minimum(tl.maximum(each + step, lo), hi)
-                t5 = 0.5 * (lo + hi)
                 if first_time > 0:
-                    t0 = guess(mean, std, share, -0.15, lo, hi)
-                    t1 = guess(mean, std, share, -0.06, lo, hi)
-                    t2 = guess(mean, std, share, -0.02, lo, hi)
-                    t3 = guess(mean, std, share, 0.1, lo, hi)
-                    t4 = guess(mean, std, share, 0.3, lo, hi)
-                    t5 = guess(mean, std, share, 0.7, lo, hi)
+                    t0 = guess(mean, std, share + 0.5 * (1.0 - share), lo, hi)
+                    t1 = guess(mean, std, share + 2.5 * noise, lo, hi)
+                    t2 = guess(mean, std, share + 0.6 * noise, lo, hi)
+                    t3 = guess(mean, std, share - 0.6 * noise, lo, hi)
+                    t4 = guess(mean, std, share - 2.5 * noise, lo, hi)
+                else:
+                    t = between(lo, hi, w_lo, w_hi, target)
+                    t0 = t + 0.15 * (hi - t)
+                    t1 = t - 0.15 * (t - lo)
+                    t2 = 0.5 * (lo + hi)
+                    # On both sides of the mean weight in the bracket: closes in on equal keys.
+                    each = tl.log2(tl.maximum((w_lo - w_hi) / tl.maximum(n_lo - n_hi, 1.0), 1e-30))
+                    step = 1e-6 * tl.maximum(1.0, -each)
+                    t3 = tl.minimum(tl.maximum(each - step, lo), hi)
+                    t4 = tl.minimum(tl.maximum(each + step, lo), hi)
                 zero = tl.zeros((BLOCK_M, 4), tl.float32)
-                at = (t0, t1, t2, t3, t4, t5)
-                sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+                at = (t0, t1, t2, t3, t4)
+                sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
                 if WINDOW:
                     sums = tally_range(
                         begin, full_lo, scores, top, unit, at, sums, True, EDGE_N,
@@ -316,9 +316,9 @@ def k_eff_kernel(
                     full_hi, end, scores, top, unit, at, sums, True, EDGE_N,
                     CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
-                for i in tl.static_range(6):
+                for i in tl.static_range(5):
                     lo, hi, n_lo, n_hi, w_lo, w_hi = tighten(
-                        at[i], tl.sum(sums[i], 1), tl.sum(sums[6 + i], 1), target,
+                        at[i], tl.sum(sums[i], 1), tl.sum(sums[5 + i], 1), target,
                         lo, hi, n_lo, n_hi, w_lo, w_hi,
                     )  # fmt: skip
                 now = open_rows & settled(lo, hi, n_lo, n_hi, w_lo, w_hi, total)
