@@ -84,7 +84,8 @@ def head_stats(
         window: query i sees keys `j > i - window` only (and `j < i + window` when not causal).
         softcap: logits become `softcap · tanh(logits / softcap)`.
         key_mask: bool `(B, T)`, True where a key is real.
-        mass: share of the weight that `k_eff` counts keys for, in (0, 1).
+        mass: share of the weight that `k_eff` counts keys for, in (0, 1). The count is exact; where
+            some keys' sum meets `mass` within 1e-6 it may be that number of keys.
         k_eff: whether to measure `k_eff`, the costliest of the measures.
 
     Raises:

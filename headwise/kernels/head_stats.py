@@ -128,8 +128,9 @@ def stats_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     DATA_MASK: tl.constexpr = BIAS or KEY_MASK
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # long rows first
-    sbh = tl.program_id(1)
+    row_blocks = tl.cdiv(tokens, BLOCK_M)
+    sbh = tl.program_id(0) // row_blocks
+    start_m = (row_blocks - 1 - tl.program_id(0) % row_blocks) * BLOCK_M  # long rows first
     h = sbh % heads
     b_index = ((sbh // heads) % batch).to(tl.int64)
     kv = h // (heads // kv_heads)
@@ -335,12 +336,13 @@ def head_stats(
         "KEY_MASK": key_mask is not None, "D": width,
     }  # fmt: skip
     first, second = blocks or block_sizes(width, q.dtype)
-    grid = (triton.cdiv(tokens, first["BLOCK_M"]), len(factors) * batch * heads)
+    copies = len(factors) * batch * heads
+    grid = (triton.cdiv(tokens, first["BLOCK_M"]) * copies,)
     stats_kernel[grid](*arguments, out, state, 1.0 / scale, K_EFF=k_eff, **options, **first)
     if k_eff:
         rows = second["BLOCK_M"]
         row_blocks = triton.cdiv(tokens, rows)
-        jobs = row_blocks * len(factors) * batch * heads
+        jobs = row_blocks * copies
         programs = min(jobs, resident_programs(q.device))
         counts = q.new_empty((programs, rows), dtype=torch.int32)
         pools = q.new_empty((programs, rows, pool), dtype=torch.float32)
