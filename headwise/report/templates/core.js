@@ -50,10 +50,10 @@ function plot(target, traces, { height = 280, x = {}, y = {}, ...rest } = {}) {
   }, CONFIG);
 }
 
-// Draw now, and again whenever the theme changes.
+// Draw once all boxes have their places and so their widths, and again whenever the theme changes.
 function show(drawing) {
   drawings.push(drawing);
-  drawing();
+  queueMicrotask(drawing);
 }
 
 function segments(id, changed) {
