@@ -9,8 +9,8 @@ replayed, so that launching from Python does not count), ratios are against one
 from __future__ import annotations
 
 import argparse
-import os
 import itertools
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
