@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def page(results: Path) -> str:
 def _section(path: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     about = result["environment"]
-    device = about["device_name"] if about["device"] != "cpu" else f"{about['threads']} CPU threads"
+    cores = "one CPU thread" if about["threads"] == 1 else f"{about['threads']} CPU threads"
+    device = about["device_name"] if about["device"] != "cpu" else cores
     lines = [
         f"## {result['benchmark']} on {device}",
         "",
@@ -47,9 +50,17 @@ def _section(path: Path) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-    return lines + ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
+    """A table for each run of rows with the same columns."""
+    lines: list[str] = []
+    for names, group in itertools.groupby(rows, key=tuple):
+        lines += [""] if lines else []
+        lines += [_line(names), _line("---" for _ in names)]
+        lines += [_line(_cell(row[name]) for name in names) for row in group]
+    return lines
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(value: Any) -> str:
@@ -57,4 +68,4 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
