@@ -84,12 +84,14 @@ def state(run: PlannedRun) -> str:
 
 
 def _settled(run: PlannedRun) -> bool:
-    if run.skip is not None:
-        if not run.folder.holds_run():
-            run.folder.start(to_yaml(run.config))
-        run.folder.write_status("skipped", reason=run.skip)
+    if state(run) in ENDED:  # also a run that could not start here, but ended where it could
         return True
-    return state(run) in ENDED
+    if run.skip is None:
+        return False
+    if not run.folder.holds_run():
+        run.folder.start(to_yaml(run.config))
+    run.folder.write_status("skipped", reason=run.skip)
+    return True
 
 
 def _start(context: Any, run: PlannedRun, threads: int) -> _Worker:

@@ -273,6 +273,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
     values = dataclasses.asdict(study) | {
         "baseline": baseline,
         "variants": variants,
+        "device": str(find_device(study.device)),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     folder = root / study.name

@@ -127,7 +127,7 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         self.telemetry.restart_clock()
-        state, reason = "finished", f"{self.max_steps} steps"
+        state, reason = "finished", f"{self.max_steps} step{'s' * (self.max_steps != 1)}"
         with StepProfiler(self.config.training.profile_steps, self.folder.path, self.world) as profiler:
             while self.step < self.max_steps:
                 self._train_step(feed)

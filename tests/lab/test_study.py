@@ -199,6 +199,17 @@ def test_finished_runs_are_not_run_again(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in summaries} == summaries
 
 
+def test_a_run_that_ended_elsewhere_is_not_marked_skipped_here(tmp_path: Path) -> None:
+    from headwise.config import to_yaml
+    from headwise.lab.executors import run_all
+
+    [run] = plan(study(variants={"flex": variant("flex")}, seeds=[0]), tmp_path)
+    run.folder.start(to_yaml(run.config))
+    run.folder.write_status("finished", reason="on a GPU")
+    assert run_all([run], workers=1, show=lambda _: None)
+    assert state(run) == "finished"
+
+
 def test_ctrl_c_leaves_runs_that_go_on(tmp_path: Path) -> None:
     values = {
         "base": BASE | {"training": BASE["training"] | {"max_steps": 100_000}},
