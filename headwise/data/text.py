@@ -87,7 +87,7 @@ def open_path(path: Path, cache: Path) -> tuple[np.ndarray, dict[str, Any]]:
     )
     files = [file for file in found if file.is_file() and not is_binary(file)]
     if not files:
-        raise HeadwiseError(f"data.path={str(path)!r} is no text file and holds none; give another file or folder")
+        raise HeadwiseError(f"data.path={str(path)!r} is a folder without text files; give another")
     names = [file.relative_to(path).as_posix() for file in files]
     facts = {**file_facts(names), "files_skipped": len(found) - len(files)}
     return map_bytes(_joined(files, cache)), facts
