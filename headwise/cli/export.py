@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headwise.cli.quiet import quiet_transformers
 from headwise.data.config import TEXT, DataConfig
 from headwise.data.shards import MANIFEST
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
     model, config = load_model(args.run)
     family = family_of(model, args.run)
-    _quiet()
+    quiet_transformers()
     tokenizer, what = _tokenizer(config.data)
     difference = export(model, args.out, args.run, tokenizer)
     print(f"{args.out}: {family}-shaped, logits within {difference:.1g} of the run's; tokenizer: {what}")
@@ -63,12 +63,3 @@ def _of_shards(data: DataConfig) -> str | None:
         return str(manifest["settings"]["tokenizer"]["name"])
     except (OSError, ValueError, LookupError, TypeError):  # gone, a single file, or made elsewhere
         return None
-
-
-def _quiet() -> None:
-    """Without transformers' own bars and reports while it loads."""
-    if not os.environ.get("HEADWISE_VERBOSE"):
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()

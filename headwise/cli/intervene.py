@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwise.analysis.gain import Gain, gain_of, summary_row
 from headwise.analysis.sweep import SCALES, Sweep, parse_sweeps, sample_rows, sweep_rows, with_samples
+from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError, one_of
 from headwise.storage.atomic import write_json, write_text
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     from headwise.probe.samples import open_samples
     from headwise.training.distributed import find_device
 
-    _quiet()
+    quiet_transformers()
     speaker = load_speaker(args.model, dtype=args.dtype, device=find_device(args.device))
     samples = open_samples(
         source_of(args), speaker.loaded, n_samples=args.n_samples, context_length=args.context_length,
@@ -324,14 +325,3 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         raise HeadwiseError(f"{path} does not exist; `headwise intervene MODEL …` makes it") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise HeadwiseError(f"{path} is not a CSV file ({error})") from error
-
-
-def _quiet() -> None:
-    """Without transformers' own bars and reports while it loads."""
-    import os
-
-    if not os.environ.get("HEADWISE_VERBOSE"):
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError
 from headwise.storage.head_table import MEASURES
@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     world = join(args.device)
     try:
         profile = Profile(args.out, config)
-        with _quiet():
-            loaded = load(args.model, dtype=args.dtype, device=world.device)
+        quiet_transformers()
+        loaded = load(args.model, dtype=args.dtype, device=world.device)
         samples = open_samples(
             source_of(args), loaded, n_samples=config.n_samples, context_length=config.context_length,
             seed=config.seed,
@@ -147,14 +147,3 @@ def _progress(profile: Any, shown: bool, world_size: int) -> Iterator[Callable[[
     total = profile.config.n_samples * length
     with progress("profiling", total, "tokens", total - left * length) as advance:
         yield lambda tokens: advance(tokens * world_size)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and reports while it loads."""
-    if not os.environ.get("HEADWISE_VERBOSE"):
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-    yield
