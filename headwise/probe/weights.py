@@ -135,8 +135,9 @@ def _from_names(tensors: Tensors, fold_norm: bool, stack: str | None) -> HeadWei
     chosen = _choose(stacks, stack, tensors.name)
     layers = stacks[chosen]
     heads = _head_count(tensors.config, chosen, tensors.name)
-    gains = {layer: _norm_gain(rest, tensors) for layer, rest in layers.items()} if fold_norm else {}
-    if fold_norm and not any(gain is not None for gain in gains.values()):
+    norms = {layer: _norm_before(rest, tensors) for layer, rest in layers.items()}
+    foldable = any(norms.values())
+    if fold_norm and not foldable:
         raise HeadwiseError(
             f"{tensors.name} has no norm directly before its attention whose gain could be folded in; "
             "leave out --fold-norm"
@@ -144,11 +145,13 @@ def _from_names(tensors: Tensors, fold_norm: bool, stack: str | None) -> HeadWei
 
     def read(layer: int) -> LayerWeights:
         weights = _cut(layers[layer], heads, tensors, f"{chosen}.{layer}")
-        return _folded(weights, gains.get(layer))
+        norm = norms[layer] if fold_norm else None
+        return weights if norm is None else _folded(weights, _norm_gain(norm, tensors))
 
-    notes = _notes(tensors, [name for rest in layers.values() for name in rest], fold_norm)
-    missing = [layer for layer, gain in gains.items() if gain is None]
-    if missing:
+    notes = _notes(tensors, [name for rest in layers.values() for name in rest])
+    notes += [_fold_note(fold_norm)] if foldable else []
+    missing = [layer for layer, norm in norms.items() if norm is None]
+    if fold_norm and missing:
         notes.append(f"no norm stands before the attention of layer {_listed(missing)}: nothing folded there")
     return HeadWeights(tensors.name, list(layers), read, notes)
 
@@ -238,23 +241,22 @@ def _layout(fused: str, tensors: Tensors) -> str:
     return FUSED[fused]
 
 
-def _folded(weights: LayerWeights, gain: Array | None) -> LayerWeights:
-    if gain is None:
-        return weights
+def _folded(weights: LayerWeights, gain: Array) -> LayerWeights:
     return LayerWeights(weights.q * gain, weights.k * gain, weights.v * gain, weights.o)
 
 
-def _norm_gain(rest: dict[str, str], tensors: Tensors) -> Array | None:
-    """Gain `(d_model,)` of the norm before attention; None where there is none."""
-    kind = tensors.config.get("model_type")
+def _norm_before(rest: dict[str, str], tensors: Tensors) -> str | None:
+    """Name of the gain of the norm before attention; None where there is none."""
     names = list(NORMS)
-    if kind in NORM_FIRST and tensors.config.get("do_layer_norm_before", True):
+    if tensors.config.get("model_type") in NORM_FIRST and tensors.config.get("do_layer_norm_before", True):
         names.append("self_attn_layer_norm")
-    for norm in names:
-        if name := rest.get(f"{norm}.weight"):
-            gain = tensors.get(name).float().cpu().numpy()
-            return 1 + gain if kind in NORM_PLUS_ONE else gain
-    return None
+    return next((rest[f"{norm}.weight"] for norm in names if f"{norm}.weight" in rest), None)
+
+
+def _norm_gain(name: str, tensors: Tensors) -> Array:
+    """What that norm multiplies by, `(d_model,)`."""
+    gain = tensors.get(name).float().cpu().numpy()
+    return 1 + gain if tensors.config.get("model_type") in NORM_PLUS_ONE else gain
 
 
 def _from_headwise(model: nn.Module, fold_norm: bool) -> HeadWeights:
@@ -284,17 +286,17 @@ def _from_headwise(model: nn.Module, fold_norm: bool) -> HeadWeights:
     notes = _general_notes(
         biases=any(n.endswith("bias") and "attention." in n for n, _ in model.named_parameters()),
         rope=getattr(model, "rope", None) is not None,
-        fold_norm=fold_norm,
     )
+    notes.append(_fold_note(fold_norm))
     return HeadWeights(type(model).__name__, list(range(len(found))), read, notes)
 
 
-def _notes(tensors: Tensors, names: list[str], fold_norm: bool) -> list[str]:
+def _notes(tensors: Tensors, names: list[str]) -> list[str]:
     config = _text(tensors.config)
     learned = any("position_embeddings" in n or re.search(r"(^|\.)wpe\.", n) for n in tensors.names)
     rope = any("rope" in key or "rotary" in key for key, value in config.items() if value) and not learned
     biases = any(ATTENTION.search(n) and n.endswith("bias") and "norm" not in n.lower() for n in names)
-    notes = _general_notes(biases=biases, rope=rope, fold_norm=fold_norm)
+    notes = _general_notes(biases=biases, rope=rope)
     if any(re.search(r"(q|k)_(norm|layernorm)\.weight$", n) for n in names):
         notes.append("the norm of each query and key is left out: it changes their length, token by token")
     if config.get("model_type") in POSITION_BIAS:
@@ -302,15 +304,18 @@ def _notes(tensors: Tensors, names: list[str], fold_norm: bool) -> list[str]:
     return notes
 
 
-def _general_notes(*, biases: bool, rope: bool, fold_norm: bool) -> list[str]:
+def _general_notes(*, biases: bool, rope: bool) -> list[str]:
     notes = []
     if biases:
         notes.append("biases are left out")
     if rope:
         notes.append("RoPE is left out: singular values hold for a query and a key at the same position")
-    folded = "folded in" if fold_norm else "not folded in (--fold-norm does)"
-    notes.append(f"the gain of the norm before attention is {folded}")
     return notes
+
+
+def _fold_note(fold_norm: bool) -> str:
+    folded = "folded in" if fold_norm else "not folded in (--fold-norm does)"
+    return f"the gain of the norm before attention is {folded}"
 
 
 def _head_count(config: dict[str, Any], stack: str, name: str) -> int:

@@ -190,6 +190,14 @@ def test_fold_norm_is_refused_where_the_norm_comes_after() -> None:
         read_weights(random_model("bert"), fold_norm=True)
 
 
+@pytest.mark.parametrize(("name", "can"), [("llama", True), ("bert", False)])
+def test_fold_norm_is_offered_where_it_can_be_done(name: str, can: bool) -> None:
+    """BERT's norms come after attention: the option would be refused."""
+    notes = read_weights(random_model(name)).notes
+    assert any("--fold-norm does" in note for note in notes) == can
+    assert any("norm before attention" in note for note in notes) == can
+
+
 @torch.no_grad()
 def test_bloom_and_both_falcons_interleave_their_fused_projection() -> None:
     shape = {"hidden_size": D_MODEL, "vocab_size": 20}
