@@ -101,13 +101,13 @@ def run(args: argparse.Namespace) -> int:
         with _progress(profile, world.leads, world.size) as advance:
             summary = profile.run(loaded, samples, batch_size=args.batch_size, share=share, advance=advance)
         if world.leads:
-            _conclude(args, summary)
+            _conclude(args, summary, loaded.rotates)
     finally:
         leave()
     return 0
 
 
-def _conclude(args: argparse.Namespace, summary: dict[str, Any]) -> None:
+def _conclude(args: argparse.Namespace, summary: dict[str, Any], rotates: bool) -> None:
     out = Path(args.out)
     lines = [f"{summary['heads']} heads over {summary['tokens']:,} tokens, {summary['bytes'] / 1e6:,.1f} MB"]
     if summary["parts_measured"]:
@@ -121,15 +121,15 @@ def _conclude(args: argparse.Namespace, summary: dict[str, Any]) -> None:
 
         lines.append(f"csv: {export_csv(out)}")
     if not args.no_atlas:
-        lines.append(_atlas(out))
+        lines.append(_atlas(out, rotates))
     print("\n".join(lines))
 
 
-def _atlas(out: Path) -> str:
+def _atlas(out: Path, rotates: bool) -> str:
     from headwise.report.profile import atlas
 
     try:
-        return f"atlas: {atlas(out)}"
+        return f"atlas: {atlas(out, rotates=rotates)}"
     except ImportError as error:
         return f"no atlas: {error.name} is not installed"
 

@@ -49,6 +49,14 @@ class Loaded:
         return getattr(self.model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr, operator]
 
     @property
+    def rotates(self) -> bool:
+        """Whether positions enter as a rotation of queries and keys."""
+        if self.run is not None:
+            return self.model.rope is not None
+        names = {type(module).__name__ for module in self.model.modules()}
+        return any("Rotary" in name or "Rope" in name for name in names)
+
+    @property
     def longest(self) -> int | None:
         """The longest sequence that learned positions allow; None where there is no such limit."""
         if self.run is not None:

@@ -25,14 +25,19 @@ ROWS = 2_000_000
 """Rows of the table that distributions are drawn from; whole parts, spread over the profile."""
 BINS = 48
 TOP = 12
+BY = {"spearman_entropy": "Spearman", "pearson_entropy": "Pearson"}
+"""What heads are sorted by: the first that there is."""
 SECTIONS = {
     "kinds": "What heads do", "atlas": "Measures", "distributions": "Distributions",
     "correlations": "Query norm", "numbers": "Numbers",
 }  # fmt: skip
 
 
-def atlas(out: str | Path) -> Path:
+def atlas(out: str | Path, *, rotates: bool = False) -> Path:
     """Write `out/atlas.html` from a finished profile and return its path.
+
+    Args:
+        rotates: whether the model rotates its queries and keys, so that it matters which were measured.
 
     Raises:
         HeadwiseError: the profile is not finished, or damaged.
@@ -41,7 +46,7 @@ def atlas(out: str | Path) -> Path:
     from plotly.offline import get_plotlyjs
 
     out = Path(out)
-    data = finite(collect(out))
+    data = finite(collect(out, rotates=rotates))
     environment = Environment(
         loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -54,7 +59,7 @@ def atlas(out: str | Path) -> Path:
     return out / "atlas.html"
 
 
-def collect(out: Path) -> dict[str, Any]:
+def collect(out: Path, *, rotates: bool = False) -> dict[str, Any]:
     """Everything the page shows; NaN where there is no value.
 
     Raises:
@@ -69,7 +74,7 @@ def collect(out: Path) -> dict[str, Any]:
         "variants": [],
         "model": profile["model"],
         "facts": _facts(profile, summary),
-        "flags": _flags(summary, profile),
+        "flags": _flags(summary, profile, rotates),
         "measures": [
             {"name": m, "label": NAMES[m], "definition": MEASURES[m].definition, "unit": MEASURES[m].unit}
             for m in measures
@@ -86,6 +91,7 @@ def collect(out: Path) -> dict[str, Any]:
             name: grids[name] for name in per_head if name.startswith(("pearson_", "spearman_"))
         },
         "top": _top(per_head),
+        "top_by": next((name for by, name in BY.items() if by in per_head), None),
         "numbers": _numbers(per_head, kinds, measures),
     }
 
@@ -103,8 +109,13 @@ def _facts(profile: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, 
     ]
 
 
-def _flags(summary: dict[str, Any], profile: dict[str, Any]) -> list[str]:
+def _flags(summary: dict[str, Any], profile: dict[str, Any], rotates: bool) -> list[str]:
     flags = []
+    if rotates and profile["scores"] == "pre_rope":
+        flags.append(
+            "Logits are those before the rotation, where positions play no part, so previous-token heads "
+            "do not show: profile with --scores post_rope to see what the model attends to."
+        )
     if summary["layers_with_nan"]:
         layers = ", ".join(map(str, summary["layers_with_nan"]))
         flags.append(f"Measures are NaN in layer {layers}: look for NaN in the weights.")
@@ -199,7 +210,7 @@ def _some_rows(parts: list[Path], measures: list[str]) -> tuple[dict[str, np.nda
 
 def _top(per_head: dict[str, np.ndarray]) -> list[list[str]]:
     """Heads whose query norm goes with their entropy most, by |r|: document 004's choice of a target."""
-    best = next((n for n in ("spearman_entropy", "pearson_entropy") if n in per_head), None)
+    best = next((n for n in BY if n in per_head), None)
     if best is None:
         return []
     columns = [n for n in per_head if n.startswith(("pearson_", "spearman_"))]

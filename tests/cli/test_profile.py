@@ -67,6 +67,16 @@ def test_the_end_is_said(place, finished, capsys):
     assert str(finished / "per_head.csv") in said
 
 
+def test_the_atlas_warns_of_scores_before_a_rotation_where_there_is_one(place, finished, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "rotating")
+    assert profile.main([str(tmp_path / "rotating"), *arguments(place, tmp_path / "out")[1:]]) == 0
+    assert "previous-token heads do not show" in (tmp_path / "out" / "atlas.html").read_text()
+    assert "previous-token heads do not show" not in (finished / "atlas.html").read_text()
+
+
 def test_processes_of_torchrun_make_the_same_table(place, finished, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = tmp_path / "run.py"

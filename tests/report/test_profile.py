@@ -79,6 +79,51 @@ def test_the_page_holds_its_data_and_fetches_nothing(profile):
         assert f'<section id="{section}"' in page
 
 
+@pytest.mark.parametrize(
+    ("scores", "rotates", "warns"),
+    [("pre_rope", True, True), ("post_rope", True, False), ("pre_rope", False, False)],
+)
+def test_scores_before_a_rotation_are_warned_of(profile, scores, rotates, warns):
+    about = json.loads((profile / "profile.json").read_text())
+    (profile / "profile.json").write_text(json.dumps(about | {"scores": scores}))
+    flags = collect(profile, rotates=rotates)["flags"]
+    assert any("previous-token heads do not show" in f and "--scores post_rope" in f for f in flags) == warns
+
+
+def test_every_heatmap_has_a_scale_and_the_sorted_table_says_by_what(profile):
+    page = atlas(profile).read_text()
+    for section in ("atlas", "distributions", "correlations"):
+        part = page[page.index(f'<section id="{section}"') :]
+        assert '<div class="scale">' in part[: part.index("</section>")]
+    assert "<h3>Strongest with entropy, by |Spearman|</h3>" in page
+
+
+MACHADO = {  # severity 1, linear RGB (Machado, Oliveira and Fernandes 2009)
+    "full": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+XYZ = np.array([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1095, 0.8727]])  # white is 1
+
+
+@pytest.mark.parametrize("vision", MACHADO)
+def test_kinds_are_told_apart_by_colour(profile, vision):
+    """At least 20 apart in CIELAB (17 was too close), and from both themes' paper; 2.3 is barely visible."""
+    page = atlas(profile).read_text()
+    kinds = [
+        re.search(rf"--kind{i}: (#\w{{6}})", page)[1] for i in range(len(collect(profile)["kinds"]["names"]))
+    ]
+    colours = [*kinds, *re.findall(r"--card: (#\w{6})", page)]
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(MACHADO[vision]).T, 0, 1) @ XYZ.T
+    x, y, z = np.where(seen > 0.008856, np.cbrt(seen), (903.3 * seen + 16) / 116).T
+    lab = np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)))
+    apart = np.linalg.norm(lab[:, :, None] - lab[:, None], axis=0)
+    assert apart[np.triu_indices(len(colours), 1)].min() > 20
+
+
 def test_an_unfinished_profile_has_no_atlas(profile):
     (profile / "summary.json").unlink()
     with pytest.raises(HeadwiseError, match=r"summary\.json cannot be read .* run the profile to its end"):

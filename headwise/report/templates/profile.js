@@ -22,7 +22,7 @@ function grid(target, trace, rows) {
   const z = cells.map((row) => row.map((labels) => labels && names.indexOf(labels[0])));
   const text = cells.map((row) => row.map((labels) => labels ? labels.join(", ") : ""));
   show(() => {
-    const steps = names.flatMap((_, i) => [[i / names.length, css(`--v${i}`)], [(i + 1) / names.length, css(`--v${i}`)]]);
+    const steps = names.flatMap((_, i) => [[i / names.length, css(`--kind${i}`)], [(i + 1) / names.length, css(`--kind${i}`)]]);
     grid(target, {
       z, text, colorscale: steps, zmin: -0.5, zmax: names.length - 0.5,
       hovertemplate: "layer %{y}, head %{x}<br>%{text}<extra></extra>",
@@ -52,7 +52,7 @@ function grid(target, trace, rows) {
         marker: { color: translucent(css("--v0"), 0.45), size: 6 }, hovertemplate: "%{text}: %{y:.5~g}<extra></extra>",
       },
       { x: layers, y: means, mode: "lines", line: { color: css("--v1"), width: 2 }, hovertemplate: "mean of layer %{x}: %{y:.5~g}<extra></extra>" },
-    ], { height: heightOf(z.length), hovermode: "closest", x: { title: "layer" }, y: { title: measure.unit || measure.label } });
+    ], { height: heightOf(z.length), hovermode: "closest", x: { title: "layer", dtick: z.length <= 16 ? 1 : undefined }, y: { title: measure.unit || measure.label } });
   };
   byId("atlas-measure").onchange = draw;
   show(draw);
