@@ -103,11 +103,16 @@ def verdict(gains: Sequence[Gain], everyone: Sequence[Gain] = ()) -> str:
                 f"gain_ratio {target.name} / {control.name} = {ratio.value:.2f}, 95% interval "
                 f"[{ratio.low:.2f}, {ratio.high:.2f}] over {ratio.over}: {reading(ratio)}."
             )
-        if everyone:
-            below = sum(g.gain < target.gain for g in everyone)
-            rank = f"a higher gain than {below} of {len(everyone)} heads"
-            lines.append(f"{target.name} has {rank}; the median is {median:.4f}.")
-    if controls and targets:
+    for one in gains if everyone else ():
+        below = sum(g.gain < one.gain for g in everyone)
+        rank = f"a higher gain than {below} of {len(everyone)} heads"
+        lines.append(f"{one.name} has {rank}; the median is {median:.4f}.")
+    if not (controls and targets):
+        missing = "target" if controls else "control"
+        lines.append(
+            f"No gain ratio without a {missing}: `headwise intervene gain` compares saved sweeps of both."
+        )
+    else:
         lines += ["Document 004's failure rule:", _wrapped(FAILURE_RULE)]
         lines += ["What mathematics adds:", _wrapped(MATHEMATICS), "Applied:"]
         lines += [_wrapped(rule_applied(t, c, median)) for t in targets for c in controls]

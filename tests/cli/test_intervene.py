@@ -120,6 +120,17 @@ def test_a_target_and_a_control(model: Path, tmp_path: Path, capsys: pytest.Capt
         main(["gain", files[0], files[0], "--out", str(tmp_path / "d")])
 
 
+@pytest.mark.parametrize(("head_type", "missing"), [("control", "target"), ("target", "control")])
+def test_one_head_alone_has_no_verdict_and_that_is_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], head_type: str, missing: str
+) -> None:
+    head = ["--target-layer", "1", "--target-head", "2", "--head-type", head_type, "--scales", "0.5", "1"]
+    assert main(arguments(model, tmp_path, *head)) == 0
+    printed = capsys.readouterr().out
+    assert f"No gain ratio without a {missing}: `headwise intervene gain` compares" in printed
+    assert "\n\n\n" not in printed
+
+
 def test_all_heads_place_the_target_among_them(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
