@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.observation import Observation, Scores, Weights
-from headwise.functional.softmax_attention import additive_mask
+from headwise.functional.softmax_attention import additive_mask, zero_rows
 from headwise.model.decoder import Decoder
 
 
@@ -24,7 +24,7 @@ def attention_maps(model: Decoder, tokens: Tensor) -> np.ndarray | None:
     maps: list[Tensor | None] = []
 
     def look(observation: Observation) -> None:
-        maps.append(_weights(observation))
+        maps.append(weights_of(observation))
 
     layers = model.attentions()
     before = [layer.observer for layer in layers]
@@ -39,8 +39,8 @@ def attention_maps(model: Decoder, tokens: Tensor) -> np.ndarray | None:
     return np.stack(found) if len(found) == len(layers) else None
 
 
-def _weights(observation: Observation) -> Tensor | None:
-    """`(B, H, T, T)` weights of what a layer offers."""
+def weights_of(observation: Observation) -> Tensor | None:
+    """`(B, H, T, T)`, zeros where a query sees nothing; None where a layer offers no weights."""
     if isinstance(observation, Weights):
         return observation.weights.float()
     if not isinstance(observation, Scores):
@@ -50,7 +50,20 @@ def _weights(observation: Observation) -> Tensor | None:
     logits = (q @ k.transpose(-2, -1)) * observation.scale
     if observation.softcap is not None:
         logits = observation.softcap * torch.tanh(logits / observation.softcap)
-    causal, _ = additive_mask(None, causal=observation.causal, length=q.shape[-2], like=logits)
-    for bias in (causal, observation.bias):
+    mask = _mask(observation)
+    hidden, empty = additive_mask(mask, causal=observation.causal, length=q.shape[-2], like=logits)
+    for bias in (hidden, observation.bias):
         logits = logits if bias is None else logits + bias
-    return logits.softmax(-1).nan_to_num(0.0)
+    return zero_rows(logits.softmax(-1).nan_to_num(0.0), empty)
+
+
+def _mask(observation: Scores) -> Tensor | None:
+    """`(B or 1, T, T)`, True where window and padding let query i see key j; None where there is neither."""
+    if observation.window is None and observation.key_mask is None:
+        return None
+    tokens, device = observation.q.shape[-2], observation.q.device
+    visible = torch.ones(1, tokens, tokens, dtype=torch.bool, device=device)
+    if observation.window is not None:
+        position = torch.arange(tokens, device=device)
+        visible = visible & ((position[:, None] - position).abs() < observation.window)
+    return visible if observation.key_mask is None else visible & observation.key_mask[:, None]
