@@ -1,10 +1,10 @@
 """Kinds of attention, exchangeable by name. A new kind adds its file and one line here."""
 
-from headwise.attention import flash, flex, mha
-from headwise.attention.base import KINDS, Attention, AttentionShape, attention_kind, register
+from headwise.attention import flash, flex, mha, selective
+from headwise.attention.base import KINDS, Attention, AttentionShape, Carry, attention_kind, register
 from headwise.attention.config import AttentionConfig
 
 __all__ = [
-    "KINDS", "Attention", "AttentionConfig", "AttentionShape", "attention_kind",
-    "flash", "flex", "mha", "register",
+    "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "attention_kind",
+    "flash", "flex", "mha", "register", "selective",
 ]  # fmt: skip

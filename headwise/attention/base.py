@@ -34,6 +34,7 @@ class AttentionShape:
         bias: whether projections have biases.
         dropout: share of attention weights dropped in training.
         layer: index of the layer, from 0.
+        n_layers: layers of the model.
     """
 
     d_model: int
@@ -43,6 +44,20 @@ class AttentionShape:
     bias: bool = False
     dropout: float = 0.0
     layer: int = 0
+    n_layers: int = 1
+
+
+@dataclass
+class Carry:
+    """What the layers of one forward pass hand to the next layer and to the loss.
+
+    Attributes:
+        logits: selection logits of the previous layer, `(B, M, T, T)`.
+        penalty: what layers so far add to the loss, a scalar.
+    """
+
+    logits: Tensor | None = None
+    penalty: Tensor | float = 0.0
 
 
 class Attention(nn.Module):
@@ -74,6 +89,7 @@ class Attention(nn.Module):
         attn_mask: Tensor | None = None,
         causal: bool = True,
         rope: Rope | None = None,
+        carry: Carry | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -82,6 +98,7 @@ class Attention(nn.Module):
             attn_mask: `(B or 1, T, T)`, bool (True = may attend) or additive float.
             causal: query i sees keys j <= i only; combines with `attn_mask`.
             rope: rotates q and k before the core.
+            carry: what passes between the layers of this forward pass.
 
         Returns:
             `(B, T, d_model)`; a query that may attend to nothing contributes zeros.
@@ -92,7 +109,7 @@ class Attention(nn.Module):
         self._check(x, attn_mask, causal)
         q_pre, k_pre, v = self.heads(x)
         q, k = rope(q_pre, k_pre) if rope is not None else (q_pre, k_pre)
-        y = self.core(q, k, v, mask=attn_mask, causal=causal)
+        y = self.attend(x, q, k, v, mask=attn_mask, causal=causal, rope=rope, carry=carry or Carry())
         if self.observer is not None:
             self.observer(self.observation(q, k, v, q_pre, k_pre, mask=attn_mask, causal=causal))
         return self.out(y.transpose(1, 2).flatten(2))
@@ -103,6 +120,21 @@ class Attention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
         q, k, v = heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
         return q, k, v
+
+    def attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+        rope: Rope | None,
+        carry: Carry,
+    ) -> Tensor:
+        """The core; a kind that also reads x, or hands something on, does it here."""
+        return self.core(q, k, v, mask=mask, causal=causal)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
         """What the kind is: q `(B, H, T, D)`, k and v `(B, K, T, D)` to y `(B, H, T, D)`."""
@@ -122,6 +154,13 @@ class Attention(nn.Module):
         """What this layer offers to be measured; by default its softmax scores."""
         bias = None if mask is None else _as_bias(mask)
         return Scores(q, k, self.scale, causal=causal, bias=bias, q_pre=q_pre, k_pre=k_pre)
+
+    def initialise(self) -> None:
+        """Draw parameters that do not start as the model's matrices do."""
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Learning-rate multipliers by name of parameters with one of their own; they do not decay."""
+        return {}
 
     def dropout(self) -> float:
         """The share of weights to drop now: none outside of training."""

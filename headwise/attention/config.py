@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from headwise.attention.base import attention_kind
+from headwise.attention.selective_config import SelectiveConfig
 from headwise.errors import HeadwiseError
 
 
@@ -14,18 +15,20 @@ class AttentionConfig:
     """Which attention, and how.
 
     Attributes:
-        kind: a registered kind: mha, flash, flex.
+        kind: a registered kind: mha, flash, flex, selective.
         dropout: share of attention weights dropped in training.
+        selective: options of kind selective.
     """
 
     kind: str = "flash"
     dropout: float = 0.0
+    selective: SelectiveConfig = field(default_factory=SelectiveConfig)
 
     def options(self) -> Any:
         """The options of the chosen kind, or None where it has none."""
         return getattr(self, self.kind, None)
 
-    def validate(self, *, n_heads: int, n_kv_heads: int) -> None:
+    def validate(self, *, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
         """Refuse what the chosen kind cannot do.
 
         Raises:
@@ -39,6 +42,9 @@ class AttentionConfig:
                 f"model.attention.dropout is {self.dropout}, but kind {self.kind!r} cannot drop weights; "
                 "set it to 0 or choose mha or flash"
             )
+        options = self.options()
+        if options is not None:
+            options.validate(n_heads=n_heads, head_dim=head_dim)
         if n_kv_heads != n_heads and "gqa" not in supports:
             raise HeadwiseError(
                 f"model.n_kv_heads is {n_kv_heads}, but kind {self.kind!r} needs as many key/value heads "

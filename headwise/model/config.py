@@ -84,6 +84,7 @@ class ModelConfig:
             bias=self.bias,
             dropout=self.attention.dropout,
             layer=layer,
+            n_layers=self.n_layers,
         )
 
     def validate(self) -> None:
@@ -120,4 +121,6 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise HeadwiseError(f"model.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
-        self.attention.validate(n_heads=self.n_heads, n_kv_heads=self.kv_heads())
+        self.attention.validate(
+            n_heads=self.n_heads, n_kv_heads=self.kv_heads(), head_dim=self.width_of_head()
+        )

@@ -50,4 +50,4 @@ def _part(name: str) -> str:
 
 
 def _matrix_elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headwise.attention import Attention, attention_kind
+from headwise.attention import Attention, Carry, attention_kind
 from headwise.model.config import ModelConfig
 from headwise.model.rope import Rope
 
@@ -50,9 +50,12 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, *, attn_mask: Tensor | None, causal: bool, rope: Rope | None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, attn_mask: Tensor | None, causal: bool, rope: Rope | None, carry: Carry
+    ) -> Tensor:
         """`x (B, T, d_model)` to the same shape."""
-        y = self.attention(self.attention_norm(x), attn_mask=attn_mask, causal=causal, rope=rope)
+        normed = self.attention_norm(x)
+        y = self.attention(normed, attn_mask=attn_mask, causal=causal, rope=rope, carry=carry)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -97,14 +100,24 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        for attention in self.attentions():
+            attention.initialise()
 
-    def forward(self, tokens: Tensor, *, attn_mask: Tensor | None = None, causal: bool = True) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        attn_mask: Tensor | None = None,
+        causal: bool = True,
+        carry: Carry | None = None,
+    ) -> Tensor:
         """Logits for the next token.
 
         Args:
             tokens: `(B, T)` int64.
             attn_mask: `(B or 1, T, T)`, bool (True = may attend) or additive float.
             causal: whether a token sees only itself and earlier ones.
+            carry: filled with what the layers add to the loss.
 
         Returns:
             `(B, T, vocab_size)`.
@@ -112,10 +125,17 @@ class Decoder(nn.Module):
         Raises:
             ValueError: T exceeds the table of learned positions.
         """
-        x = self.hidden(tokens, attn_mask=attn_mask, causal=causal)
+        x = self.hidden(tokens, attn_mask=attn_mask, causal=causal, carry=carry)
         return self.head(x)
 
-    def hidden(self, tokens: Tensor, *, attn_mask: Tensor | None = None, causal: bool = True) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        attn_mask: Tensor | None = None,
+        causal: bool = True,
+        carry: Carry | None = None,
+    ) -> Tensor:
         """The normalised residual stream that the output layer reads, `(B, T, d_model)`."""
         x = self.tokens(tokens)
         length = tokens.shape[1]
@@ -129,8 +149,9 @@ class Decoder(nn.Module):
             # the paper's factor: without it the sinusoids drown embeddings that start at init_std
             x = x * math.sqrt(x.shape[-1]) + sinusoids(length, x.shape[-1], x.device).to(x.dtype)
         x = self.dropout(x)
+        carry = carry or Carry()
         for block in self.blocks:
-            x = block(x, attn_mask=attn_mask, causal=causal, rope=self.rope)
+            x = block(x, attn_mask=attn_mask, causal=causal, rope=self.rope, carry=carry)
         return self.norm(x)
 
     def attentions(self) -> list[Attention]:

@@ -30,6 +30,7 @@ STALE_S = 60.0
 METRICS = (
     "step", "split", "loss", "tokens_per_sec", "step_time_ms", "vram_mb", "grad_norm", "lr", "flops",
     "bits_per_byte", "perplexity", "accuracy", "smooth_loss", "tokens", "flops_per_sec", "data_wait",
+    "penalty",
 )  # fmt: skip
 """Columns of metrics.csv; a value that does not apply is empty."""
 

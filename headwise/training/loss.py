@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headwise.attention import Carry
 from headwise.data.base import IGNORE, Batch
 from headwise.training.distributed import World
 
@@ -23,21 +24,24 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy in nats, and how many targets were the likeliest token.
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed cross entropy in nats, how many targets were the likeliest token, and penalties.
 
         Args:
             inputs, targets: `(B, T)` int64; a target of -100 does not count.
 
         Returns:
-            Two scalars. The second is 0 in training mode, where nobody asks.
+            Three scalars. The second is 0 in training mode, where nobody asks; the third is what the
+            layers add to the mean loss (the memory penalty of selective attention).
         """
-        logits = self.model(inputs).flatten(0, 1).float()
+        carry = Carry()
+        logits = self.model(inputs, carry=carry).flatten(0, 1).float()
         targets = targets.flatten()
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        penalty = loss.new_zeros(()) + carry.penalty
         if self.training:
-            return loss, loss.new_zeros(())
-        return loss, (logits.argmax(-1) == targets).sum()
+            return loss, loss.new_zeros(()), penalty
+        return loss, (logits.argmax(-1) == targets).sum(), penalty
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def evaluate(
     for batch in batches:
         inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
         with autocast:
-            loss, correct = model(inputs, targets)
+            loss, correct, _ = model(inputs, targets)
         total += torch.stack((loss.double(), correct.double(), (targets != IGNORE).sum().double()))
     model.train(training)
     loss, correct, tokens = world.sum(total).tolist()

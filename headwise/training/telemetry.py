@@ -32,6 +32,7 @@ class Step:
         grad_norm: before clipping.
         lr: the learning rate it was taken with.
         wait_s: seconds that the model waited for data.
+        penalty: what layers added to the loss (the memory penalty), not part of `loss`.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Step:
     grad_norm: float
     lr: float
     wait_s: float
+    penalty: float = 0.0
 
     @property
     def finite(self) -> bool:
@@ -148,18 +150,18 @@ class Telemetry:
 
 
 class Readings:
-    """Loss and gradient norm on their way from the device: read one step late on a GPU."""
+    """Loss, gradient norm and penalty on their way from the device: read one step late on a GPU."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = deque()
 
-    def send(self, loss: Tensor, grad_norm: Tensor, **about: Any) -> None:
+    def send(self, loss: Tensor, grad_norm: Tensor, penalty: Tensor, **about: Any) -> None:
         """Start moving one step's numbers to the host."""
-        values = torch.stack((loss.detach().double(), grad_norm.detach().double()))
+        values = torch.stack([value.detach().double() for value in (loss, grad_norm, penalty)])
         if not values.is_cuda:
             self._pending.append((values, None, about))
             return
-        host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        host = torch.empty(3, dtype=torch.float64, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -175,8 +177,8 @@ class Readings:
                     break
                 event.synchronize()
             self._pending.popleft()
-            loss, norm = values.tolist()
-            steps.append(Step(loss=loss, grad_norm=norm, **about))
+            loss, norm, penalty = values.tolist()
+            steps.append(Step(loss=loss, grad_norm=norm, penalty=penalty, **about))
         return steps
 
 

@@ -28,7 +28,7 @@ from headwise.training.distributed import World
 from headwise.training.feed import Feed
 from headwise.training.heartbeat import beating
 from headwise.training.loss import Evaluation, TokenLoss, evaluate
-from headwise.training.optim import make_optimizer, step_if_finite
+from headwise.training.optim import make_optimizer, set_learning_rate, step_if_finite
 from headwise.training.profiler import StepProfiler
 from headwise.training.progress import Progress, Silent
 from headwise.training.schedule import learning_rate
@@ -188,21 +188,20 @@ class Trainer:
         passes = feed.take()
         seed_step(self.config.seed, self.step, self.world.rank)
         lr = learning_rate(self.step, self.max_steps, training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         total = self._counted(passes.counted)
-        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with self._checked():
             for index, batch in enumerate(passes.batches, 1):
-                loss += self._backward(batch, total, last=index == len(passes.batches))
+                sums += self._backward(batch, total, len(passes.batches), last=index == len(passes.batches))
         parameters = list(self.model.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if training.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, training.grad_clip, norm)
-        loss = self.world.sum(loss)
+        loss, penalty = self.world.sum(sums)
         step_if_finite(self.optimizer, torch.isfinite(norm) & torch.isfinite(loss))
         self.step += 1
-        self.readings.send(loss, norm, step=self.step, lr=lr, wait_s=passes.wait_s)
+        self.readings.send(loss, norm, penalty, step=self.step, lr=lr, wait_s=passes.wait_s)
         if self.step < self.max_steps:
             feed.prefetch()
 
@@ -219,8 +218,8 @@ class Trainer:
                 where = f" in process {rank}" if self.world.size > 1 else ""
                 raise NonFiniteOutput(f"step {self.step + 1}{where}: {first}")
 
-    def _backward(self, batch: Batch, total: Tensor | int, *, last: bool) -> Tensor:
-        """Add one pass to the gradient; returns its share of the step's mean loss."""
+    def _backward(self, batch: Batch, total: Tensor | int, passes: int, *, last: bool) -> Tensor:
+        """Add one of `passes` to the gradient; returns its share of the step's mean loss and penalty."""
         device = self.world.device
         inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         debug = self.step < self.config.training.debug_steps
@@ -228,10 +227,11 @@ class Trainer:
         together = isinstance(model, nn.parallel.DistributedDataParallel)
         with model.no_sync() if together and not last else contextlib.nullcontext():  # type: ignore[operator]
             with self.autocast:
-                summed, _ = model(inputs, targets)
+                summed, _, penalty = model(inputs, targets)
             # DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
-            (summed * (self.world.size / total)).backward()
-        return summed.detach().double() / total
+            (summed * (self.world.size / total) + penalty / passes).backward()
+        shares = (summed.detach().double() / total, penalty.detach().double() / (passes * self.world.size))
+        return torch.stack(shares)
 
     def _counted(self, counted: int) -> Tensor | int:
         """Targets that count in this step over all processes, of which `counted` are here."""
@@ -268,6 +268,7 @@ class Trainer:
                     grad_norm=step.grad_norm,
                     lr=step.lr,
                     smooth_loss=self.telemetry.smooth_loss,
+                    penalty=step.penalty or None,
                     vram_mb=peak_memory_mb(self.world.device),
                     **self._speed,
                 )
@@ -310,14 +311,13 @@ class Trainer:
     def evaluation(self, split: str, *, seq_len: int | None = None) -> Evaluation:
         """Exact loss over `data.eval_fraction` of a split, at the training length or another."""
         data = self.data if seq_len is None else self.data.at_length(seq_len)
-        size = max(1, self.config.data.batch_size * self.data.seq_len // data.seq_len)
         known = data.bytes_per_token
         return evaluate(
             self.plain if seq_len else self.compiled,
             eval_batches(
                 data,
                 split,
-                size,
+                self.config.data.batch_size_at(data.seq_len),
                 fraction=self.config.data.eval_fraction,
                 rank=self.world.rank,
                 world_size=self.world.size,

@@ -1,0 +1,135 @@
+"""Selective attention (Leviathan, Kalman, Matias 2024, arXiv 2410.02703; document 002): the definition.
+
+    L[i,j] = selection logits, 0 for j > i
+    S = act(L), 0 where a key is protected             what query i takes from key j, for later queries
+    F[i,j] = Σ_{l<i} S[l,j]                             or the game of attack and protection
+    y_i = Σ_j softmax_j(scale · q_i·k_j - F[i,j]) v_j
+
+Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `D` head width, `M` masks, shared
+by groups of heads, `E` width of a selection query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headwise.functional.scan import after_the_query, attack_and_protect, running_sum
+
+
+def selection_logits(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    """`scale · q_i·k_j + bias`, and 0 for j > i, in float32 or better.
+
+    Args:
+        q: selection queries `(B, M, T, E)`.
+        k: selection keys `(B, M or 1, T, E)`.
+        bias: `(M,)`.
+
+    Returns:
+        `(B, M, T, T)`.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q.to(precise) @ k.to(precise).transpose(-2, -1) * scale
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    return logits.tril()
+
+
+def selection_mask(
+    logits: Tensor,
+    protection: Tensor | None = None,
+    *,
+    protect_bos: bool = True,
+    protect_self: bool = True,
+    relu_leak: float = 0.0,
+    relu_after_cumsum: bool = False,
+    accumulate: str = "torch",
+) -> Tensor:
+    """F: how much of key j was taken before query i came.
+
+    Args:
+        logits: `(B, M, T, T)`, 0 above the diagonal (`selection_logits`).
+        protection: p >= 0, `(B, M or 1, T, T)`, 0 above the diagonal; None for the plain running sum.
+        protect_bos: no query takes anything from key 0.
+        protect_self: no query takes anything from its own key.
+        relu_leak: slope of the activation below 0.
+        relu_after_cumsum: apply another ReLU to F.
+        accumulate: `torch`, `float64` or `sequential` (`running_sum`).
+
+    Returns:
+        `(B, M, T, T)`, 0 in row 0, on the diagonal and above.
+    """
+    attack = torch.where(logits > 0, logits, relu_leak * logits) if relu_leak else logits.relu()
+    attack = attack.tril(-1 if protect_self else 0)
+    if protect_bos:
+        attack = torch.cat((torch.zeros_like(attack[..., :1]), attack[..., 1:]), dim=-1)
+    if protection is None:
+        damage = running_sum(attack, accumulate)
+    else:
+        damage = attack_and_protect(attack, protection, accumulate)
+    taken = after_the_query(damage)
+    return taken.relu() if relu_after_cumsum else taken
+
+
+def mask_of_head(n_heads: int, n_masks: int) -> list[int]:
+    """Which mask each head uses: contiguous groups of ⌊H/M⌋; heads left over wrap to masks 0, 1, …
+
+    Raises:
+        ValueError: more masks than heads, or none.
+    """
+    if not 1 <= n_masks <= n_heads:
+        raise ValueError(f"{n_masks} masks for {n_heads} heads; there must be 1 to {n_heads}")
+    group = n_heads // n_masks
+    return [h // group if h < group * n_masks else h - group * n_masks for h in range(n_heads)]
+
+
+def per_head(mask: Tensor, n_heads: int) -> Tensor:
+    """F of each head, `(B, 1 or H, T, T)`, of F by mask `(B, M, T, T)`."""
+    if mask.shape[1] in (1, n_heads):
+        return mask
+    return mask[:, mask_of_head(n_heads, mask.shape[1])]
+
+
+def selective_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Causal softmax attention under F, every score in memory: the definition.
+
+    The softmax runs in float32 for half-precision inputs.
+
+    Args:
+        q: `(B, H, T, D)`.
+        k, v: `(B, K, T, D)` with `H % K == 0`.
+        mask: F, `(B, M, T, T)`; masks go to heads as `mask_of_head` says.
+        scale: factor on q·k, `D**-0.5` unless given.
+
+    Returns:
+        `(B, H, T, D)`.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.transpose(-2, -1)).to(mask.dtype) * scale - per_head(mask, q.shape[1])
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def memory(mask: Tensor, tau: float = 1.0) -> Tensor:
+    """How many keys each query still has, M[i] = Σ_{j<=i} (1 - min(F[i,j], τ)/τ).
+
+    Args:
+        mask: F, `(B, M, T, T)`.
+        tau: what counts as wholly taken.
+
+    Returns:
+        `(B, M, T)`, in keys.
+    """
+    return (1 - mask.clamp(max=tau) / tau).tril().sum(-1)
+
+
+def memory_penalty(mask: Tensor, *, tau: float = 1.0, reduce: str = "max") -> Tensor:
+    """The most (or the mean, `reduce="mean"`) of `memory` over queries, as a share of T; a scalar."""
+    held = memory(mask, tau)
+    held = held.amax(-1) if reduce == "max" else held.mean(-1)
+    return held.mean() / mask.shape[-1]
