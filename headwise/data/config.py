@@ -64,6 +64,10 @@ class DataConfig:
         given = self.cache or os.environ.get("HEADWISE_CACHE") or "~/.cache/headwise"
         return Path(given).expanduser()
 
+    def batch_size_at(self, length: int) -> int:
+        """Sequences of `length` tokens that hold as many tokens as a batch does, at least one."""
+        return max(1, self.batch_size * self.seq_len // length)
+
     def validate(self) -> None:
         """Refuse what cannot be used, before anything is read.
 

@@ -38,7 +38,7 @@ def evaluate_run(config: Config) -> dict[str, dict[str, Any]]:
     for split in ("val", "test"):
         for length in lengths:
             at_length = data if length == config.data.seq_len else data.at_length(length)
-            batch = max(1, config.data.batch_size * config.data.seq_len // length)
+            batch = config.data.batch_size_at(length)
             batches = eval_batches(at_length, split, batch, fraction=config.data.eval_fraction)
             known = data.bytes_per_token
             found = evaluate(

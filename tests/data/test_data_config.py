@@ -48,3 +48,8 @@ def test_each_name_is_enough(name: str) -> None:
 def test_reading_a_configuration_does_not_import_torch() -> None:
     code = "import sys, headwise.data.config, headwise.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("length", "batch"), [(64, 8), (128, 4), (32, 16), (100, 5), (5000, 1)])
+def test_a_batch_at_another_length_holds_as_many_tokens(length: int, batch: int) -> None:
+    assert DataConfig(seq_len=64, batch_size=8).batch_size_at(length) == batch
