@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from headwise.attention.base import Attention
 from headwise.errors import HeadwiseError
 
+ALIGNED = 64
+"""Elements after which a tensor's beginning is as aligned as its storage's, for any kernel."""
+
 Change = Callable[[Tensor], Tensor]
 Look = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -113,14 +116,25 @@ def find_layer(layers: list[Layer], number: int, head: int) -> Layer:
 
 
 def scale_head(head: int, scale: float) -> Change:
-    """Multiply one head's queries; all others stay the same bits."""
+    """Multiply one head's queries; all others stay the same bits, and so do all at a scale of 1."""
 
     def change(q: Tensor) -> Tensor:
-        q = q.clone()
+        q = copied_as_laid_out(q)
         q[:, head] *= scale
         return q
 
     return change
+
+
+def copied_as_laid_out(x: Tensor) -> Tensor:
+    """A copy with the strides and the alignment of `x`, be it a slice of a fused projection.
+
+    Which kernel attends may depend on both, and another kernel rounds otherwise: a compact copy of
+    the same values could change the output.
+    """
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    offset = x.storage_offset() % ALIGNED
+    return x.new_empty(offset + span).as_strided(x.shape, x.stride(), offset).copy_(x)
 
 
 @contextmanager

@@ -16,7 +16,16 @@ from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.probe import intervene
-from headwise.probe.change import Changes, Layer, attention_layers, changed, find_layer, scale_head
+from headwise.probe.change import (
+    ALIGNED,
+    Changes,
+    Layer,
+    attention_layers,
+    changed,
+    copied_as_laid_out,
+    find_layer,
+    scale_head,
+)
 from headwise.probe.intervene import Setting, Target, all_heads, check_baseline, check_isolation, sweep
 from headwise.probe.load import Loaded
 from headwise.probe.observe import watch
@@ -107,6 +116,37 @@ def test_scaling_a_query_equals_scaling_its_projection(
     assert not torch.equal(scaled, before)
     scale_weights(speaks.loaded.model, name, 1.7)
     torch.testing.assert_close(scaled, speaks(rows.tokens), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "bert", "headwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_query_lies_in_memory_as_before(
+    speaker: Callable[[str], Speaker], rows: Rows, name: str, dtype: torch.dtype
+) -> None:
+    """GPT-2's queries, and a headwise model's without RoPE, are slices of a fused projection."""
+    speaks = headwise_speaker(position="learned", max_seq_len=20) if name == "headwise" else speaker(name)
+    speaks.loaded.model.to(dtype)
+    target = target_of(speaks, rows)
+    seen: list[Tensor] = []
+    for scale in (None, 1.0, 0.5):
+        query = None if scale is None else scale_head(HEAD, scale)
+        with changed(target.layer, Changes(query=query, look=lambda q, k, v: seen.append(q))):
+            speaks(rows.tokens)
+    plain, same, half = seen
+    assert torch.equal(same, plain)
+    for q in (same, half):
+        assert (q.stride(), q.dtype) == (plain.stride(), plain.dtype)
+        assert q.storage_offset() % ALIGNED == plain.storage_offset() % ALIGNED
+
+
+def test_copies_share_no_memory_and_keep_any_layout() -> None:
+    fused = torch.arange(2.0 * 5 * 24 + 3)[3:].view(2, 5, 24)
+    for x in (fused, fused[..., 8:16].unflatten(-1, (2, 4)).transpose(1, 2), fused[:1, 2:, ::3]):
+        copy = copied_as_laid_out(x)
+        assert torch.equal(copy, x)
+        assert copy.stride() == x.stride()
+        assert copy.untyped_storage().data_ptr() != fused.untyped_storage().data_ptr()
 
 
 @torch.no_grad()
