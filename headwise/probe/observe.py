@@ -71,9 +71,8 @@ def measure(
 
 def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[str, Tensor]:
     before = seen.q if seen.q_pre is None else seen.q_pre
-    norm = {"query_norm": torch.linalg.vector_norm(before.detach(), dim=-1, dtype=torch.float32)}
     if not wanted - {"query_norm", "margin"}:
-        return norm
+        return {"query_norm": _norm(before)}
     q, k = seen.q, seen.k
     if scores == "pre_rope" and seen.q_pre is not None and seen.k_pre is not None:
         q, k = seen.q_pre, seen.k_pre
@@ -81,7 +80,14 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
         q, k, causal=seen.causal, scale=seen.scale, bias=seen.bias, window=seen.window,
         softcap=seen.softcap, key_mask=seen.key_mask, k_eff="k_eff" in wanted,
     )  # fmt: skip
-    return stats.columns() | norm
+    found = stats.columns()
+    if before is not q and "query_norm" in wanted:
+        found["query_norm"] = _norm(before)
+    return found
+
+
+def _norm(q: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(q.detach(), dim=-1, dtype=torch.float32)
 
 
 def wanted_measures(names: Iterable[str] | None) -> tuple[str, ...]:

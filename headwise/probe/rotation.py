@@ -16,6 +16,8 @@ result is found, up to a factor, among the outputs of the layer's own projection
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +62,10 @@ class Tables:
     cos: Tensor
     sin: Tensor
     form: Form
+
+    def at(self, tokens: list[int]) -> Tables:
+        """Of the first sample at some tokens."""
+        return Tables(self.cos[:1, :, tokens], self.sin[:1, :, tokens], self.form)
 
 
 @dataclass(frozen=True)
@@ -171,10 +177,11 @@ class Rotations:
             )
         at = _probe_positions(q.shape[-2])
         choices: list[Convention | None] = [None, *_conventions(tables, q)]
-        matches = []
+        few, matches = q[:1, [0, -1]][:, :, at], []
         for choice in choices:
-            before = q if choice is None else _unrotate(q, tables[choice.tables], choice)
-            matches.append(_match(before[:1, [0, -1]][:, :, at].float(), seen))
+            before = few if choice is None else _unrotate(few, tables[choice.tables].at(at), choice)
+            matches.append(_match(before.float(), seen))
+        matches = torch.stack(matches).tolist()
         best = max(range(len(choices)), key=matches.__getitem__)
         if not matches[best] >= MATCH and q.isfinite().all():
             raise HeadwiseError(
@@ -257,6 +264,11 @@ def _conventions(tables: list[Tables], q: Tensor) -> Iterator[Convention]:
 def _unrotate(x: Tensor, table: Tables, convention: Convention) -> Tensor:
     """x `(B, ·, T, D)` before the rotation; computed in float32, returned in x's dtype."""
     start, width = convention.start, 2 * table.cos.shape[-1]
+    if _fits_kernel(x):
+        from headwise.kernels.rotation import unrotate
+
+        halves = convention.layout != "interleaved", convention.layout == "half"
+        return unrotate(x, table.cos, table.sin, start, from_halves=halves[0], to_halves=halves[1])
     turned = x[..., start : start + width].float()
     if convention.layout == "interleaved":
         a, b = turned[..., ::2], turned[..., 1::2]
@@ -271,6 +283,15 @@ def _unrotate(x: Tensor, table: Tables, convention: Convention) -> Tensor:
     if width == x.shape[-1]:
         return before
     return torch.cat((x[..., :start], before, x[..., start + width :]), dim=-1)
+
+
+def _fits_kernel(x: Tensor) -> bool:
+    """Whether Triton undoes it in one pass; as for head statistics, only where HEADWISE_KERNELS=1."""
+    return (
+        x.is_cuda
+        and os.environ.get("HEADWISE_KERNELS") == "1"
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _probe_positions(tokens: int) -> list[int]:
@@ -298,8 +319,8 @@ def _vectors(outputs: Iterable[Tensor], q: Tensor) -> Tensor | None:
     return nn.functional.normalize(torch.cat(found, dim=1).nan_to_num(), dim=-1)
 
 
-def _match(before: Tensor, seen: Tensor) -> float:
+def _match(before: Tensor, seen: Tensor) -> Tensor:
     """The least, over heads and tokens, of the best cosine between q and what was seen."""
     directions = nn.functional.normalize(before[0], dim=-1)  # (heads, probes, D)
     cosines = torch.einsum("hpd,pnd->hpn", directions, seen).amax(-1)
-    return float(cosines.masked_fill((before[0] == 0).all(-1), 1.0).amin())
+    return cosines.masked_fill((before[0] == 0).all(-1), 1.0).amin()

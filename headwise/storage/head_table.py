@@ -94,10 +94,14 @@ def _encoding(fields: list[pyarrow.Field]) -> dict[str, Any]:
     """
     import pyarrow.types as kinds
 
-    numbers = [field.name for field in fields if kinds.is_integer(field.type) or kinds.is_floating(field.type)]
+    numbers = [
+        field.name for field in fields if kinds.is_integer(field.type) or kinds.is_floating(field.type)
+    ]
     # A half's exponent shares its byte with the fraction, which only zstd's entropy coding makes smaller;
     # a float's alone in its byte needs no more than the search for repetitions of level -1.
-    levels = {field.name: 1 if kinds.is_float16(field.type) else -1 for field in fields if field.name in MEASURES}
+    levels = {
+        field.name: 1 if kinds.is_float16(field.type) else -1 for field in fields if field.name in MEASURES
+    }
     return {
         "use_dictionary": False,
         "column_encoding": dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
