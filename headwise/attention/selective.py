@@ -9,6 +9,7 @@ weighted queries with their concatenated keys; slices of a head are narrow heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,8 @@ class SelectiveAttention(FlashAttention):
             self.residual = nn.Parameter(torch.empty(masks, masks))
         self.mask: Tensor | None = None
         """F of the last forward pass, kept only for an attached observer."""
+        self.prune: Callable[[Tensor, Carry], Tensor] | None = None
+        """Where set, gives F, `(B, M or H, T, T)`, with +inf for keys that are dropped: a context budget."""
         self.initialise()
 
     def initialise(self) -> None:
@@ -110,6 +113,8 @@ class SelectiveAttention(FlashAttention):
         if not self.config.enabled:
             return self.core(q, k, v, mask=mask, causal=causal)
         taken = self.taken(x, q, k, rope, carry)
+        if self.prune is not None:
+            taken = self.prune(taken, carry)
         if self.config.memory_penalty.epsilon:
             carry.penalty = carry.penalty + self.penalty(taken)
         if self.observer is not None:
@@ -167,25 +172,32 @@ class SelectiveAttention(FlashAttention):
 
     def protection(self, logits: Tensor, q: Tensor, k: Tensor, precise: bool) -> Tensor | None:
         """p, `(B, M or 1, T, T)` and 0 above the diagonal, by `protection.kind`; None where there is none."""
-        config = self.config.protection
-        if config.kind == "none":
+        if self.config.protection.kind == "none":
             return None
-        if config.kind in ("zero", "big_constant"):
-            constant = BIG_CONSTANT if config.kind == "big_constant" else 0.0
-            p = torch.full_like(logits[:, :1], constant)
+        protector = self.protector(q, k)
+        return self.strength(logits, protector and protector.logits(precise)).tril()
+
+    def protector(self, q: Tensor, k: Tensor) -> Selector | None:
+        """What makes the logits of protection, by `protection.kind`; None where none of their own."""
+        kind = self.config.protection.kind
+        if kind == "head_two":
+            second = int(self.shape.n_kv_heads == self.shape.n_heads)  # otherwise it shares head 0's keys
+            return Selector(q[:, 1:2], k[:, second : second + 1], self.scale)
+        if self.protection_combination is not None:
+            return combined(q, k, self.protection_combination, self.scale, None)
+        return None
+
+    def strength(self, logits: Tensor, own: Tensor | None) -> Tensor:
+        """p of the selection logits `(B, M, …)` and the protector's own, `(B, 1, …)`."""
+        config = self.config.protection
+        if own is not None:
+            p = own.relu()
         elif config.kind == "leaky_relu":
             p = (config.offset - config.alpha * logits).relu()
-        elif config.kind == "head_two":
-            second = int(self.shape.n_kv_heads == self.shape.n_heads)  # otherwise it shares head 0's keys
-            own = slice(second, second + 1)
-            p = Selector(q[:, 1:2], k[:, own], self.scale).logits(precise).relu()
         else:
-            assert self.protection_combination is not None
-            p = combined(q, k, self.protection_combination, self.scale, None).logits(precise).relu()
+            p = torch.full_like(logits[:, :1], BIG_CONSTANT if config.kind == "big_constant" else 0.0)
         p = p * config.scale
-        if config.bias is not None:
-            p = (p + config.bias).relu()
-        return p.tril()
+        return p if config.bias is None else (p + config.bias).relu()
 
     def penalty(self, taken: Tensor) -> Tensor:
         """This layer's share of the memory penalty."""
