@@ -44,7 +44,9 @@ class Job:
         build: makes the model.
         contexts, length: how many, of how many tokens.
         batch: contexts per forward pass.
+        part: contexts per part of the table.
         eager: contexts for the usual ways, which are slow.
+        every: False leaves out the rows that tell little more at another length.
     """
 
     name: str
@@ -52,7 +54,9 @@ class Job:
     contexts: int
     length: int
     batch: int
+    part: int
     eager: int
+    every: bool = True
 
 
 def main(argv: list[str]) -> int:
@@ -73,14 +77,29 @@ def main(argv: list[str]) -> int:
 
 def _jobs(device: torch.device, quick: bool) -> list[Job]:
     if quick:
-        return [Job("2 layers, 4 heads", lambda: gpt2(2, 4, 64), contexts=4, length=64, batch=2, eager=2)]
+        return [
+            Job("2 layers, 4 heads", lambda: gpt2(2, 4, 64), contexts=4, length=64, batch=2, part=1, eager=2)
+        ]
     if device.type == "cuda":
         model = llama_8b(device)
         return [
-            Job("Llama 3 8B shape", lambda: model, contexts=64, length=512, batch=8, eager=8),
-            Job("Llama 3 8B shape", lambda: model, contexts=16, length=4096, batch=2, eager=1),
+            Job("Llama 3 8B shape", lambda: model, contexts=64, length=512, batch=8, part=2, eager=8),
+            Job(
+                "Llama 3 8B shape",
+                lambda: model,
+                contexts=16,
+                length=4096,
+                batch=2,
+                part=1,
+                eager=1,
+                every=False,
+            ),
         ]
-    return [Job("12 layers, 12 heads", lambda: gpt2(12, 12, 768), contexts=4, length=512, batch=4, eager=2)]
+    return [
+        Job(
+            "12 layers, 12 heads", lambda: gpt2(12, 12, 768), contexts=4, length=512, batch=4, part=2, eager=2
+        )
+    ]
 
 
 def gpt2(layers: int, heads: int, width: int) -> nn.Module:
@@ -119,17 +138,17 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
     tokens = np.random.default_rng(0).integers(loaded.vocab_size, size=(job.contexts, job.length))
     samples = Samples(tokens, np.arange(job.contexts), job.length, {"name": "random"})
     four = ProfileConfig(
-        n_samples=job.contexts, context_length=job.length, measures=NEEDED, samples_per_part=job.batch
+        n_samples=job.contexts, context_length=job.length, measures=NEEDED, samples_per_part=job.part
     )
     ways: list[tuple[str, int, Callable[[int], int | None]]] = [
         ("plain forward", job.contexts, lambda n: _plain(loaded, samples, n, job.batch, device)),
     ]
-    for name, config in (
-        ("profile, document 004", four),
-        ("profile, document 004, float16", replace(four, table_dtype="float16")),
-        ("profile, all measures", replace(four, measures=ProfileConfig().measures)),
-        ("profile, all measures per head", replace(four, measures=ProfileConfig().measures, aggregate=True)),
-    ):
+    all_measures = replace(four, measures=ProfileConfig().measures)
+    profiles = [("profile, document 004", four), ("profile, all measures", all_measures)]
+    if job.every:
+        profiles[1:1] = [("profile, document 004, float16", replace(four, table_dtype="float16"))]
+        profiles.append(("profile, all measures per head", replace(all_measures, aggregate=True)))
+    for name, config in profiles:
         ways.append((name, job.contexts, lambda n, c=config: _profile(loaded, samples, n, c, job.batch)))  # type: ignore[misc]
     ways.append(("eager, output_attentions", job.eager, lambda n: _eager(loaded, samples, n, device)))
     if device.type == "cpu" and importlib.util.find_spec("transformer_lens"):

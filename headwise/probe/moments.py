@@ -86,16 +86,21 @@ def merge(parts: Sequence[Moments]) -> Moments:
     return total
 
 
+def ranked(names: Sequence[str]) -> list[str]:
+    """query_norm, and those of `names` that it is correlated with; nothing without it."""
+    if "query_norm" not in names:
+        return []
+    return ["query_norm", *(name for name in names if name in AGAINST)]
+
+
 def pearson(moments: Moments, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Pearson's correlation of query_norm with each of AGAINST, `(R,)`; NaN where one is constant."""
-    if "query_norm" not in names:
-        return {}
-    x, found = list(names).index("query_norm"), {}
-    for y, name in enumerate(names):
-        if name in AGAINST:
-            spread = moments.products[:, x, x] * moments.products[:, y, y]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found[name] = np.where(spread > 0, moments.products[:, x, y] / np.sqrt(spread), np.nan)
+    found = {}
+    for name in ranked(names)[1:]:
+        x, y = names.index("query_norm"), names.index(name)
+        spread = moments.products[:, x, x] * moments.products[:, y, y]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[name] = np.where(spread > 0, moments.products[:, x, y] / np.sqrt(spread), np.nan)
     return found
 
 

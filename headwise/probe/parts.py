@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
@@ -26,8 +27,8 @@ from headwise.storage.atomic import replacing
 if TYPE_CHECKING:
     import pyarrow
 
-_PENDING = 4
-"""Parts that may wait to be written before the device waits too: what memory holds."""
+_PENDING_BYTES = 1 << 30
+"""Measures that may wait to be written before the device waits too: what memory holds."""
 
 
 Row = tuple[int, int, float, float]
@@ -74,6 +75,19 @@ class Block:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class Writing:
+    """A part on its way to the disk.
+
+    Attributes:
+        nbytes: memory that it holds until it is written.
+        write: waits for the copies from the device, and writes.
+    """
+
+    nbytes: int
+    write: Callable[[], None]
+
+
 def name_of(part: int) -> str:
     """File name of a part, without its ending."""
     return f"part_{part:06d}"
@@ -118,17 +132,19 @@ def writing(
     ignore_first: int,
     dtype: torch.dtype,
     metadata: dict[str, str],
-) -> Callable[[], None]:
+) -> Writing:
     """What writes one part. The copies from the device are begun here and waited for there."""
-    found = moments.gather(block.values, block.names, ignore_first)
     values = block.values
     if aggregate:
         values = _over_tokens(block, ignore_first)
-    host = _to_host(values.to(dtype))
-    found = {name: _to_host(value) for name, value in found.items()}
-    raw = {name: _to_host(value) for name, value in raw.items()}
-    done = _event(values.device)
-    names, rows, length = block.names, block.rows, block.values.shape[-1]
+    found = moments.gather(block.values, block.names, ignore_first)
+    rows, length = block.rows, block.values.shape[-1]
+    values = values.to(dtype).contiguous()
+    with _copying(values.device) as done:
+        host = _to_host(values)
+        found = {name: _to_host(value) for name, value in found.items()}
+        raw = {name: _to_host(value) for name, value in raw.items()}
+    names = block.names
     del values, block  # the device's memory is free again while the work waits
 
     def write() -> None:
@@ -145,7 +161,7 @@ def writing(
         columns |= {measure: host[m].reshape(-1).numpy() for m, measure in enumerate(names)}
         head_table.write_part(folders.heads, name, columns)
 
-    return write
+    return Writing(host.nbytes + sum(value.nbytes for value in raw.values()), write)
 
 
 def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
@@ -187,24 +203,27 @@ def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
 
 
 @contextmanager
-def in_background() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Yield a function that has work done on other threads; all of it is done when the block ends.
+def in_background() -> Iterator[Callable[[Writing], None]]:
+    """Yield a function that has parts written on other threads; all are written when the block ends.
 
-    An error of that work is raised by the next call, or at the end. After Ctrl-C what has begun is
-    finished and the rest dropped.
+    It waits while too many wait to be written. An error of theirs is raised by the next call, or at
+    the end. After Ctrl-C what has begun is finished and the rest dropped.
     """
-    pending: deque[Future[None]] = deque()
-    pool = ThreadPoolExecutor(max_workers=max(1, min(_PENDING, (os.cpu_count() or 1) // 2)))
+    pending: deque[tuple[Future[None], int]] = deque()
+    pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2))
 
-    def submit(work: Callable[[], None]) -> None:
-        while pending and (len(pending) >= _PENDING or pending[0].done()):
-            pending.popleft().result()
-        pending.append(pool.submit(work))
+    def submit(part: Writing) -> None:
+        held = sum(nbytes for _, nbytes in pending)
+        while pending and (pending[0][0].done() or held + part.nbytes > _PENDING_BYTES):
+            written, nbytes = pending.popleft()
+            written.result()
+            held -= nbytes
+        pending.append((pool.submit(part.write), part.nbytes))
 
     try:
         yield submit
         while pending:
-            pending.popleft().result()
+            pending.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -227,15 +246,20 @@ def _keys(
 ) -> dict[str, np.ndarray | str | int]:
     """Key columns of values `(M, B, R, T)`, flattened in that order."""
     _, batch, n_rows, tokens = shape
-    layers, heads = (np.array([row[n] for row in rows], np.int32) for n in (0, 1))
+    samples = np.arange(first_sample, first_sample + batch)
+    layers, heads, tokens_of = _constant_keys(tuple(row[:2] for row in rows), batch, tokens)
     keys: dict[str, np.ndarray | str | int] = {
-        "sample": np.repeat(np.arange(first_sample, first_sample + batch), n_rows * tokens),
-        "layer": np.tile(np.repeat(layers, tokens), batch),
-        "head": np.tile(np.repeat(heads, tokens), batch),
-    }
-    if per_token:
-        keys["token"] = np.tile(np.arange(tokens, dtype=np.int32), batch * n_rows)
-    return keys
+        "sample": np.repeat(samples, n_rows * tokens), "layer": layers, "head": heads,
+    }  # fmt: skip
+    return keys | ({"token": tokens_of} if per_token else {})
+
+
+@lru_cache(maxsize=2)  # of whole parts, and of the last one, which may be smaller
+def _constant_keys(rows: tuple[tuple[int, int], ...], batch: int, tokens: int) -> tuple[np.ndarray, ...]:
+    """Layer, head and token, the same in all parts of a size."""
+    layers, heads = (np.array([row[n] for row in rows], np.int32) for n in (0, 1))
+    token = np.tile(np.arange(tokens, dtype=np.int32), batch * len(rows))
+    return *(np.tile(np.repeat(key, tokens), batch) for key in (layers, heads)), token
 
 
 def _write_raw(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -245,17 +269,27 @@ def _write_raw(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         save_file(tensors, draft, metadata=metadata)
 
 
+@contextmanager
+def _copying(device: torch.device) -> Iterator[torch.cuda.Event | None]:
+    """Have copies begun in the block run beside what the device does next; yields when they are done."""
+    if device.type != "cuda":
+        yield None
+        return
+    beside, done = _copy_stream(device), torch.cuda.Event()
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        yield done
+        done.record(beside)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def _to_host(value: Tensor) -> Tensor:
     """A copy in page-locked memory, begun but not waited for; the tensor itself on the CPU."""
     if value.device.type != "cuda":
         return value.cpu()
+    value.record_stream(torch.cuda.current_stream(value.device))
     return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    """Happens when the device has done what was asked of it so far."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event

@@ -24,19 +24,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from headwise.errors import HeadwiseError, one_of
-from headwise.probe import moments, parts
+from headwise.probe import parts
 from headwise.probe.capture import Capture
 from headwise.probe.load import Loaded
 from headwise.probe.observe import IGNORE_FIRST, SCORES, Collector, ScoresFrom, attached, wanted_measures
-from headwise.probe.parts import Folders
+from headwise.probe.parts import Block, Folders
+from headwise.probe.per_head import Kept, summarise
 from headwise.probe.samples import Samples
 from headwise.storage.atomic import write_json, write_text
 from headwise.storage.head_table import MEASURES
 
 TABLE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_RANKED_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,14 @@ class Profile:
         config.validate()
         self.config, self.folders = config, Folders(Path(out))
 
+    @property
+    def n_parts(self) -> int:
+        """Parts that the table has in the end."""
+        return -(-self.config.n_samples // self.config.samples_per_part)
+
     def missing(self) -> list[int]:
         """Parts that are not there yet."""
-        n_parts = -(-self.config.n_samples // self.config.samples_per_part)
-        return [part for part in range(n_parts) if not self.folders.has(part)]
+        return [part for part in range(self.n_parts) if not self.folders.has(part)]
 
     def samples_of(self, part: int) -> tuple[int, int]:
         """First sample of a part, and the first after it."""
@@ -146,51 +151,83 @@ class Profile:
             raise HeadwiseError(f"--batch-size is {batch_size}; it must be at least 1")
         self._claim(loaded, samples, share)
         device = next(loaded.model.parameters()).device
-        began, todo = time.monotonic(), self.missing()[share.rank :: share.size]
+        began, missing = time.monotonic(), self.missing()
         share.wait()  # or a part that another process finished meanwhile would shift the shares
         collector = Collector(
             wanted_measures(self.config.measures), self.config.scores, True, self.config.ignore_first
         )
-        capture = self._capture(loaded)
+        capture, kept = self._capture(loaded), Kept(device)
         with (
             parts.in_background() as submit,
             attached(loaded.model, collector, capture),
             _memory_for(batch_size),
             torch.inference_mode(),
         ):
-            for part in todo:
-                submit(self._measure(part, loaded, samples, batch_size, collector, capture, advance, device))
+            for group in self._groups(missing, batch_size)[share.rank :: share.size]:
+                block = self._measure(group, missing, loaded, samples, batch_size, collector, advance)
+                raw = self._raw(capture)
+                for part in group:
+                    if part in missing:
+                        submit(self._writing(part, group[0], block, raw, kept))
+            ranked = kept.spearman(self.n_parts)  # while the last parts are being written
         share.wait()
         if share.rank == 0:
-            self._finish(device, time.monotonic() - began, len(todo))
+            self._finish(device, time.monotonic() - began, len(missing), kept, ranked)
         share.wait()
         return _read_json(self.folders.out / "summary.json")
 
+    def _groups(self, missing: Collection[int], batch_size: int) -> list[range]:
+        """Parts that run through the model together, as many as one batch holds, where any is missing.
+
+        What a batch computes may depend on its size in the last bit, so a group is measured again as
+        it was when some of its parts are there already.
+        """
+        size = max(1, batch_size // self.config.samples_per_part)
+        groups = [range(n, min(n + size, self.n_parts)) for n in range(0, self.n_parts, size)]
+        return [group for group in groups if any(part in missing for part in group)]
+
     def _measure(
         self,
-        part: int,
+        group: range,
+        missing: Collection[int],
         loaded: Loaded,
         samples: Samples,
         batch_size: int,
         collector: Collector,
-        capture: Capture | None,
         advance: Callable[[int], None],
-        device: torch.device,
-    ) -> Callable[[], None]:
-        """Run the model over one part; returns what writes it."""
-        first, last = self.samples_of(part)
+    ) -> Block:
+        """Run the model over the contexts of some parts."""
+        first, last = self.samples_of(group[0])[0], self.samples_of(group[-1])[1]
+        device = next(loaded.model.parameters()).device
         blocks = []
         for at in range(first, last, batch_size):
             ids = samples.batch(at, min(at + batch_size, last)).to(device)
             loaded.forward(ids)
             blocks.append(parts.take(collector))
-            advance(ids.numel())
-        if capture is not None:
-            _check_layers(capture.layers, capture.n_layers)
+            new = sum((at + n) // self.config.samples_per_part in missing for n in range(len(ids)))
+            advance(new * self.config.context_length)
+        return parts.together(blocks)
+
+    def _raw(self, capture: Capture | None) -> dict[str, Tensor]:
+        if capture is None:
+            return {}
+        _check_layers(capture.layers, capture.n_layers)
+        return capture.pop()
+
+    def _writing(
+        self, part: int, first_part: int, block: Block, raw: dict[str, Tensor], kept: Kept
+    ) -> parts.Writing:
+        """What writes one part of those that were measured together from `first_part` on."""
+        config, before = self.config, self.samples_of(first_part)[0]
+        first, last = self.samples_of(part)
+        here, dtype = slice(first - before, last - before), TABLE_DTYPES[config.table_dtype]
+        block = Block(block.names, block.rows, block.values[:, here])
+        if not config.aggregate:
+            kept.add(parts.name_of(part), block, dtype, config.ignore_first)
         return parts.writing(
-            self.folders, part, first, parts.together(blocks), capture.pop() if capture else {},
-            aggregate=self.config.aggregate, ignore_first=self.config.ignore_first,
-            dtype=TABLE_DTYPES[self.config.table_dtype], metadata={"scores": self.config.scores},
+            self.folders, part, first, block, {name: value[here] for name, value in raw.items()},
+            aggregate=config.aggregate, ignore_first=config.ignore_first, dtype=dtype,
+            metadata={"scores": config.scores},
         )  # fmt: skip
 
     def _capture(self, loaded: Loaded) -> Capture | None:
@@ -224,8 +261,10 @@ class Profile:
                     f"{now.get(key)!r}; give another --out, or those options to go on with it"
                 )
 
-    def _finish(self, device: torch.device, seconds: float, measured: int) -> None:
-        per_head = summarise(self.folders, self.config, device)
+    def _finish(
+        self, device: torch.device, seconds: float, measured: int, kept: Kept, ranked: np.ndarray | None
+    ) -> None:
+        per_head = summarise(self.folders, self.config, kept, device, ranked)
         write_text(self.folders.out / "per_head.csv", _csv(per_head))
         broken = np.isnan(np.stack([per_head[name] for name in MEASURES if name in per_head])).any(0)
         summary = {
@@ -239,51 +278,6 @@ class Profile:
             "layers_with_nan": sorted({int(n) for n in per_head["layer"][broken]}),
         }
         write_json(self.folders.out / "summary.json", summary)
-
-
-def summarise(
-    folders: Folders, config: ProfileConfig, device: torch.device | str = "cpu"
-) -> dict[str, np.ndarray]:
-    """Means and correlations of query_norm per head, from the parts of a profile.
-
-    Returns:
-        Columns `layer`, `head`, `uniform_keys` and `uniform_distance` (mean number of keys that a
-        query sees, and their mean distance), the measures, `pearson_<measure>` and, of a table with
-        tokens, `spearman_<measure>`, each `(R,)`. Correlations leave out the first `ignore_first` tokens.
-    """
-    names, rows, total = parts.read_moments(folders)
-    found = {"layer": rows[:, 0].astype(int), "head": rows[:, 1].astype(int)}
-    found |= {"uniform_keys": rows[:, 2], "uniform_distance": rows[:, 3]}
-    found |= {name: total.mean[m] for m, name in enumerate(names)}
-    correlated = moments.pearson(total, names)
-    found |= {f"pearson_{name}": r for name, r in correlated.items()}
-    if not config.aggregate and correlated:
-        ranked = _spearman(folders.heads, ["query_norm", *correlated], len(rows), config, device)
-        found |= {f"spearman_{name}": r for name, r in zip(correlated, ranked, strict=True)}
-    return found
-
-
-def _spearman(
-    folder: Path, names: list[str], n_rows: int, config: ProfileConfig, device: torch.device | str
-) -> np.ndarray:
-    """From the table, over some heads at a time so that memory stays bounded: `(M - 1, R)`."""
-    length = config.context_length - config.ignore_first
-    step = max(1, _RANKED_AT_ONCE // (len(names) * config.n_samples * length))
-    found = []
-    for low in range(0, n_rows, step):
-        some = slice(low, min(low + step, n_rows))
-        values = np.empty((len(names), some.stop - low, config.n_samples, length), np.float32)
-        at = 0
-        for path in sorted(folder.glob("*.parquet")):
-            table = parts.read_table(path, names)
-            contexts = table.num_rows // (n_rows * config.context_length)
-            for m, name in enumerate(names):
-                whole = table[name].to_numpy().reshape(contexts, n_rows, config.context_length)
-                values[m, :, at : at + contexts] = whole[:, some, config.ignore_first :].swapaxes(0, 1)
-            at += contexts
-        flat = torch.from_numpy(values.reshape(*values.shape[:2], -1)).to(device)
-        found.append(moments.spearman(flat).cpu().numpy())
-    return np.concatenate(found, axis=1)
 
 
 @contextmanager

@@ -101,6 +101,23 @@ def test_an_interrupted_profile_ends_as_an_uninterrupted_one(
     same(finished, tmp_path / "out")
 
 
+def test_parts_smaller_than_a_batch_are_measured_together(finished, loaded, samples, tmp_path):
+    done: list[int] = []
+    whole, resumed = Profile(tmp_path / "whole", CONFIG), Profile(tmp_path / "resumed", CONFIG)
+    whole.run(loaded, samples, batch_size=5, advance=done.append)
+    assert done == [4 * 12, 3 * 12]  # contexts of two parts at once
+    got, expected = table(tmp_path / "whole"), table(finished)
+    for name, column in expected.items():
+        np.testing.assert_allclose(got[name], column, rtol=1e-5, atol=1e-6, err_msg=name)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed" / "heads" / "part_000001.parquet").unlink()
+    (tmp_path / "resumed" / "heads" / "part_000003.parquet").unlink()
+    done.clear()
+    summary = resumed.run(loaded, samples, batch_size=5, advance=done.append)
+    assert (summary["parts_measured"], done) == (2, [2 * 12, 12])
+    same(tmp_path / "whole", tmp_path / "resumed")
+
+
 def test_what_is_lost_is_made_again(finished, loaded, samples, tmp_path):
     for lost in ("heads/part_000001.parquet", "heads", "per_head.csv"):
         out = tmp_path / lost.replace("/", "_")
@@ -183,6 +200,9 @@ def test_raw_queries_keys_and_values_of_chosen_layers(loaded, samples, tmp_path)
     Profile(tmp_path / "out", config).run(loaded, few, batch_size=1)
     hook.remove()
     kept = [load_file(path) for path in sorted((tmp_path / "out" / "raw").glob("*"))]
+    Profile(tmp_path / "at_once", config).run(loaded, few, batch_size=4)
+    for path, part in zip(sorted((tmp_path / "at_once" / "raw").glob("*")), kept, strict=True):
+        torch.testing.assert_close(load_file(path), part, rtol=1e-5, atol=1e-5)
     assert [sorted(part) for part in kept] == [["layer_01.k", "layer_01.q", "layer_01.v"]] * 2
     assert kept[0]["layer_01.k"].shape == (2, 2, 12, 8)
     q = torch.cat([part["layer_01.q"] for part in kept])
