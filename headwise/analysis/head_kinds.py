@@ -54,17 +54,19 @@ def classify(per_head: Mapping[str, np.ndarray]) -> list[list[str]]:
             is absent or NaN holds no rule.
 
     Returns:
-        Lists of labels; `["mixed"]` where no rule holds.
+        Lists of labels; `["mixed"]` where no rule holds, none where no rule's measure is known.
     """
     uniform = {"k_eff": MASS * per_head["uniform_keys"], "mean_distance": per_head["uniform_distance"]}
     n_heads = len(per_head["uniform_keys"])
     found: list[list[str]] = [[] for _ in range(n_heads)]
+    known = np.zeros(n_heads, dtype=bool)
     for rule in RULES:
         if rule.measure not in per_head:
             continue
         value = per_head[rule.measure] / (uniform[rule.measure] if rule.relative else 1.0)
+        known |= np.isfinite(value)
         with np.errstate(invalid="ignore"):
             holds = value >= rule.threshold if rule.above else value <= rule.threshold
         for head in np.flatnonzero(holds):
             found[head].append(rule.label)
-    return [labels or [OTHER] for labels in found]
+    return [labels or ([OTHER] if some else []) for labels, some in zip(found, known, strict=True)]

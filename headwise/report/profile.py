@@ -152,13 +152,13 @@ def _label_grid(per_head: dict[str, np.ndarray], kinds: list[list[str]]) -> dict
     rows, heads, layers = _places(per_head)
     cells: list[list[list[str] | None]] = [[None] * (heads.max() + 1) for _ in layers]
     for row, head, labels in zip(rows, heads, kinds, strict=True):
-        cells[row][head] = labels
+        cells[row][head] = labels or None
     return {"layers": layers, "cells": cells}
 
 
 def _rule_row(rule: Any, per_head: dict[str, np.ndarray], kinds: list[list[str]]) -> list[str]:
     """Label, rule, heads it names, heads it holds for, and the clearest of them."""
-    named = sum(labels[0] == rule.label for labels in kinds)
+    named = sum(labels[:1] == [rule.label] for labels in kinds)
     holding = [head for head, labels in enumerate(kinds) if rule.label in labels]
     clearest = ""
     if holding:
@@ -170,7 +170,7 @@ def _rule_row(rule: Any, per_head: dict[str, np.ndarray], kinds: list[list[str]]
 
 
 def _distributions(folder: Path, measures: list[str]) -> dict[str, Any]:
-    """Per measure, bin edges and the share of each layer's rows in each bin, `(L, BINS)`."""
+    """Per measure, bin edges and the share of each layer's known values in each bin, `(L, BINS)`."""
     parts = sorted(folder.glob("*.parquet"))
     values, layers = _some_rows(parts, measures)
     found: dict[str, Any] = {"rows": len(layers), "measures": {}}
@@ -184,7 +184,8 @@ def _distributions(folder: Path, measures: list[str]) -> dict[str, Any]:
         high = high if high > low else low + max(abs(low), 1.0) * 0.01
         edges = np.linspace(low, high, BINS + 1)
         counts = np.stack([np.histogram(column[layers == n], edges)[0] for n in distinct])
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        with np.errstate(invalid="ignore"):
+            shares = counts / counts.sum(1, keepdims=True)  # NaN where a layer has no value
         found["measures"][name] = {"edges": rounded(edges, 6), "shares": rounded(shares, 5)}
     return found | {"layers": distinct.tolist()}
 

@@ -19,14 +19,14 @@ MEASURED = ("entropy", "max_weight", "k_eff", "query_norm", "sink_weight", "prev
 
 @pytest.fixture
 def profile(tmp_path) -> Path:
-    """A finished profile of a model whose head 1.2 looks at key 0 and whose head 2.3 is NaN."""
+    """A finished profile: head 1.2 looks at key 0, head 2.3 and layer 0 are NaN."""
     draw = np.random.default_rng(0)
     shape = (SAMPLES, LAYERS, HEADS, TOKENS)
     values = {name: draw.uniform(0.1, 0.4, shape).astype(np.float32) for name in MEASURED}
     values["mean_distance"] += 4
     values["sink_weight"][:, 1, 2] = 0.9
     for name in MEASURED:
-        values[name][:, 2, 3] = np.nan
+        values[name][:, 2, 3] = values[name][:, 0] = np.nan
     keys = dict(zip(("sample", "layer", "head", "token"), np.indices(shape), strict=True))
     for part in range(2):
         some = slice(2 * part, 2 * part + 2)
@@ -44,7 +44,7 @@ def profile(tmp_path) -> Path:
     (tmp_path / "profile.json").write_text(
         json.dumps({**about, "context_length": TOKENS, "aggregate": False})
     )
-    summary = {"samples": SAMPLES, "tokens": SAMPLES * TOKENS, "heads": 12, "layers_with_nan": [2]}
+    summary = {"samples": SAMPLES, "tokens": SAMPLES * TOKENS, "heads": 12, "layers_with_nan": [0, 2]}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 
@@ -61,8 +61,18 @@ def test_grids_kinds_and_distributions_are_the_profiles(profile):
     assert data["top"][1][:2] == ["0", "0"]
     shares = np.array(data["distributions"]["measures"]["entropy"]["shares"])
     assert shares.shape == (LAYERS, 48)
-    np.testing.assert_allclose(shares.sum(1), 1, atol=1e-3)
-    assert any("NaN in layer 2" in flag for flag in data["flags"])
+    np.testing.assert_allclose(shares[1:].sum(1), 1, atol=1e-3)
+    assert np.isnan(shares[0]).all()
+    assert any("NaN in layer 0, 2" in flag for flag in data["flags"])
+
+
+def test_a_head_of_which_nothing_is_known_has_no_kind(profile):
+    data = collect(profile)
+    assert data["kinds"]["grid"]["cells"][0] == [None] * HEADS
+    assert data["kinds"]["grid"]["cells"][2][3] is None
+    named = {row[0]: int(row[2]) for row in data["kinds"]["rules"]}
+    assert sum(named.values()) == LAYERS * HEADS - HEADS - 1
+    assert data["numbers"][1][:3] == ["0", "0", ""]
 
 
 def test_the_page_holds_its_data_and_fetches_nothing(profile):

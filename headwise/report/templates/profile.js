@@ -67,15 +67,16 @@ function grid(target, trace, rows) {
     left.parentElement.hidden = right.parentElement.hidden = !found;
     if (!found) return;
     const middles = found.edges.slice(1).map((edge, i) => (edge + found.edges[i]) / 2);
-    const overall = middles.map((_, i) => found.shares.reduce((sum, row) => sum + row[i], 0) / found.shares.length);
+    const some = found.shares.filter((row) => row[0] !== null); // a layer without a value has no shares
+    const overall = middles.map((_, i) => some.reduce((sum, row) => sum + row[i], 0) / some.length);
     const title = measure.unit ? `${measure.label} (${measure.unit})` : measure.label;
     plot(left, [{
       type: "bar", x: middles, y: overall, marker: { color: css("--v0") }, hovertemplate: `${measure.label} %{x:.4~g}: %{y:.2%}<extra></extra>`,
     }], { height: heightOf(rows.length), bargap: 0, x: { title }, y: { title: "share", tickformat: ".0%" } });
     // Each layer on its own scale: what is common in a layer is bright, in every layer.
-    const z = found.shares.map((row) => { const most = Math.max(...row) || 1; return row.map((share) => share / most); });
+    const z = found.shares.map((row) => { const most = Math.max(...row) || 1; return row.map((share) => share === null ? null : share / most); });
     plot(right, [{
-      type: "heatmap", x: middles, y: rows, z, customdata: found.shares, colorscale: SCALE, showscale: false,
+      type: "heatmap", x: middles, y: rows, z, customdata: found.shares, colorscale: SCALE, showscale: false, hoverongaps: false,
       hovertemplate: `layer %{y}, ${measure.label} %{x:.4~g}: %{customdata:.2%}<extra></extra>`,
     }], {
       height: heightOf(rows.length), dragmode: false, x: { title, showgrid: false, fixedrange: true },
