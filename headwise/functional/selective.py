@@ -7,14 +7,125 @@
 
 Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `D` head width, `M` masks, shared
 by groups of heads, `E` width of a selection query.
+
+`selection` and `selective_attention` hand over to the kernels of `headwise.kernels` where these fit.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headwise.functional.scan import after_the_query, attack_and_protect, running_sum
+
+WIDEST_HEAD = 128
+WIDEST_SELECTION = 1 << 14
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Protection of keys, `p = relu(scale · relu(slope · x + offset) + bias)`.
+
+    Attributes:
+        q: queries of the protecting logits x, `(B, M or 1, T, E)`; x = 0 where not given.
+        k: their keys, `(B, M or 1, T, E)`.
+        qk_scale: factor on q·k.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    qk_scale: float = 1.0
+    slope: float = 1.0
+    offset: float = 0.0
+    scale: float = 1.0
+    bias: float = 0.0
+
+    def of(self, like: Tensor) -> Tensor:
+        """p, `(B, M or 1, T, T)` in the precision of `like (B, M, T, T)`, 0 above the diagonal."""
+        x = torch.zeros_like(like[:, :1])
+        if self.q is not None and self.k is not None:
+            q, k = (self.q.double(), self.k.double()) if like.dtype == torch.float64 else (self.q, self.k)
+            x = selection_logits(q, k, scale=self.qk_scale)
+        return (self.scale * (self.slope * x + self.offset).relu() + self.bias).relu().tril()
+
+
+def selection(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    protection: Protection | None = None,
+    protect_bos: bool = True,
+    protect_self: bool = True,
+    relu_leak: float = 0.0,
+    relu_after_cumsum: bool = False,
+    accumulate: str = "fused",
+) -> Tensor:
+    """F of selection queries and keys: `selection_logits`, then `selection_mask`.
+
+    Args:
+        q, k, scale, bias: as `selection_logits` takes them.
+        protection: a game against the attacks; None for the plain running sum.
+        accumulate: `fused` (the kernel where it fits, otherwise torch), `torch`, `sequential`, or
+            `float64`, in which logits are computed too.
+
+    Returns:
+        `(B, M, T, T)` float32 or better; of the kernel's, only what lies on and below the diagonal counts.
+    """
+    switches = {"protect_bos": protect_bos, "protect_self": protect_self, "relu_leak": relu_leak}
+    if accumulate == "fused" and fits_kernel(q, WIDEST_SELECTION):
+        return _fused(q, k, scale, bias, protection, relu_after_cumsum, **switches)
+    if accumulate == "float64":
+        q, k = q.double(), k.double()
+    logits = selection_logits(q, k, scale=scale, bias=bias)
+    return selection_mask(
+        logits,
+        protection.of(logits) if protection else None,
+        relu_after_cumsum=relu_after_cumsum,
+        accumulate="torch" if accumulate == "fused" else accumulate,
+        **switches,
+    )
+
+
+def fits_kernel(q: Tensor, width: int = WIDEST_HEAD) -> bool:
+    """Whether kernels can take q: on a GPU with Triton, heads of up to `width`."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and q.shape[-1] <= width
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    protection: Protection | None,
+    after: bool,
+    *,
+    protect_bos: bool,
+    protect_self: bool,
+    relu_leak: float,
+) -> Tensor:
+    from headwise.kernels.selection_mask import selection_mask as kernel
+
+    guard: list[float] = []
+    guard_q = guard_k = None
+    guard_scale = 1.0
+    if protection is not None:
+        guard_q, guard_k, guard_scale = protection.q, protection.k, protection.qk_scale
+        guard = [protection.slope, protection.offset, protection.scale, protection.bias]
+        if guard_q is None:
+            guard[0] = 0.0  # x = 0, whatever the kernel reads in its place
+    return kernel(
+        q, k, bias, guard_q, guard_k, scale, guard_scale, relu_leak, guard, protect_bos, protect_self, after
+    )[0]
 
 
 def selection_logits(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -92,24 +203,27 @@ def per_head(mask: Tensor, n_heads: int) -> Tensor:
 
 
 def selective_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None, fused: bool = True
 ) -> Tensor:
-    """Causal softmax attention under F, every score in memory: the definition.
-
-    The softmax runs in float32 for half-precision inputs.
+    """Causal softmax attention under F; the softmax runs in float32 for half-precision inputs.
 
     Args:
         q: `(B, H, T, D)`.
         k, v: `(B, K, T, D)` with `H % K == 0`.
         mask: F, `(B, M, T, T)`; masks go to heads as `mask_of_head` says.
         scale: factor on q·k, `D**-0.5` unless given.
+        fused: use the kernel where it fits; otherwise the definition, with every score in memory.
 
     Returns:
         `(B, H, T, D)`.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if fused and fits_kernel(q):
+        from headwise.kernels.masked_attention import masked_attention
+
+        return masked_attention(q, k, v, mask.to(torch.float32), scale)[0]
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q @ k.transpose(-2, -1)).to(mask.dtype) * scale - per_head(mask, q.shape[1])
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v

@@ -1,0 +1,192 @@
+"""Selective attention, forward and backward, against SDPA and the ways to do it without kernels.
+
+Checks every case against the definition in float64 first, in the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from headwise.bench.harness import extra_memory_mb, measure, print_table, save
+from headwise.functional.selective import Protection, selection, selective_attention
+
+CASES: dict[str, dict[str, Any]] = {
+    "one mask": {},
+    "one mask, unprotected": {"switches": {"protect_bos": False, "protect_self": False}},
+    "two masks, 5 heads": {"masks": 2, "heads": 5},
+    "grouped heads": {"kv_heads": 2},
+    "leaky": {"switches": {"relu_leak": 0.25}},
+    "relu moved": {"switches": {"relu_leak": 1.0, "relu_after_cumsum": True}},
+    "wide selection, bias": {"select_width": 192, "bias": True},
+    "latents": {"masks": 4, "select_width": 64, "shared_keys": True},
+    "game, head two": {"protection": {"scale": 0.7, "bias": -0.05}, "guard": True},
+    "game, leaky relu": {"protection": {"slope": -0.3, "offset": 0.1}, "guard": "own"},
+    "game, constant": {"protection": {"slope": 0.0, "offset": 0.2}},
+    "game, zero": {"protection": {"slope": 0.0}},
+    "game, two masks, unprotected": {
+        "masks": 2, "guard": True, "protection": {},
+        "switches": {"protect_bos": False, "protect_self": False},
+    },
+    "width 80": {"width": 80},
+    "width 128": {"width": 128},
+    "width 32": {"width": 32},
+}  # fmt: skip
+
+
+def make(
+    case: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    tokens: int,
+    heads: int,
+    width: int,
+) -> list[Tensor]:
+    """q, k, v, selection queries and keys, bias and guard: random leaves of a graph, some empty."""
+    heads, width, masks = case.get("heads", heads), case.get("width", width), case.get("masks", 1)
+    kv_heads, select = case.get("kv_heads", heads), case.get("select_width", width)
+    keys = 1 if case.get("shared_keys") else masks
+
+    def leaf(*shape: int, spread: float = 1.0) -> Tensor:
+        return (spread * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+
+    made = [leaf(batch, n, tokens, width) for n in (heads, kv_heads, kv_heads)]
+    made += [leaf(batch, masks, tokens, select, spread=2.0), leaf(batch, keys, tokens, select)]
+    made.append(leaf(masks).detach().float().requires_grad_() if case.get("bias") else leaf(0))
+    guard = case.get("guard") is True
+    made += [leaf(batch, 1, tokens, width), leaf(batch, 1, tokens, width)] if guard else [leaf(0), leaf(0)]
+    return made
+
+
+def run(case: dict[str, Any], leaves: list[Tensor], *, fused: bool) -> tuple[Tensor, Tensor]:
+    """The attention of the leaves, and F."""
+    q, k, v, select_q, select_k, bias, guard_q, guard_k = leaves
+    protection = None
+    if "protection" in case:
+        guards: tuple[Tensor | None, Tensor | None] = (None, None)
+        if case.get("guard") == "own":
+            guards = select_q, select_k
+        elif case.get("guard"):
+            guards = guard_q, guard_k
+        width = (guards[0] if guards[0] is not None else q).shape[-1]
+        protection = Protection(*guards, qk_scale=width**-0.5, **case["protection"])
+    taken = selection(
+        select_q, select_k, scale=select_q.shape[-1] ** -0.5, bias=bias if bias.numel() else None,
+        protection=protection, accumulate="fused" if fused else "torch", **case.get("switches", {}),
+    )  # fmt: skip
+    return selective_attention(q, k, v, taken, fused=fused), taken
+
+
+def errors(
+    case: dict[str, Any], device: torch.device, dtype: torch.dtype, **sizes: int
+) -> dict[str, float]:
+    """Relative errors (norms) of y, F and every gradient against the definition in float64."""
+    leaves = make(case, device, dtype, **sizes)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    weights = torch.randn_like(leaves[0])
+    names = ("q", "k", "v", "select_q", "select_k", "bias", "guard_q", "guard_k")
+    found: list[dict[str, Tensor]] = []
+    for tensors, fused in ((leaves, True), (exact, False)):
+        y, taken = run(case, tensors, fused=fused)
+        (y * weights.to(y.dtype)).sum().backward()
+        results = {"y": y.detach(), "F": taken.detach().tril()}
+        gradients = {f"d_{name}": leaf.grad for name, leaf in zip(names, tensors, strict=True)}
+        found.append(results | {name: g for name, g in gradients.items() if g is not None and g.numel()})
+    ours, true = found
+    assert sorted(ours) == sorted(true)
+    return {
+        name: ((ours[name].double() - true[name]).norm() / true[name].norm().clamp(min=1e-30)).item()
+        for name in true
+    }
+
+
+def check(device: torch.device) -> bool:
+    """Every case against float64 at bf16; print the table and say whether all agree."""
+    rows = []
+    for name, case in CASES.items():
+        for dtype, limit in ((torch.bfloat16, 0.02), (torch.float32, 2e-4)):
+            if dtype == torch.float32 and case.get("width", 64) > 64:
+                continue
+            for tokens in (333, 40):
+                torch.manual_seed(0)
+                found = errors(case, device, dtype, batch=2, tokens=tokens, heads=4, width=64)
+                worst = max(found, key=lambda key: found[key] if math.isfinite(found[key]) else math.inf)
+                rows.append(
+                    {"case": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens,
+                     "largest_error": found[worst], "of": worst, "error_of_F": found["F"],
+                     "passed": found[worst] <= limit}
+                )  # fmt: skip
+    print_table(rows)
+    return all(row["passed"] for row in rows)
+
+
+def both_ways(function: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor) -> Callable[[], None]:
+    """Forward and backward of `function` as one call."""
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        function().backward(upstream)
+
+    return step
+
+
+def time_case(
+    case: dict[str, Any], device: torch.device, *, tokens: int, total: int = 16384, heads: int = 12
+) -> dict[str, Any]:
+    """One row: milliseconds of forward and backward, and memory, of SDPA and of ours."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    leaves = make(case, device, dtype, batch=max(1, total // tokens), tokens=tokens, heads=heads, width=64)
+    q, k, v = leaves[:3]
+    upstream = torch.randn_like(q)
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+    plain = both_ways(sdpa, leaves, upstream)
+    ours = both_ways(lambda: run(case, leaves, fused=True)[0], leaves, upstream)
+    row = {"tokens": tokens, "sdpa_ms": measure(plain, device), "ours_ms": measure(ours, device)}
+    with torch.no_grad():
+        forward = {"sdpa": measure(sdpa, device), "ours": measure(lambda: run(case, leaves, fused=True), device)}
+    return row | {
+        "ours_x": row["ours_ms"] / row["sdpa_ms"],
+        "forward_x": forward["ours"] / forward["sdpa"],
+        "extra_mb": extra_memory_mb(ours, device),
+    }
+
+
+TIMED = {
+    "selective": {},
+    "attack and protect": {"protection": {}, "guard": True},
+    "two masks": {"masks": 2},
+}
+
+
+def main(argv: list[str]) -> int:
+    """`headwise bench selective`."""
+    parser = argparse.ArgumentParser(prog="headwise bench selective", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096])
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not check(device):
+        print("the kernels disagree with the definition: nothing is timed")
+        return 1
+    rows = []
+    for name, case in TIMED.items():
+        for tokens in arguments.tokens:
+            rows.append({"case": name} | time_case(case, device, tokens=tokens))
+    print_table(rows)
+    save("selective", rows, arguments.out, device=arguments.device)
+    return 0
