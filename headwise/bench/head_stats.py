@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -263,7 +262,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="short sequences only")
     parser.add_argument("--sweep", type=int, nargs="*", metavar="T", help="time tile shapes at these lengths")
     arguments = parser.parse_args(argv)
-    os.environ["HEADWISE_KERNELS"] = "1"
     if arguments.sweep is not None:
         for tokens in arguments.sweep or (4096,):
             harness.print_table(sweep(tokens, torch.device(arguments.device)))

@@ -130,13 +130,12 @@ def weights_stats(weights: Tensor, *, mass: float = 0.9, k_eff: bool = True) -> 
 def _fits_kernel(q: Tensor, k: Tensor) -> bool:
     """Whether the Triton kernel takes these; what it does not take, plain PyTorch measures.
 
-    The kernel is off unless HEADWISE_KERNELS=1: as it stands it was checked in Triton's interpreter
-    alone. `headwise bench head-stats --device cuda` turns it on and checks it against float64.
+    HEADWISE_KERNELS=0 turns it off.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return (
         q.is_cuda
-        and os.environ.get("HEADWISE_KERNELS") == "1"
+        and os.environ.get("HEADWISE_KERNELS") != "0"
         and q.dtype == k.dtype
         and q.dtype in dtypes
         and q.shape[-1] <= 256

@@ -13,15 +13,20 @@ n of the precision, and of a single key it is exactly 0.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from headwise.kernels.head_stats_k_eff import POOL, k_eff_kernel
+from headwise.kernels.head_stats_k_eff import k_eff_kernel
 from headwise.kernels.head_stats_tiles import HIDDEN, LOG2E, cap, columns, key_ranges, sees, tile
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+# Bytes of keys that programs work on at a time, so that they come from the cache.
+CACHED = 2**26
 
 FIELDS = (
     "entropy", "max_weight", "query_norm", "logit_mean", "logit_std",
@@ -122,7 +127,7 @@ def stats_kernel(
     q_ptr, k_ptr, factors_ptr, bias_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_bb, stride_bh, stride_bi, stride_bj, lowest, factor,
-    batch, heads, kv_heads, tokens, window, softcap, plane, out_ptr, state_ptr, unscale,
+    batch, heads, kv_heads, tokens, window, softcap, plane, out_ptr, state_ptr, ticket_ptr, unscale,
     K_EFF: tl.constexpr, SEVERAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -268,12 +273,14 @@ def stats_kernel(
         tl.store(state + 2 * plane, a, mask=here)
         tl.store(state + 3 * plane, b, mask=here)
         tl.store(state + 4 * plane, n, mask=here)
+        if tl.program_id(0) == 0:
+            tl.store(ticket_ptr, 0)
 
 
 def block_sizes(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     """Tile shapes and launch options of `stats_kernel` and `k_eff_kernel` per head width.
 
-    Two programs of the first and three of the second share a multiprocessor of an H200.
+    Two programs of either share a multiprocessor of an H200.
     """
     block_d = max(16, triton.next_power_of_2(width))
     narrow = {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE_N": 64, "num_stages": 3}
@@ -285,7 +292,7 @@ def block_sizes(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[st
     if dtype == torch.float32 or block_d > 128:
         return narrow | common, narrow | common
     wide = {"BLOCK_M": 64, "BLOCK_N": 128, "EDGE_N": 64, "num_stages": 2}
-    return wide | common, narrow | common | {"maxnreg": 168}
+    return wide | common, narrow | common
 
 
 def head_stats(
@@ -302,12 +309,12 @@ def head_stats(
     mass: float,
     k_eff: bool,
     blocks: tuple[dict[str, int], dict[str, int]] | None = None,
-    pool: int = POOL,
+    pool: int | None = None,
 ) -> dict[str, Tensor]:
     """The measures by name, each float32 `(S, B, H, T)`; arguments as the plain definition takes.
 
     `scale` must be positive and no factor negative. `blocks` and `pool` are for tests and tuning:
-    tile shapes as `block_sizes` gives them, and how many keys a row's pool holds.
+    tile shapes as `block_sizes` gives them, and how many keys a row's pool holds (a multiple of 4).
     """
     q = q if q.stride(-1) == 1 else q.contiguous()
     k = k if k.stride(-1) == 1 else k.contiguous()
@@ -338,23 +345,30 @@ def head_stats(
     first, second = blocks or block_sizes(width, q.dtype)
     copies = len(factors) * batch * heads
     grid = (triton.cdiv(tokens, first["BLOCK_M"]) * copies,)
-    stats_kernel[grid](*arguments, out, state, 1.0 / scale, K_EFF=k_eff, **options, **first)
+    ticket = q.new_empty(1, dtype=torch.int32)
+    stats_kernel[grid](*arguments, out, state, ticket, 1.0 / scale, K_EFF=k_eff, **options, **first)
     if k_eff:
         rows = second["BLOCK_M"]
         row_blocks = triton.cdiv(tokens, rows)
-        jobs = row_blocks * copies
-        programs = min(jobs, resident_programs(q.device))
-        counts = q.new_empty((programs, rows), dtype=torch.int32)
-        pools = q.new_empty((programs, rows, pool), dtype=torch.float32)
+        programs = min(row_blocks * copies, resident_programs(q.device))
+        pool = pool or pool_size(tokens)
+        pools = q.new_empty((programs, pool, rows), dtype=torch.float32)
+        head_bytes = tokens * width * q.element_size() * k.shape[1] // heads
         k_eff_kernel[(programs,)](
-            *arguments, state, out[-1], counts, pools, row_blocks, jobs, mass, POOL=pool,
+            *arguments, state, out[-1], ticket, pools, pool * rows, row_blocks, copies,
+            max(1, CACHED // head_bytes), mass,
             PTX=q.is_cuda and torch.version.hip is None, **options, **second,
         )  # fmt: skip
     return dict(zip((*FIELDS, "k_eff"), out, strict=False))
+
+
+def pool_size(tokens: int) -> int:
+    """Keys of a row's pool: what five thresholds leave of a row grows with the root of its length."""
+    return 64 * math.ceil(0.75 * math.sqrt(tokens) / 16)
 
 
 def resident_programs(device: torch.device) -> int:
     """Programs of `k_eff_kernel` that a GPU works on at once."""
     if device.type != "cuda":
         return 2
-    return 3 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
