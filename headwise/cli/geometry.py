@@ -44,9 +44,8 @@ def main(argv: list[str]) -> int:
         _print_layers(CIRCUITS[circuit], weights.layers, values)
     broken = sum(int(np.isnan(v["op_norm"]).sum()) for v in described.values())
     if broken:
-        print(
-            f"{broken} circuits have weights that are not finite; their descriptors are NaN", file=sys.stderr
-        )
+        circuits = "circuit has" if broken == 1 else "circuits have"
+        print(f"headwise: {broken} {circuits} weights that are not finite: NaN descriptors", file=sys.stderr)
     if args.out:
         _write(Path(args.out), described, weights)
     if args.json:

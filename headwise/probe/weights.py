@@ -115,7 +115,7 @@ def read_weights(
     if not isinstance(source, nn.Module):
         return _from_names(tensors_of_folder(source), fold_norm, stack)
     if any(isinstance(module, Attention) for module in source.modules()):
-        return _from_headwise(source, fold_norm)
+        return _from_headwise(source, fold_norm, type(model).__name__ if source is model else str(model))
     return _from_names(tensors_of_module(source), fold_norm, stack)
 
 
@@ -259,13 +259,13 @@ def _norm_gain(name: str, tensors: Tensors) -> Array:
     return 1 + gain if tensors.config.get("model_type") in NORM_PLUS_ONE else gain
 
 
-def _from_headwise(model: nn.Module, fold_norm: bool) -> HeadWeights:
+def _from_headwise(model: nn.Module, fold_norm: bool, name: str) -> HeadWeights:
     """A headwise model, by what its layers do to unit inputs: every kind of projection alike."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, Attention)]
 
     @torch.no_grad()
     def read(layer: int) -> LayerWeights:
-        name, module = found[layer]
+        place, module = found[layer]
         reference = next(module.parameters())
         size = module.shape
         unit = torch.eye(size.d_model, dtype=reference.dtype, device=reference.device)[:, None]
@@ -280,7 +280,7 @@ def _from_headwise(model: nn.Module, fold_norm: bool) -> HeadWeights:
         weights = LayerWeights(*(t.float().cpu().numpy() for t in (q, k, v, o)))
         if not fold_norm:
             return weights
-        gain = model.get_parameter(f"{name.rpartition('.')[0]}.attention_norm.weight")
+        gain = model.get_parameter(f"{place.rpartition('.')[0]}.attention_norm.weight")
         return _folded(weights, gain.float().cpu().numpy())
 
     notes = _general_notes(
@@ -288,7 +288,7 @@ def _from_headwise(model: nn.Module, fold_norm: bool) -> HeadWeights:
         rope=getattr(model, "rope", None) is not None,
     )
     notes.append(_fold_note(fold_norm))
-    return HeadWeights(type(model).__name__, list(range(len(found))), read, notes)
+    return HeadWeights(name, list(range(len(found))), read, notes)
 
 
 def _notes(tensors: Tensors, names: list[str]) -> list[str]:

@@ -122,7 +122,7 @@ def test_weights_that_are_not_finite_are_said_once(model: Path, capsys: pytest.C
     tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = torch.nan
     save_file(tensors, model / "model.safetensors")
     assert main([str(model)]) == 0
-    assert capsys.readouterr().err.count("1 circuits have weights that are not finite") == 1
+    assert capsys.readouterr().err.count("1 circuit has weights that are not finite") == 1
 
 
 def test_a_headwise_run_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

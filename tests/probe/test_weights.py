@@ -11,11 +11,13 @@ import transformers
 from torch import Tensor, nn
 
 from headwise.attention import KINDS, AttentionConfig
+from headwise.config import Config, to_yaml
 from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.probe.huggingface import Call, listening
 from headwise.probe.weights import read_weights
+from headwise.training import checkpoint
 
 D_MODEL, HEADS, KV_HEADS = 24, 4, 2
 LLAMA = {
@@ -280,6 +282,17 @@ def test_a_headwise_model_is_read_by_what_it_does(kind: str) -> None:
     np.testing.assert_allclose(moved, expected.numpy(), rtol=1e-3, atol=1e-3)
     gain = model.blocks[1].attention_norm.weight.numpy()
     np.testing.assert_allclose(folded.q, found.q * gain, rtol=1e-6)
+
+
+def test_a_run_goes_by_the_name_it_was_asked_for(tmp_path: Path) -> None:
+    config = Config()
+    config.model.d_model, config.model.n_heads, config.model.vocab_size = 16, 2, 256
+    config.training.max_steps = 1
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    weights = dict(Decoder(config.model, config.data.seq_len).named_parameters())
+    checkpoint.save(tmp_path / "checkpoints", checkpoint.Checkpoint(weights, {}, {"step": 1}))
+    assert read_weights(tmp_path).name == str(tmp_path)
+    assert read_weights(Decoder(config.model, config.data.seq_len)).name == "Decoder"
 
 
 def test_a_folder_reads_as_the_model_and_says_what_is_left_out(tmp_path: Path) -> None:
