@@ -111,7 +111,7 @@ def fit(scales: Array | Sequence[float], values: Array) -> Fit:
 def gain_of(sweep: Sweep) -> Gain:
     """The gain of a sweep, with the slopes of entropy and k_eff beside it."""
     by = {name: fit(sweep.scales, sweep.mean[name]) for name in MEASURES}
-    main = by["max_weight"]
+    main, trends = by["max_weight"], monotonic(sweep)
     return Gain(
         layer=sweep.layer,
         head=sweep.head,
@@ -124,7 +124,7 @@ def gain_of(sweep: Sweep) -> Gain:
         r_squared=float(main.r_squared),
         gain_entropy=float(by["entropy"].slope),
         gain_k_eff=float(by["k_eff"].slope),
-        monotonic=all(monotonic(sweep).values()),
+        monotonic=bool(trends) and all(trends.values()),
         n_scales=main.n,
         per_sample=None if sweep.samples is None else fit(sweep.scales, sweep.samples).slope,
         samples_of=sweep.samples_of,

@@ -6,7 +6,9 @@ import argparse
 import csv
 import hashlib
 import io
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,11 +201,18 @@ def _write(out: Path, sweeps: list[Sweep], everyone: list[Sweep], about: dict[st
         _write_csv(out / SAMPLES, [row for s in sweeps for row in sample_rows(s)])
         draw_sweeps(sweeps, out / "q_scale_intervention.png")
     gains_of_all = [gain_of(s) for s in everyone]
+    known = [g for g in gains_of_all if math.isfinite(g.gain)]
     if everyone:
-        print("\n" + all_heads_table(gains_of_all))
         _write_csv(out / "gain_all_heads.csv", [summary_row(g) for g in gains_of_all])
-        draw_all_heads(gains_of_all, out / "gain_all_heads.png")
-    _conclude(out, sweeps, gains_of_all)
+    if len(known) < len(gains_of_all):
+        missing = len(gains_of_all) - len(known)
+        share = f"{missing} of {len(gains_of_all)}"
+        print(f"headwise: {share} gains are NaN; are there NaN weights?", file=sys.stderr)
+    if known:
+        print("\n" + all_heads_table(known))
+        draw_all_heads(known, out / "gain_all_heads.png")
+    if known or sweeps:
+        _conclude(out, sweeps, known)
     print(f"\nwrote {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headwise.errors import one_of
 from headwise.probe.change import Change, Changes, Layer, changed
-from headwise.probe.intervene import Tokens, memory_to_spare
+from headwise.probe.intervene import Tokens, memory_to_spare, must_be_finite
 from headwise.probe.output import Effect, Speaker
 
 HOW = ("zero", "mean")
@@ -55,7 +55,7 @@ def remove(
         advance: called with the number of passes just finished.
 
     Raises:
-        HeadwiseError: an unknown `how`, or memory runs out.
+        HeadwiseError: an unknown `how`, an output that is not finite, or memory runs out.
     """
     one_of("how", how, HOW)
     heads = {head for chosen in sets for head in chosen}
@@ -65,6 +65,7 @@ def remove(
         tokens = samples.batch(first, first + batch_size)
         with memory_to_spare(batch_size):
             before = speaker(tokens)
+            must_be_finite(before, speaker.loaded.name)
             for chosen, effect in zip(sets, effects, strict=True):
                 with removed(chosen, means):
                     after = speaker(tokens)

@@ -89,18 +89,22 @@ def check_baseline(speaker: Speaker, target: Target, tokens: Tensor) -> None:
         HeadwiseError: it does not; nothing may be concluded from this model as it runs now.
     """
     plain = speaker(tokens)
+    must_be_finite(plain, speaker.loaded.name)
     with changed(target.layer, Changes(query=scale_head(target.head, 1.0))):
         scaled = speaker(tokens)
-    if not plain.isfinite().all():
-        raise HeadwiseError(
-            f"the output of {speaker.loaded.name} is not finite, so nothing can be compared with it; "
-            "are there NaN weights?"
-        )
     if not torch.equal(plain, scaled):
         difference = (plain.float() - scaled.float()).abs().max().item()
         raise HeadwiseError(
             f"check failed: {target.name} at scale 1.0 does not equal no intervention, outputs differ by "
             f"up to {difference:.3g}; the model is not deterministic as it runs, and nothing was measured"
+        )
+
+
+def must_be_finite(output: Tensor, name: str) -> None:
+    """Refuse a model whose output, unchanged, is nothing to compare with."""
+    if not output.isfinite().all():
+        raise HeadwiseError(
+            f"the output of {name} is not finite, so nothing can be compared with it; are there NaN weights?"
         )
 
 

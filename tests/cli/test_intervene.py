@@ -147,6 +147,43 @@ def test_all_heads_place_the_target_among_them(
     assert (tmp_path / "gain_all_heads.png").is_file()
 
 
+@pytest.fixture(scope="module")
+def half_broken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with NaN in the queries of layer 1."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("broken")
+    broken = transformers.LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight[:] = torch.nan
+    broken.save_pretrained(folder)
+    (folder / "shard_0.npz").write_bytes((model / "shard_0.npz").read_bytes())
+    return folder
+
+
+def test_gains_of_all_heads_leave_out_those_that_are_nan_and_say_so_once(
+    half_broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(half_broken, tmp_path, "--all-heads")) == 0
+    printed, said = capsys.readouterr()
+    assert said.count("4 of 8 gains are NaN; are there NaN weights?") == 1
+    assert "Gains of 4 heads" in printed
+    assert "nan" not in printed.lower()
+    rows = rows_of(tmp_path / "gain_all_heads.csv")
+    assert [row["gain_max_attn"] == "nan" for row in rows] == [False] * 4 + [True] * 4
+    assert {row["is_monotonic"] for row in rows[4:]} == {"False"}
+
+
+@pytest.mark.parametrize("more", [("--remove", "0.1"), TARGET])
+def test_nothing_is_compared_with_an_output_that_is_not_finite(
+    half_broken: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    with pytest.raises(HeadwiseError, match="is not finite, so nothing can be compared with it; are there"):
+        main(arguments(half_broken, tmp_path, *more))
+    assert not list(tmp_path.glob("*.csv"))
+
+
 def test_heads_are_removed_alone_and_together(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
