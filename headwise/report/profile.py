@@ -51,7 +51,8 @@ def atlas(out: str | Path, *, rotates: bool = False) -> Path:
         loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["json"] = embedded
-    sections = {key: name for key, name in SECTIONS.items() if key != "correlations" or data["correlations"]}
+    empty = {"kinds": not data["kinds"]["known"], "correlations": not data["correlations"]}
+    sections = {key: name for key, name in SECTIONS.items() if not empty.get(key)}
     page = environment.get_template("profile.html.j2").render(
         data=data, sections=sections.items(), plotly=get_plotlyjs()
     )
@@ -81,6 +82,7 @@ def collect(out: Path, *, rotates: bool = False) -> dict[str, Any]:
         ],
         "grids": {name: grids[name] for name in measures},
         "kinds": {
+            "known": any(kinds),
             "names": [*(rule.label for rule in RULES), OTHER],
             "grid": _label_grid(per_head, kinds),
             "rules": [_rule_row(rule, per_head, kinds) for rule in RULES]

@@ -89,6 +89,17 @@ def test_the_page_holds_its_data_and_fetches_nothing(profile):
         assert f'<section id="{section}"' in page
 
 
+def test_without_the_measures_of_the_rules_no_kinds_are_shown(profile):
+    lines = [line.split(",") for line in (profile / "per_head.csv").read_text().splitlines()]
+    needed = {*MEASURED} - {"query_norm", "entropy"}
+    kept = [i for i, name in enumerate(lines[0]) if name not in needed]
+    (profile / "per_head.csv").write_text("\n".join(",".join(line[i] for i in kept) for line in lines))
+    page = atlas(profile).read_text()
+    assert '<section id="kinds"' not in page
+    assert 'href="#kinds"' not in page
+    assert '<section id="atlas"' in page
+
+
 @pytest.mark.parametrize(
     ("scores", "rotates", "warns"),
     [("pre_rope", True, True), ("post_rope", True, False), ("pre_rope", False, False)],

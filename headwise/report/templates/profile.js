@@ -17,6 +17,7 @@ function grid(target, trace, rows) {
 }
 
 (() => {
+  if (!report.kinds.known) return;
   const target = box("kind-plots", "First rule that holds");
   const { names, grid: { cells } } = report.kinds;
   const z = cells.map((row) => row.map((labels) => labels && names.indexOf(labels[0])));
