@@ -4,13 +4,13 @@ On a CPU a model of GPT-2's shape (12 layers, 12 heads) at T 512; on CUDA the sh
 bfloat16 at T 512 and 4096. Weights and tokens are random. `document 004` rows measure its four
 columns; 64 contexts of 512 tokens on 32 x 32 heads are its whole job of 33,554,432 rows. Beside
 them the same four by the usual ways: eager attention with `output_attentions`, and on a CPU
-TransformerLens where it is installed.
+TransformerLens where a version below 4 is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib.metadata
 import statistics
 import tempfile
 import time
@@ -151,7 +151,7 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
     for name, config in profiles:
         ways.append((name, job.contexts, lambda n, c=config: _profile(loaded, samples, n, c, job.batch)))  # type: ignore[misc]
     ways.append(("eager, output_attentions", job.eager, lambda n: _eager(loaded, samples, n, device)))
-    if device.type == "cpu" and importlib.util.find_spec("transformer_lens"):
+    if device.type == "cpu" and _has_transformer_lens():
         ways.append(("TransformerLens", job.eager, _transformer_lens(model, samples)))
     for _, contexts, work in ways:
         work(min(contexts, job.batch))  # warm up
@@ -203,6 +203,14 @@ def _eager(loaded: Loaded, samples: Samples, contexts: int, device: torch.device
     finally:
         model.set_attn_implementation(before)
     _wait(device)
+
+
+def _has_transformer_lens() -> bool:
+    """Whether a TransformerLens is there that still has HookedTransformer, which version 4 has not."""
+    try:
+        return int(importlib.metadata.version("transformer_lens").partition(".")[0]) < 4
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _transformer_lens(model: Any, samples: Samples) -> Callable[[int], None]:
