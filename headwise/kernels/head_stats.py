@@ -353,10 +353,10 @@ def head_stats(
         programs = min(row_blocks * copies, resident_programs(q.device))
         pool = pool or pool_size(tokens)
         pools = q.new_empty((programs, pool, rows), dtype=torch.float32)
-        head_bytes = tokens * width * q.element_size() * k.shape[1] // heads
+        key_bytes = k.element_size() * k.shape[1] * tokens * width
         k_eff_kernel[(programs,)](
             *arguments, state, out[-1], ticket, pools, pool * rows, row_blocks, copies,
-            max(1, CACHED // head_bytes), mass,
+            min(copies, max(1, CACHED * heads // key_bytes)), mass,
             PTX=q.is_cuda and torch.version.hip is None, **options, **second,
         )  # fmt: skip
     return dict(zip((*FIELDS, "k_eff"), out, strict=False))
