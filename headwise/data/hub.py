@@ -28,6 +28,21 @@ def load_dataset(path: str, otherwise: str, **options: Any) -> Any:
         ) from error
 
 
+def ask_for(name: str, *files: str) -> None:
+    """Ask the hub once whether it has `name`, where its libraries would try again for a minute.
+
+    Args:
+        files: nothing is asked where one of them is in the hub's cache on this machine.
+
+    Raises:
+        Exception: of several libraries; it says why not.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        HfApi().model_info(name, timeout=20)
+
+
 def reason(error: Exception) -> str:
     """The first line of an error, or its name where it says nothing."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from headwise.data.hub import reason
+from headwise.data.hub import ask_for, reason
 from headwise.data.progress import progress
 from headwise.data.text import Text, character_start, only_one
 from headwise.errors import HeadwiseError
@@ -83,6 +83,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
+        if not path.is_dir():
+            ask_for(name, "tokenizer.json", "tokenizer_config.json", "config.json")
         loaded = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises errors of many libraries
         raise HeadwiseError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attention.base import Attention
+from headwise.data.hub import ask_for
 from headwise.errors import HeadwiseError, one_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,7 +119,7 @@ def _pretrained(name: str, path: Path, dtype: str) -> nn.Module:
         raise HeadwiseError(f"{name} is no folder with a model; give a folder, a hub name or a headwise run")
     try:
         if not path.is_dir():
-            _check_hub(name)
+            ask_for(name, "config.json")
         config = AutoConfig.from_pretrained(name)
         if getattr(config, "is_encoder_decoder", False):
             raise HeadwiseError(
@@ -154,14 +155,6 @@ def _check_folder(path: Path) -> None:
             "anything; convert them to safetensors first"
         )
     raise HeadwiseError(f"{path} holds no weights: no *.safetensors file is there")
-
-
-def _check_hub(name: str) -> None:
-    """Ask once whether the hub has `name`, where transformers would try again for half a minute."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        HfApi().model_info(name, timeout=20)
 
 
 def _why_not_loaded(name: str, path: Path, error: Exception) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,20 @@ def text_file(tmp_path: Path, prose: str) -> Path:
 def read(path: Path, tokenizer: Path, **values):
     config = DataConfig(name="text", path=str(path), tokenizer=str(tokenizer), seq_len=16, **values)
     return open_data(config, seed=0)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path) -> None:
+    """Its libraries would try for a minute, and say so in twenty lines."""
+    (tmp_path / "text.txt").write_text("some text\n")
+    command = ["data", "prepare", "text.txt", "--tokenizer", "no/where", "--out", "out"]
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-m", "headwise", *command], cwd=tmp_path, env={**os.environ, **nowhere},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("headwise: tokenizer 'no/where' cannot be loaded (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_tokens_decode_to_the_text(text_file: Path, tokenizer_file: Path) -> None:
