@@ -40,6 +40,13 @@ class Fields:
     text: str = "text"
     source: str | None = "meta.redpajama_set_name"
 
+    def hints(self) -> dict[str, str]:
+        """The paths that are read, with what to do about one that is not there."""
+        hints = {self.text: "name the text's with --text-field"}
+        if self.source is not None:
+            hints[self.source] = "name the source's with --source-field, or keep every source with --keep all"
+        return hints
+
 
 class Documents(Protocol):
     """Something to read documents from, in an order that does not change."""
@@ -81,8 +88,12 @@ def open_documents(
     return HubDataset(source, fields, dataset_config, split, streaming, cache)
 
 
-def field(record: Any, path: str, place: str) -> Any:
+def field(record: Any, path: str, place: str, hint: str) -> Any:
     """The value of a record at a dotted path.
+
+    Args:
+        place: of the record, for a message.
+        hint: what to do where it is not there.
 
     Raises:
         HeadwiseError: it is not there; the message names the fields that are.
@@ -91,20 +102,19 @@ def field(record: Any, path: str, place: str) -> Any:
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:
             known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise HeadwiseError(
-                f"{place} has no field {path!r} (it has {known}); name the fields with --text-field and "
-                "--source-field, or keep every source with --keep all"
-            )
+            raise HeadwiseError(f"{place} has no field {path!r} (it has {known}); {hint}")
         value = value[name]
     return value
 
 
 def _document(record: Any, fields: Fields, place: str, following: Position) -> Document:
-    text = field(record, fields.text, place)
+    hints = fields.hints()
+    text = field(record, fields.text, place, hints[fields.text])
     if not isinstance(text, str):
         raise HeadwiseError(f"{place} has {type(text).__name__} instead of a text in {fields.text!r}")
-    source = None if fields.source is None else str(field(record, fields.source, place))
-    return Document(text, source, following)
+    if fields.source is None:
+        return Document(text, None, following)
+    return Document(text, str(field(record, fields.source, place, hints[fields.source])), following)
 
 
 class Files:
@@ -147,16 +157,15 @@ class Files:
 
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
-        paths = [path for path in (self.fields.text, self.fields.source) if path is not None]
-        columns = [path.split(".")[0] for path in paths]
-        for column in columns:
-            field(dict.fromkeys(names), column, str(file))
+        columns = {path.split(".")[0]: hint for path, hint in self.fields.hints().items()}
+        for column, hint in columns.items():
+            field(dict.fromkeys(names), column, str(file), hint)
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if skip >= rows:
                 skip -= rows
                 continue
-            for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+            for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=list(columns)):
                 # Sliced before it becomes Python objects; a whole batch may be behind us.
                 kept = batch.slice(min(skip, batch.num_rows))
                 skip -= min(skip, batch.num_rows)

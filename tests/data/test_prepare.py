@@ -239,7 +239,7 @@ def test_input_that_cannot_be_used_is_refused(configure: Configure, tmp_path: Pa
     for name, values, says in [
         ("missing.jsonl", {}, "does not exist"),
         ("nothing", {}, "has no files"),
-        ("fields.jsonl", {}, r"record 1 of .* has no field 'text' .it has body, id.*--text-field"),
+        ("fields.jsonl", {}, r"record 1 of .* has no field 'text' .it has body, id.*--text-field$"),
         ("fields.jsonl", {"text_field": "body"}, r"no field 'meta.redpajama_set_name'.*--keep all"),
         ("number.jsonl", {"keep": ("all",)}, "has int instead of a text"),
         ("broken.jsonl", {}, "line 2 of .* is not a JSON record"),
