@@ -122,7 +122,7 @@ def _print(result: Inspection, top: int, tokenizer: Tokenizer | None) -> None:
     console.print(
         f"{result.sequences:,} sequences, {result.tokens:,} tokens, {len(result.ids):,} different ids, "
         f"entropy of their frequencies {result.entropy():.3f} nats",
-        highlight=False,
-    )
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     for line in result.damage:
         console.print(f"damage: {line}", markup=False, highlight=False, soft_wrap=True)

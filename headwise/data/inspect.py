@@ -57,7 +57,7 @@ class Inspection:
     def entropy(self) -> float:
         """Entropy of the tokens' frequencies in nats: the loss of a model that knows no more."""
         shares = self.counts / max(1, self.tokens)
-        return float(-(shares * np.log(shares)).sum())
+        return float(-(shares * np.log(shares)).sum()) + 0.0  # no -0.0
 
     def as_dict(self, top: int) -> dict[str, Any]:
         """Everything as plain values for JSON."""

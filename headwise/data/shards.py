@@ -128,7 +128,9 @@ def read_shard(file: Path, vocab_size: int | None = None) -> np.ndarray:
     low, high = int(ids.min()), int(ids.max())
     limit = 2**31 if vocab_size is None else vocab_size
     if low < 0 or high >= limit:
-        raise HeadwiseError(f"{file} has the id {low if low < 0 else high}, outside a vocabulary of {limit}")
+        known = "" if vocab_size is None else f", outside a vocabulary of {vocab_size}"
+        wrong = low if low < 0 else high
+        raise HeadwiseError(f"{file} has the id {wrong}{known}; ids are whole numbers from 0 to {limit - 1}")
     return ids
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_prepare_then_inspect(
     printed = capsys.readouterr()
     assert "45 x 8" in printed.out
     assert "25.00%" in printed.out  # the space
+    assert re.search(r"different ids, entropy of their frequencies \d\.\d{3} nats\n", printed.out)
     assert main(["inspect", str(out), "--json", "--top", "1"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["most_frequent"] == [{"id": 8, "count": 90}]

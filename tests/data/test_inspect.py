@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headwise.data.inspect import inspect_shards
+from headwise.data.inspect import Inspection, inspect_shards
 from headwise.data.prepare import PrepareConfig, prepare
 from headwise.data.tokenizer import load_tokenizer
 from headwise.errors import HeadwiseError
@@ -35,6 +35,7 @@ def test_counts_are_those_of_all_shards_together(shards: Path, tokenizer_file: P
     assert result.most_frequent(1) == [(int(counts.argmax()), int(counts.max()))]
     shares = counts[counts > 0] / counts.sum()
     assert result.entropy() == pytest.approx(-(shares * np.log(shares)).sum())
+    assert str(Inspection().entropy()) == "0.0"
     first = ids[:300]
     assert result.shards[0].mean == pytest.approx(first.mean())
     assert result.shards[0].unique == len(np.unique(first))

@@ -86,7 +86,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ({"input_ids": np.zeros(8, dtype=int)}, "no 2-D integer array"),
         ({"a": np.zeros((4, 8), dtype=int), "b": np.zeros((4, 8), dtype=int)}, "it holds a, b"),
         ({"input_ids": np.full((4, 8), -1)}, "has the id -1"),
-        ({"input_ids": np.full((4, 8), 2**40)}, "outside a vocabulary"),
+        ({"input_ids": np.full((4, 8), 2**40)}, "has the id 1099511627776; ids are whole numbers from 0 to"),
         ({"input_ids": np.zeros((0, 8), dtype=int)}, "has no sequences"),
         ({"input_ids": np.array([[{}]], dtype=object)}, "no 2-D integer array"),
     ],
