@@ -18,6 +18,7 @@ VERBS = {
     "show-config": "say what a profile will do, every decision and formula",
     "geometry": "singular values of every head's circuits, and what they predict",
     "intervene": "scale a head's query or remove a head, and measure what it causes",
+    "budget": "loss against the share of the context that is kept, with the point of parity",
     "export": "write a run as a folder that Hugging Face transformers loads",
     "data": "make token shards from text, look into them",
     "bench": "measure speed against the reference, with JSON",
