@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,6 @@ from headwise.probe.profile import Profile, ProfileConfig
 from headwise.probe.samples import Samples
 from headwise.training.distributed import find_device
 
-ROUNDS = 3
-"""Of all ways in turns; the medians are shown."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -46,6 +44,7 @@ class Job:
         batch: contexts per forward pass.
         part: contexts per part of the table.
         eager: contexts for the usual ways, which are slow.
+        rounds: of all ways in turns; the medians are shown.
         every: False leaves out the rows that tell little more at another length.
     """
 
@@ -56,6 +55,7 @@ class Job:
     batch: int
     part: int
     eager: int
+    rounds: int = 3
     every: bool = True
 
 
@@ -83,7 +83,9 @@ def _jobs(device: torch.device, quick: bool) -> list[Job]:
     if device.type == "cuda":
         model = llama_8b(device)
         return [
-            Job("Llama 3 8B shape", lambda: model, contexts=64, length=512, batch=8, part=2, eager=8),
+            Job(
+                "Llama 3 8B shape", lambda: model, contexts=64, length=512, batch=8, part=2, eager=8, rounds=2
+            ),
             Job(
                 "Llama 3 8B shape",
                 lambda: model,
@@ -140,8 +142,8 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
     four = ProfileConfig(
         n_samples=job.contexts, context_length=job.length, measures=NEEDED, samples_per_part=job.part
     )
-    ways: list[tuple[str, int, Callable[[int], int | None]]] = [
-        ("plain forward", job.contexts, lambda n: _plain(loaded, samples, n, job.batch, device)),
+    ways: list[tuple[str, int, Callable[[int, Path], int | None]]] = [
+        ("plain forward", job.contexts, lambda n, _: _plain(loaded, samples, n, job.batch, device)),
     ]
     all_measures = replace(four, measures=ProfileConfig().measures)
     profiles = [("profile, document 004", four), ("profile, all measures", all_measures)]
@@ -149,19 +151,18 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
         profiles[1:1] = [("profile, document 004, float16", replace(four, table_dtype="float16"))]
         profiles.append(("profile, all measures per head", replace(all_measures, aggregate=True)))
     for name, config in profiles:
-        ways.append((name, job.contexts, lambda n, c=config: _profile(loaded, samples, n, c, job.batch)))  # type: ignore[misc]
-    ways.append(("eager, output_attentions", job.eager, lambda n: _eager(loaded, samples, n, device)))
+        ways.append((name, job.contexts, partial(_profile, loaded, samples, config, job.batch)))
+    ways.append(("eager, output_attentions", job.eager, lambda n, _: _eager(loaded, samples, n, device)))
     if device.type == "cpu" and _has_transformer_lens():
         ways.append(("TransformerLens", job.eager, _transformer_lens(model, samples)))
     for _, contexts, work in ways:
-        work(min(contexts, job.batch))  # warm up
+        _timed(work, min(contexts, job.batch))  # warm up
     seconds: list[list[float]] = [[] for _ in ways]
     sizes: list[int | None] = [None] * len(ways)
-    for _ in range(ROUNDS):  # in turns, so that a machine that slows down slows them all
+    for _ in range(job.rounds):  # in turns, so that a machine that slows down slows them all
         for n, (_, contexts, work) in enumerate(ways):
-            began = time.perf_counter()
-            sizes[n] = work(contexts)
-            seconds[n].append(time.perf_counter() - began)
+            lasted, sizes[n] = _timed(work, contexts)
+            seconds[n].append(lasted)
     rates = [w[1] * job.length / statistics.median(s) for w, s in zip(ways, seconds, strict=True)]
     for (name, contexts, _), taken, rate, size in zip(ways, seconds, rates, sizes, strict=True):
         yield {
@@ -171,6 +172,14 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
         }  # fmt: skip
 
 
+def _timed(work: Callable[[int, Path], int | None], contexts: int) -> tuple[float, int | None]:
+    """Seconds, without those that deleting the table takes, and what the work returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        result = work(contexts, Path(folder))
+        return time.perf_counter() - began, result
+
+
 def _plain(loaded: Loaded, samples: Samples, contexts: int, batch: int, device: torch.device) -> None:
     with torch.inference_mode():
         for first in range(0, contexts, batch):
@@ -178,12 +187,13 @@ def _plain(loaded: Loaded, samples: Samples, contexts: int, batch: int, device: 
     _wait(device)
 
 
-def _profile(loaded: Loaded, samples: Samples, contexts: int, config: ProfileConfig, batch: int) -> int:
+def _profile(
+    loaded: Loaded, samples: Samples, config: ProfileConfig, batch: int, contexts: int, folder: Path
+) -> int:
     """A whole profile, correlations and all; returns the bytes of its table."""
     few = replace(samples, chosen=samples.chosen[:contexts])
-    with tempfile.TemporaryDirectory() as folder:
-        profile = Profile(Path(folder) / "out", replace(config, n_samples=contexts))
-        return profile.run(loaded, few, batch_size=batch)["bytes"]
+    profile = Profile(folder / "out", replace(config, n_samples=contexts))
+    return profile.run(loaded, few, batch_size=batch)["bytes"]
 
 
 def _eager(loaded: Loaded, samples: Samples, contexts: int, device: torch.device) -> None:
@@ -213,7 +223,7 @@ def _has_transformer_lens() -> bool:
         return False
 
 
-def _transformer_lens(model: Any, samples: Samples) -> Callable[[int], None]:
+def _transformer_lens(model: Any, samples: Samples) -> Callable[[int, Path], None]:
     """The same from TransformerLens, on a model of the same shape."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -229,7 +239,7 @@ def _transformer_lens(model: Any, samples: Samples) -> Callable[[int], None]:
     def patterns(name: str) -> bool:
         return name.endswith("hook_pattern")
 
-    def run(contexts: int) -> None:
+    def run(contexts: int, _: Path) -> None:
         with torch.inference_mode():
             for n in range(contexts):
                 ids = samples.batch(n, n + 1)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -152,11 +151,9 @@ def writing(
             done.synchronize()
         name = name_of(part)
         if raw:
-            _write_raw(folders.raw / f"{name}.safetensors", raw, metadata)
-        with replacing(folders.moments / f"{name}.npz") as draft, draft.open("wb") as file:
-            arrays = {key: value.numpy() for key, value in found.items()}
-            arrays |= {"names": np.array(names), "rows": np.array(rows)}
-            np.savez(file, allow_pickle=False, **arrays)
+            _write_tensors(folders.raw / f"{name}.safetensors", raw, metadata)
+        kept = found | {"rows": torch.tensor(rows, dtype=torch.float64)}
+        _write_tensors(folders.moments / f"{name}.safetensors", kept, {"names": " ".join(names)})
         columns = _keys(rows, first_sample, host.shape, per_token=host.shape[-1] == length)
         columns |= {measure: host[m].reshape(-1).numpy() for m, measure in enumerate(names)}
         head_table.write_part(folders.heads, name, columns)
@@ -170,19 +167,22 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
     Raises:
         HeadwiseError: a part is damaged or its moments are lost.
     """
+    from safetensors import SafetensorError, safe_open
+
     names: list[str] = []
     rows = np.empty((0, 4))
     found = []
     for table in sorted(folders.heads.glob("*.parquet")):
-        path = folders.moments / f"{table.stem}.npz"
+        path = folders.moments / f"{table.stem}.safetensors"
         try:
-            with np.load(path, allow_pickle=False) as file:
-                names, rows = [str(name) for name in file["names"]], file["rows"]
-                found.append(Moments(**{name: file[name] for name in Moments.__dataclass_fields__}))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            with safe_open(path, "np") as file:
+                names, rows = file.metadata()["names"].split(), file.get_tensor("rows")
+                fields = {name: file.get_tensor(name) for name in Moments.__dataclass_fields__}
+        except (OSError, SafetensorError, KeyError) as error:
             raise HeadwiseError(
                 f"{path} is damaged or lost ({error}); delete {table} and run again"
             ) from error
+        found.append(Moments(**fields))
     return names, rows, moments.merge(found)
 
 
@@ -262,7 +262,7 @@ def _constant_keys(rows: tuple[tuple[int, int], ...], batch: int, tokens: int) -
     return *(np.tile(np.repeat(key, tokens), batch) for key in (layers, heads)), token
 
 
-def _write_raw(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as draft:

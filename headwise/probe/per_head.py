@@ -35,10 +35,12 @@ class Kept:
 
     def add(self, part: str, block: Block, dtype: torch.dtype, ignore_first: int) -> None:
         """Keep what ranks need of a part, in the dtype of the table, if there is room for it."""
-        wanted = [block.names.index(name) for name in moments.ranked(block.names)]
-        if not wanted:
+        names = moments.ranked(block.names)
+        if not names:
             return
-        later = block.values[wanted, ..., ignore_first:].to(dtype)
+        # One by one: an index in a list would be copied to the device, and waited for.
+        wanted = [block.values[block.names.index(name), ..., ignore_first:] for name in names]
+        later = torch.stack(wanted).to(dtype)
         if later.nbytes <= self._room:
             self._room -= later.nbytes
             self._parts[part] = later

@@ -2,7 +2,7 @@
 
     out/profile.json                 what is profiled; a folder never mixes two profiles
     out/heads/part_000000.parquet    the head table, a part per few contexts
-    out/moments/part_000000.npz      what means and Pearson's correlations need of that part
+    out/moments/part_000000.safetensors  what means and Pearson's correlations need of that part
     out/raw/part_000000.safetensors  q, k, v of chosen layers, where asked for
     out/per_head.csv                 at the end: means and correlations per head
     out/summary.json                 at the end
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -321,8 +322,11 @@ def _size(folder: Path) -> int:
 
 
 def _csv(columns: dict[str, np.ndarray]) -> str:
-    lines = [",".join(columns)]
-    for row in zip(*columns.values(), strict=True):
-        cells = (str(v) if isinstance(v, np.integer) else f"{v:.9g}" if np.isfinite(v) else "" for v in row)
-        lines.append(",".join(cells))
-    return "\n".join(lines) + "\n"
+    cells = [[_cell(value) for value in column.tolist()] for column in columns.values()]
+    return "\n".join([",".join(columns), *map(",".join, zip(*cells, strict=True))]) + "\n"
+
+
+def _cell(value: int | float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.9g}" if math.isfinite(value) else ""

@@ -63,7 +63,7 @@ class Tables:
     sin: Tensor
     form: Form
 
-    def at(self, tokens: list[int]) -> Tables:
+    def at(self, tokens: slice) -> Tables:
         """Of the first sample at some tokens."""
         return Tables(self.cos[:1, :, tokens], self.sin[:1, :, tokens], self.form)
 
@@ -175,13 +175,11 @@ class Rotations:
                 f"q before its rotation cannot be told apart in {type(layer).__name__}: no projection "
                 "inside it was seen; use scores='post_rope'"
             )
-        at = _probe_positions(q.shape[-2])
+        at = _probed(q.shape[-2])
         choices: list[Convention | None] = [None, *_conventions(tables, q)]
-        few, matches = q[:1, [0, -1]][:, :, at], []
-        for choice in choices:
-            before = few if choice is None else _unrotate(few, tables[choice.tables].at(at), choice)
-            matches.append(_match(before.float(), seen))
-        matches = torch.stack(matches).tolist()
+        few = torch.stack((q[0, 0], q[0, -1]))[None, :, at]
+        before = [few if c is None else _unrotate(few, tables[c.tables].at(at), c) for c in choices]
+        matches = _match(torch.cat(before).float(), seen).tolist()
         best = max(range(len(choices)), key=matches.__getitem__)
         if not matches[best] >= MATCH and q.isfinite().all():
             raise HeadwiseError(
@@ -294,15 +292,17 @@ def _fits_kernel(x: Tensor) -> bool:
     )
 
 
-def _probe_positions(tokens: int) -> list[int]:
-    return [tokens - 1 - (n * tokens) // PROBES for n in range(PROBES) if (n * tokens) // PROBES < tokens]
+def _probed(tokens: int) -> slice:
+    """PROBES tokens, the last among them; a slice, for a list would be copied to the device."""
+    step = max(1, tokens // PROBES)
+    return slice(max((tokens - 1) % step, tokens - 1 - step * (PROBES - 1)), None, step)
 
 
 def _vectors(outputs: Iterable[Tensor], q: Tensor) -> Tensor | None:
     """Every D consecutive values that the layer's parts gave for the first sample at the probed
     tokens, as directions `(probes, N, D)`."""
     batch, _, tokens, width = q.shape
-    at = _probe_positions(tokens)
+    at = _probed(tokens)
     found = []
     for output in outputs:
         if output.dim() == 4 and output.shape[-2] == tokens and output.shape[1] != tokens:
@@ -311,16 +311,17 @@ def _vectors(outputs: Iterable[Tensor], q: Tensor) -> Tensor | None:
             output = output.reshape(batch, tokens, -1)
         if output.dim() < 3 or output.shape[1] != tokens:
             continue
-        flat = output[0, at].reshape(len(at), -1).float()
+        flat = output[0, at].flatten(1).float()
         if flat.shape[-1] % width == 0:
-            found.append(flat.view(len(at), -1, width))
+            found.append(flat.unflatten(1, (-1, width)))
     if not found:
         return None
     return nn.functional.normalize(torch.cat(found, dim=1).nan_to_num(), dim=-1)
 
 
 def _match(before: Tensor, seen: Tensor) -> Tensor:
-    """The least, over heads and tokens, of the best cosine between q and what was seen."""
-    directions = nn.functional.normalize(before[0], dim=-1)  # (heads, probes, D)
-    cosines = torch.einsum("hpd,pnd->hpn", directions, seen).amax(-1)
-    return cosines.masked_fill((before[0] == 0).all(-1), 1.0).amin()
+    """Per choice, of `(choices, heads, probes, D)`, the least over heads and tokens of the best cosine
+    between q and what was seen."""
+    directions = nn.functional.normalize(before, dim=-1)
+    cosines = torch.einsum("chpd,pnd->chpn", directions, seen).amax(-1)
+    return cosines.masked_fill((before == 0).all(-1), 1.0).amin((1, 2))

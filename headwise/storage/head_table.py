@@ -97,16 +97,13 @@ def _encoding(fields: list[pyarrow.Field]) -> dict[str, Any]:
     numbers = [
         field.name for field in fields if kinds.is_integer(field.type) or kinds.is_floating(field.type)
     ]
-    # A half's exponent shares its byte with the fraction, which only zstd's entropy coding makes smaller;
-    # a float's alone in its byte needs no more than the search for repetitions of level -1.
-    levels = {
-        field.name: 1 if kinds.is_float16(field.type) else -1 for field in fields if field.name in MEASURES
-    }
+    # A float's exponent is alone in its byte, where runs of it are found soon. A half's shares its byte
+    # with the fraction, which only zstd's entropy coding makes smaller.
+    halves = {field.name for field in fields if kinds.is_float16(field.type)}
     return {
         "use_dictionary": False,
         "column_encoding": dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
-        "compression": {field.name: "zstd" if field.name in MEASURES else "lz4" for field in fields},
-        "compression_level": levels,
+        "compression": {field.name: "zstd" if field.name in halves else "lz4" for field in fields},
         "write_statistics": False,
         "write_batch_size": 1 << 14,
     }

@@ -109,7 +109,7 @@ def test_what_cannot_be_is_one_clear_line(more, message, place, tmp_path):
     assert not (tmp_path / "out" / "heads").exists()
 
 
-@pytest.mark.parametrize("part", ["heads/part_000001.parquet", "moments/part_000002.npz"])
+@pytest.mark.parametrize("part", ["heads/part_000001.parquet", "moments/part_000002.safetensors"])
 def test_a_damaged_part_is_named(part, place, finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
