@@ -82,21 +82,8 @@ def _jobs(device: torch.device, quick: bool) -> list[Job]:
         ]
     if device.type == "cuda":
         model = llama_8b(device)
-        return [
-            Job(
-                "Llama 3 8B shape", lambda: model, contexts=64, length=512, batch=8, part=2, eager=8, rounds=2
-            ),
-            Job(
-                "Llama 3 8B shape",
-                lambda: model,
-                contexts=16,
-                length=4096,
-                batch=2,
-                part=1,
-                eager=1,
-                every=False,
-            ),
-        ]
+        shape = Job("Llama 3 8B shape", lambda: model, 64, 512, batch=8, part=2, eager=8, rounds=2)
+        return [shape, replace(shape, contexts=16, length=4096, batch=2, part=1, eager=1, every=False)]
     return [
         Job(
             "12 layers, 12 heads", lambda: gpt2(12, 12, 768), contexts=4, length=512, batch=4, part=2, eager=2
