@@ -10,24 +10,31 @@ weighted queries with their concatenated keys; slices of a head are narrow heads
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from headwise.attention.base import AttentionShape, Carry, Rope, register
 from headwise.attention.flash import FlashAttention
 from headwise.attention.observation import Observation, Scores
 from headwise.attention.selective_config import SelectiveConfig
 from headwise.functional.selective import (
+    Protection,
+    fits_kernel,
     memory_penalty,
     per_head,
+    selection,
     selection_logits,
     selection_mask,
     selective_attention,
 )
 
 BIG_CONSTANT = 50.0
+MASK_BYTES = 1 << 29
+"""Largest F that is kept whole where every head has a mask of its own; beyond it, some heads at a time."""
 
 
 class Selector(NamedTuple):
@@ -112,39 +119,90 @@ class SelectiveAttention(FlashAttention):
         self.mask = None
         if not self.config.enabled:
             return self.core(q, k, v, mask=mask, causal=causal)
-        taken = self.taken(x, q, k, rope, carry)
+        selector = self.selector(x, q, k, rope)
+        protection = self.protection(selector, q, k)
+        whole = self.prune is not None or self.observer is not None
+        step = self.shape.n_heads if whole else self.masks_at_once(selector)
+        if step == self.shape.n_heads:
+            y, penalty = self.under(selector, protection, q, k, v, carry)
+        else:
+            parts = [
+                checkpoint(
+                    self.under, *one_group(selector, protection, q, k, v, slice(at, at + step)), carry,
+                    use_reentrant=False, preserve_rng_state=False,
+                )
+                for at in range(0, self.shape.n_heads, step)
+            ]  # fmt: skip
+            y = torch.cat([part[0] for part in parts], dim=1)
+            penalty = torch.stack([part[1] for part in parts]).mean()
+        carry.penalty = carry.penalty + penalty
+        return y
+
+    def under(
+        self,
+        selector: Selector,
+        protection: Protection | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        carry: Carry,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention under the masks of `selector`, and what they add to the loss."""
+        taken = self.mask_of(selector, protection, carry)
         if self.prune is not None:
-            taken = self.prune(taken, carry)
-        if self.config.memory_penalty.epsilon:
-            carry.penalty = carry.penalty + self.penalty(taken)
+            taken = self.prune(taken.tril(), carry)
         if self.observer is not None:
-            self.mask = taken.detach()
-        self.record_engine("selective-plain")
-        return selective_attention(q, k, v, taken, scale=self.scale)
+            self.mask = taken.detach().tril()
+        penalty = self.penalty(taken) if self.config.memory_penalty.epsilon else taken.new_zeros(())
+        engine = "fused" if self.fused(q) else "plain-mask" if fits_kernel(q) else "plain"
+        self.record_engine(f"selective-{engine}")
+        return selective_attention(q, k, v, taken, scale=self.scale), penalty
+
+    def fused(self, q: Tensor) -> bool:
+        """Whether kernels compute the mask as well as the attention under it."""
+        return self.config.plain_because() is None and fits_kernel(q)
+
+    def masks_at_once(self, selector: Selector) -> int:
+        """Heads whose masks may be in memory together: all of them, unless each has its own."""
+        batch, masks, tokens, _ = selector.q.shape
+        heads, group = self.shape.n_heads, self.shape.n_heads // self.shape.n_kv_heads
+        if masks < heads or heads == 1 or not self.fused(selector.q):
+            return heads
+        for step in range(heads, 0, -1):
+            fits = 4 * batch * step * tokens**2 <= MASK_BYTES or step == 1
+            if heads % step == 0 and fits and (step % group == 0 or group % step == 0):
+                return step
+        return 1
 
     def taken(self, x: Tensor, q: Tensor, k: Tensor, rope: Rope | None, carry: Carry) -> Tensor:
-        """F, `(B, M, T, T)` float32 or better."""
-        config = self.config
-        precise = config.accumulate == "float64"
+        """F, `(B, M, T, T)` float32 or better, 0 above the diagonal."""
         selector = self.selector(x, q, k, rope)
-        logits = selector.logits(precise)
-        if config.residual_logits:
+        return self.mask_of(selector, self.protection(selector, q, k), carry).tril()
+
+    def mask_of(self, selector: Selector, protection: Protection | None, carry: Carry) -> Tensor:
+        """F of a selector; of a kernel's, only what lies on and below the diagonal counts."""
+        config = self.config
+        switches: dict[str, Any] = {
+            "protect_bos": config.protect_bos, "protect_self": config.protect_self,
+            "relu_leak": config.relu_leak, "relu_after_cumsum": config.relu_after_cumsum,
+        }  # fmt: skip
+        if not config.residual_logits:
+            taken = selection(
+                selector.q, selector.k, scale=selector.scale, bias=selector.bias, protection=protection,
+                accumulate=config.accumulate, **switches,
+            )  # fmt: skip
+        else:
+            logits = selector.logits(config.accumulate == "float64")
             if self.residual is not None and carry.logits is not None:
                 mixed = torch.einsum("nm,bmij->bnij", self.residual.to(logits.dtype), carry.logits)
                 logits = logits + mixed
             carry.logits = logits
-        taken = selection_mask(
-            logits,
-            self.protection(logits, q, k, precise),
-            protect_bos=config.protect_bos,
-            protect_self=config.protect_self,
-            relu_leak=config.relu_leak,
-            relu_after_cumsum=config.relu_after_cumsum,
-            accumulate="torch" if config.accumulate == "fused" else config.accumulate,
-        )
+            how = "torch" if config.accumulate == "fused" else config.accumulate
+            p = protection.of(logits) if protection else None
+            taken = selection_mask(logits, p, accumulate=how, **switches)
         if config.mask_layernorm:
             taken = normalised(taken)
-        return taken.to(torch.promote_types(q.dtype, torch.float32))
+        return taken.to(torch.promote_types(selector.q.dtype, torch.float32))
 
     def selector(self, x: Tensor, q: Tensor, k: Tensor, rope: Rope | None) -> Selector:
         """What makes the selection logits, by `source`."""
@@ -170,12 +228,17 @@ class SelectiveAttention(FlashAttention):
         scale = self.scale * config.latent_scale
         return combined(select_q, select_k, self.combination, scale, self.combination_bias)
 
-    def protection(self, logits: Tensor, q: Tensor, k: Tensor, precise: bool) -> Tensor | None:
-        """p, `(B, M or 1, T, T)` and 0 above the diagonal, by `protection.kind`; None where there is none."""
-        if self.config.protection.kind == "none":
+    def protection(self, selector: Selector, q: Tensor, k: Tensor) -> Protection | None:
+        """What protects keys, by `protection.kind`; None where nothing does."""
+        kind = self.config.protection.kind
+        if kind == "none":
             return None
-        protector = self.protector(q, k)
-        return self.strength(logits, protector and protector.logits(precise)).tril()
+        protector = selector if kind == "leaky_relu" else self.protector(q, k)
+        if protector is None:
+            return self.rule()
+        return replace(
+            self.rule(), q=protector.q, k=protector.k, qk_scale=protector.scale, qk_bias=protector.bias
+        )
 
     def protector(self, q: Tensor, k: Tensor) -> Selector | None:
         """What makes the logits of protection, by `protection.kind`; None where none of their own."""
@@ -187,17 +250,20 @@ class SelectiveAttention(FlashAttention):
             return combined(q, k, self.protection_combination, self.scale, None)
         return None
 
-    def strength(self, logits: Tensor, own: Tensor | None) -> Tensor:
-        """p of the selection logits `(B, M, …)` and the protector's own, `(B, 1, …)`."""
+    def rule(self) -> Protection:
+        """How protecting logits protect."""
         config = self.config.protection
-        if own is not None:
-            p = own.relu()
-        elif config.kind == "leaky_relu":
-            p = (config.offset - config.alpha * logits).relu()
-        else:
-            p = torch.full_like(logits[:, :1], BIG_CONSTANT if config.kind == "big_constant" else 0.0)
-        p = p * config.scale
-        return p if config.bias is None else (p + config.bias).relu()
+        bias = config.bias or 0.0
+        if config.kind == "leaky_relu":
+            return Protection(slope=-config.alpha, offset=config.offset, scale=config.scale, bias=bias)
+        if config.kind in ("zero", "big_constant"):
+            constant = BIG_CONSTANT if config.kind == "big_constant" else 0.0
+            return Protection(slope=0.0, offset=constant, scale=config.scale, bias=bias)
+        return Protection(scale=config.scale, bias=bias)
+
+    def strength(self, logits: Tensor, own: Tensor | None) -> Tensor:
+        """p of selection logits `(B, M, …)` and the protector's own, `(B, 1, …)`, where it has any."""
+        return self.rule().strength(logits if own is None else own)
 
     def penalty(self, taken: Tensor) -> Tensor:
         """This layer's share of the memory penalty."""
@@ -238,9 +304,29 @@ def combined(q: Tensor, k: Tensor, weights: Tensor, scale: float, bias: Tensor |
     return Selector(queries.flatten(-2), k.transpose(1, 2).flatten(-2)[:, None], scale, bias)
 
 
+def one_group(
+    selector: Selector, protection: Protection | None, q: Tensor, k: Tensor, v: Tensor, heads: slice
+) -> tuple[Selector, Protection | None, Tensor, Tensor, Tensor]:
+    """What some heads need of a layer whose heads have a mask each."""
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+    group = q.shape[1] // k.shape[1]
+    shared = slice(heads.start // group, -(-heads.stop // group))
+    bias = None if selector.bias is None else selector.bias[heads]
+    keys = selector.k if selector.k.shape[1] == 1 else selector.k[:, heads]
+    if protection is not None:
+        own = None if protection.qk_bias is None else protection.qk_bias[heads]
+        protection = replace(protection, q=part(protection.q), k=part(protection.k), qk_bias=own)
+    few = Selector(selector.q[:, heads], keys, selector.scale, bias)
+    return few, protection, q[:, heads], k[:, shared], v[:, shared]
+
+
 def normalised(taken: Tensor) -> Tensor:
     """F `(B, M, T, T)` normalised per query over masks and visible keys; columns by their later queries."""
     length = taken.shape[-1]
+    taken = taken.tril()
     visible = torch.ones(length, length, dtype=torch.bool, device=taken.device).tril()
     count = visible.sum(-1, keepdim=True) * taken.shape[1]
     mean = taken.sum((1, 3), keepdim=True) / count

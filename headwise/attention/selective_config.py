@@ -114,6 +114,19 @@ class SelectiveConfig:
             return 0
         return 1 if self.mask_heads == "sliced" else self.n_masks
 
+    def plain_because(self) -> str | None:
+        """The switch that keeps selection in plain PyTorch on any device; None where it can run fused."""
+        if not self.enabled:
+            return None
+        for name in ("residual_logits", "mask_layernorm"):
+            if getattr(self, name):
+                return name
+        if self.accumulate != "fused":
+            return f"accumulate={self.accumulate}"
+        if self.protection.kind == "leaky_relu" and self.latent_bias:
+            return "protection.kind=leaky_relu with latent_bias"
+        return None
+
     def validate(self, *, n_heads: int, head_dim: int) -> None:
         """Refuse combinations that have no meaning.
 

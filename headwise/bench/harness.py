@@ -20,17 +20,27 @@ from headwise.storage.environment import environment
 
 
 def measure(
-    function: Callable[[], Any], device: torch.device, *, seconds: float = 0.5, least: int = 5
+    function: Callable[[], Any],
+    device: torch.device,
+    *,
+    seconds: float = 0.5,
+    least: int = 5,
+    together: int = 1,
 ) -> float:
-    """Median milliseconds of a call, after a warm-up, over about `seconds` of calls."""
+    """Median milliseconds of a call, after a warm-up, over about `seconds` of calls.
+
+    Args:
+        together: calls that follow each other without waiting, as in training, on a GPU: what launching
+            costs is then hidden as it is there.
+    """
     for _ in range(2):
         function()
-    once = _timed(function, device)
-    times = [_timed(function, device) for _ in range(max(least, int(seconds * 1e3 / max(once, 1e-3))))]
-    return statistics.median(times)
+    once = _timed(function, device, together)
+    repeats = max(least, int(seconds * 1e3 / max(once * together, 1e-3)))
+    return statistics.median(_timed(function, device, together) for _ in range(repeats))
 
 
-def _timed(function: Callable[[], Any], device: torch.device) -> float:
+def _timed(function: Callable[[], Any], device: torch.device, together: int) -> float:
     if device.type != "cuda":
         began = time.perf_counter()
         function()
@@ -38,10 +48,11 @@ def _timed(function: Callable[[], Any], device: torch.device) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()
-    function()
+    for _ in range(together):
+        function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / together
 
 
 def extra_memory_mb(function: Callable[[], Any], device: torch.device) -> float | None:

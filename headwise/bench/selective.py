@@ -6,8 +6,12 @@ Checks every case against the definition in float64 first, in the same command.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+import multiprocessing
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headwise.attention.base import AttentionShape, Carry
+from headwise.attention.config import AttentionConfig
+from headwise.attention.selective import SelectiveAttention
+from headwise.attention.selective_config import SelectiveConfig
 from headwise.bench.harness import extra_memory_mb, measure, print_table, save
+from headwise.bench.train_step import GPT2, ours
 from headwise.functional.selective import Protection, selection, selective_attention
+from headwise.training.distributed import find_device
 
 CASES: dict[str, dict[str, Any]] = {
     "one mask": {},
@@ -86,9 +96,7 @@ def run(case: dict[str, Any], leaves: list[Tensor], *, fused: bool) -> tuple[Ten
     return selective_attention(q, k, v, taken, fused=fused), taken
 
 
-def errors(
-    case: dict[str, Any], device: torch.device, dtype: torch.dtype, **sizes: int
-) -> dict[str, float]:
+def errors(case: dict[str, Any], device: torch.device, dtype: torch.dtype, **sizes: int) -> dict[str, float]:
     """Relative errors (norms) of y, F and every gradient against the definition in float64."""
     leaves = make(case, device, dtype, **sizes)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -109,24 +117,37 @@ def errors(
     }
 
 
-def check(device: torch.device) -> bool:
-    """Every case against float64 at bf16; print the table and say whether all agree."""
+LIMITS = {torch.bfloat16: 0.02, torch.float32: 2e-4}
+"""Largest relative error (of norms) of anything, by the dtype of the inputs."""
+
+
+def check_case(name: str, device: str) -> list[dict[str, Any]]:
+    """A case against float64 at two lengths and in two dtypes."""
     rows = []
-    for name, case in CASES.items():
-        for dtype, limit in ((torch.bfloat16, 0.02), (torch.float32, 2e-4)):
-            if dtype == torch.float32 and case.get("width", 64) > 64:
-                continue
-            for tokens in (333, 40):
-                torch.manual_seed(0)
-                found = errors(case, device, dtype, batch=2, tokens=tokens, heads=4, width=64)
-                worst = max(found, key=lambda key: found[key] if math.isfinite(found[key]) else math.inf)
-                rows.append(
-                    {"case": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens,
-                     "largest_error": found[worst], "of": worst, "error_of_F": found["F"],
-                     "passed": found[worst] <= limit}
-                )  # fmt: skip
-    print_table(rows)
-    return all(row["passed"] for row in rows)
+    for dtype, limit in LIMITS.items():
+        if dtype == torch.float32 and CASES[name].get("width", 64) > 64:
+            continue
+        for tokens in (333, 40):
+            torch.manual_seed(0)
+            found = errors(
+                CASES[name], torch.device(device), dtype, batch=2, tokens=tokens, heads=4, width=64
+            )
+            worst = max(found, key=lambda key: found[key] if math.isfinite(found[key]) else math.inf)
+            rows.append(
+                {"case": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens,
+                 "largest_error": found[worst], "of": worst, "error_of_F": found["F"],
+                 "passed": found[worst] <= limit}
+            )  # fmt: skip
+    return rows
+
+
+def check(device: torch.device) -> list[dict[str, Any]]:
+    """Every case against float64, in processes side by side: compiling takes longer than computing."""
+    jobs = min(len(CASES), os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        found = pool.map(check_case, CASES, [str(device)] * len(CASES))
+        return [row for rows in found for row in rows]
 
 
 def both_ways(function: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor) -> Callable[[], None]:
@@ -154,39 +175,89 @@ def time_case(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
     plain = both_ways(sdpa, leaves, upstream)
-    ours = both_ways(lambda: run(case, leaves, fused=True)[0], leaves, upstream)
-    row = {"tokens": tokens, "sdpa_ms": measure(plain, device), "ours_ms": measure(ours, device)}
+    kernels = both_ways(lambda: run(case, leaves, fused=True)[0], leaves, upstream)
+    times = {"sdpa_ms": measure(plain, device, together=10), "ours_ms": measure(kernels, device, together=10)}
     with torch.no_grad():
-        forward = {"sdpa": measure(sdpa, device), "ours": measure(lambda: run(case, leaves, fused=True), device)}
-    return row | {
-        "ours_x": row["ours_ms"] / row["sdpa_ms"],
-        "forward_x": forward["ours"] / forward["sdpa"],
-        "extra_mb": extra_memory_mb(ours, device),
-    }
+        forward = [
+            measure(step, device, together=10) for step in (lambda: run(case, leaves, fused=True), sdpa)
+        ]
+    return (
+        {"tokens": tokens}
+        | times
+        | {
+            "ours_x": times["ours_ms"] / times["sdpa_ms"],
+            "forward_x": forward[0] / forward[1],
+            "extra_mb": extra_memory_mb(kernels, device),
+        }
+    )
 
 
-TIMED = {
+TIMED: dict[str, dict[str, Any]] = {
     "selective": {},
     "attack and protect": {"protection": {}, "guard": True},
     "two masks": {"masks": 2},
 }
 
 
+def time_latents(device: torch.device, *, tokens: int, total: int = 16384) -> dict[str, Any]:
+    """The row of 4 latent logits mapped to 12 masks, with the projection of the latents' head."""
+    shape = AttentionShape(768, 12, 12, 64)
+    layer = SelectiveAttention(shape, SelectiveConfig(source="latent", n_masks=4)).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    leaves = make({}, device, dtype, batch=max(1, total // tokens), tokens=tokens, heads=12, width=64)
+    q, k, v = leaves[:3]
+    x = torch.randn(q.shape[0], tokens, 768, device=device, dtype=dtype)
+    upstream = torch.randn_like(q)
+
+    def latents() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return layer.attend(x, q, k, v, mask=None, causal=True, rope=None, carry=Carry())
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    step, plain = both_ways(latents, leaves[:3], upstream), both_ways(sdpa, leaves[:3], upstream)
+    row = {"case": "4 latents to 12 masks", "tokens": tokens}
+    times = {"sdpa_ms": measure(plain, device, together=5), "ours_ms": measure(step, device, together=5)}
+    return row | times | {
+        "ours_x": times["ours_ms"] / times["sdpa_ms"], "forward_x": None,
+        "extra_mb": extra_memory_mb(step, device),
+    }  # fmt: skip
+
+
+def time_training(device: torch.device) -> list[dict[str, Any]]:
+    """Whole training steps of the 124M shape: `flash`, and `selective` beside it."""
+    rows = []
+    for kind in ("flash", "selective"):
+        model = dataclasses.replace(GPT2, attention=AttentionConfig(kind))
+        found = ours(model, 32, 1024, device)
+        rows.append({"step of": kind, "step_ms": found["step_ms"], "tokens_per_sec": found["tokens_per_sec"]})
+    for row in rows:
+        row["flash_x"] = row["step_ms"] / rows[0]["step_ms"]
+    return rows
+
+
 def main(argv: list[str]) -> int:
     """`headwise bench selective`."""
     parser = argparse.ArgumentParser(prog="headwise bench selective", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096])
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not check(device):
+    device = find_device(arguments.device)
+    checks = check(device) if device.type == "cuda" else []
+    print_table(checks)
+    if not all(row["passed"] for row in checks):
         print("the kernels disagree with the definition: nothing is timed")
         return 1
-    rows = []
-    for name, case in TIMED.items():
-        for tokens in arguments.tokens:
-            rows.append({"case": name} | time_case(case, device, tokens=tokens))
+    rows: list[dict[str, Any]] = []
+    for tokens in arguments.tokens:
+        rows += [{"case": name} | time_case(case, device, tokens=tokens) for name, case in TIMED.items()]
+        rows.append(time_latents(device, tokens=tokens))
     print_table(rows)
-    save("selective", rows, arguments.out, device=arguments.device)
+    save("selective", [*checks, *rows], arguments.out, device=str(device))
+    if device.type == "cuda":
+        steps = time_training(device)
+        print_table(steps)
+        save("selective", [*checks, *rows, *steps], arguments.out, device=str(device))
     return 0

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headwise.functional.scan import after_the_query, attack_and_protect, running_sum
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 WIDEST_HEAD = 128
 WIDEST_SELECTION = 1 << 14
 
@@ -33,11 +35,13 @@ class Protection:
         q: queries of the protecting logits x, `(B, M or 1, T, E)`; x = 0 where not given.
         k: their keys, `(B, M or 1, T, E)`.
         qk_scale: factor on q·k.
+        qk_bias: added to it, `(M,)`; the kernel takes none.
     """
 
     q: Tensor | None = None
     k: Tensor | None = None
     qk_scale: float = 1.0
+    qk_bias: Tensor | None = None
     slope: float = 1.0
     offset: float = 0.0
     scale: float = 1.0
@@ -48,8 +52,12 @@ class Protection:
         x = torch.zeros_like(like[:, :1])
         if self.q is not None and self.k is not None:
             q, k = (self.q.double(), self.k.double()) if like.dtype == torch.float64 else (self.q, self.k)
-            x = selection_logits(q, k, scale=self.qk_scale)
-        return (self.scale * (self.slope * x + self.offset).relu() + self.bias).relu().tril()
+            x = selection_logits(q, k, scale=self.qk_scale, bias=self.qk_bias)
+        return self.strength(x).tril()
+
+    def strength(self, x: Tensor) -> Tensor:
+        """p of protecting logits of any shape."""
+        return (self.scale * (self.slope * x + self.offset).relu() + self.bias).relu()
 
 
 def selection(
@@ -76,8 +84,11 @@ def selection(
     Returns:
         `(B, M, T, T)` float32 or better; of the kernel's, only what lies on and below the diagonal counts.
     """
-    switches = {"protect_bos": protect_bos, "protect_self": protect_self, "relu_leak": relu_leak}
-    if accumulate == "fused" and fits_kernel(q, WIDEST_SELECTION):
+    switches: dict[str, Any] = {
+        "protect_bos": protect_bos, "protect_self": protect_self, "relu_leak": relu_leak,
+    }  # fmt: skip
+    biased = protection is not None and protection.qk_bias is not None
+    if accumulate == "fused" and not biased and fits_kernel(q, WIDEST_SELECTION):
         return _fused(q, k, scale, bias, protection, relu_after_cumsum, **switches)
     if accumulate == "float64":
         q, k = q.double(), k.double()
@@ -94,10 +105,10 @@ def selection(
 def fits_kernel(q: Tensor, width: int = WIDEST_HEAD) -> bool:
     """Whether kernels can take q: on a GPU with Triton, heads of up to `width`."""
     return (
-        q.is_cuda
+        HAS_TRITON
+        and q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and q.shape[-1] <= width
-        and importlib.util.find_spec("triton") is not None
     )
 
 

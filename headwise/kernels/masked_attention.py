@@ -3,8 +3,9 @@
     y_i = Σ_j softmax_j(scale · q_i·k_j - F[i,j]) v_j
 
 Programs of the heads that share a mask are neighbours in the grid, so that a tile of F comes from
-memory once and from the cache for the other heads. The gradient is computed in three passes, each of
-which owns what it writes (keys and values, queries, tiles of F): no atomics, the same bits every time.
+memory once and from the cache for the other heads; a program may own two heads and read a tile once
+for both. The gradient takes two passes, over queries for each block of keys, and over keys for each
+block of queries; the second adds every head's share in the gradient of F to memory with atomics.
 """
 
 from __future__ import annotations
@@ -35,34 +36,27 @@ def rows_of(ptr, stride, rows, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def scores(
-    q, k, taken_ptr, rows, cols, tokens, scale, EDGE: tl.constexpr,
-):  # fmt: skip
-    """`(scale · q·k - F) · log2 e` of a tile; hidden keys at -inf."""
+def tile_of_mask(taken_ptr, rows, cols, tokens, EDGE: tl.constexpr):
+    """F · log2 e of a tile; +inf where a key is hidden."""
     at = rows.to(tl.int64)[:, None] * tokens + cols[None, :]
-    product = tl.dot(q, tl.trans(k), input_precision="ieee")
     if EDGE:
         seen = (rows[:, None] >= cols[None, :]) & (rows < tokens)[:, None]
-        taken = tl.load(taken_ptr + at, mask=seen, other=0.0)
-        s = product * (scale * LOG2E) - taken * LOG2E
-        s = tl.where(seen, s, float("-inf"))
+        taken = tl.load(taken_ptr + at, mask=seen, other=0.0) * LOG2E
+        taken = tl.where(seen, taken, float("inf"))
     else:
-        s = product * (scale * LOG2E) - tl.load(taken_ptr + at) * LOG2E
-    return s
+        taken = tl.load(taken_ptr + at) * LOG2E
+    return taken
 
 
 @triton.jit
 def absorb(
-    acc, top, total, q, k_head, v_head, taken_ptr, stride_kt, stride_vt, rows, start_n, tokens, scale,
-    EDGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, top, total, q, k_head, v_head, taken, stride_kt, stride_vt, cols, tokens, unit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile to the running softmax."""
-    cols = start_n + tl.arange(0, BLOCK_N)
+    """Add a tile to the running softmax of a head."""
     k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
-    s = scores(q, k, taken_ptr, rows, cols, tokens, scale, EDGE)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * unit - taken
     highest = tl.maximum(top, tl.max(s, 1))
-    if EDGE:
-        highest = tl.maximum(highest, -1e30)
     shrink = tl.exp2(top - highest)
     p = tl.exp2(s - highest[:, None])
     total = total * shrink + tl.sum(p, 1)
@@ -73,45 +67,96 @@ def absorb(
 
 
 @triton.jit
-def forward_kernel(
-    q_ptr, k_ptr, v_ptr, taken_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, batch, heads, kv_heads, masks, tokens, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def absorb_range(
+    start, stop, states, queries, keys, values, taken_ptr, stride_kt, stride_vt, rows, tokens, unit,
+    EDGE: tl.constexpr, PAIR: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(0) % heads
-    b = ((tl.program_id(0) // heads) % batch).to(tl.int64)
-    start_m = (tl.cdiv(tokens, BLOCK_M) - 1 - tl.program_id(0) // (heads * batch)) * BLOCK_M
-    kv = (h // (heads // kv_heads)).to(tl.int64)
-    rows = start_m + tl.arange(0, BLOCK_M)
-    q = rows_of(
-        q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, stride_qt, rows, tokens, D, BLOCK_D
-    )  # fmt: skip
-    k_head = k_ptr + b * stride_kb + kv * stride_kh
-    v_head = v_ptr + b * stride_vb + kv * stride_vh
-    taken = taken_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    top = tl.zeros((BLOCK_M,), tl.float32) - 1e30
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    full = tl.where(start_m + BLOCK_M <= tokens, start_m // BLOCK_N * BLOCK_N, 0)
-    for start_n in range(0, full, BLOCK_N):
-        acc, top, total = absorb(
-            acc, top, total, q, k_head, v_head, taken, stride_kt, stride_vt, rows, start_n, tokens, scale,
-            False, D, BLOCK_N, BLOCK_D,
+    """Walk over keys start … stop; two heads read one tile of F where PAIR."""
+    acc0, top0, total0, acc1, top1, total1 = states
+    for start_n in range(start, stop, BLOCK_N):
+        cols = start_n + tl.arange(0, BLOCK_N)
+        taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
+        acc0, top0, total0 = absorb(
+            acc0, top0, total0, queries[0], keys[0], values[0], taken, stride_kt, stride_vt, cols, tokens,
+            unit, D, BLOCK_D,
         )  # fmt: skip
-    for start_n in range(full, tl.minimum(start_m + BLOCK_M, tokens), BLOCK_N):
-        acc, top, total = absorb(
-            acc, top, total, q, k_head, v_head, taken, stride_kt, stride_vt, rows, start_n, tokens, scale,
-            True, D, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    here = rows < tokens
+        if PAIR:
+            acc1, top1, total1 = absorb(
+                acc1, top1, total1, queries[1], keys[1], values[1], taken, stride_kt, stride_vt, cols,
+                tokens, unit, D, BLOCK_D,
+            )  # fmt: skip
+    return acc0, top0, total0, acc1, top1, total1
+
+
+@triton.jit
+def write_head(
+    acc, top, total, out, lse_ptr, stride_ot, rows, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Store a head's result and log-sum-exp."""
     ds = tl.arange(0, BLOCK_D)
-    out = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh
+    here = rows < tokens
     tl.store(
         out + rows.to(tl.int64)[:, None] * stride_ot + ds[None, :], acc / total[:, None],
         mask=here[:, None] & (ds < D)[None, :],
     )  # fmt: skip
-    tl.store(lse_ptr + (b * heads + h) * tokens + rows, top + tl.log2(total), mask=here)
+    tl.store(lse_ptr + rows, top + tl.log2(total), mask=here)
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, taken_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, batch, heads, kv_heads, masks, tokens, scale,
+    PAIR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    each: tl.constexpr = 2 if PAIR else 1
+    units = heads // each
+    h = (tl.program_id(0) % units) * each
+    b = ((tl.program_id(0) // units) % batch).to(tl.int64)
+    start_m = (tl.cdiv(tokens, BLOCK_M) - 1 - tl.program_id(0) // (units * batch)) * BLOCK_M
+    group = heads // kv_heads
+    kv0 = (h // group).to(tl.int64)
+    kv1 = ((h + each - 1) // group).to(tl.int64)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    h = h.to(tl.int64)
+    q_head = q_ptr + b * stride_qb + h * stride_qh
+    q0 = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
+    q1 = q0
+    if PAIR:
+        q1 = rows_of(q_head + stride_qh, stride_qt, rows, tokens, D, BLOCK_D)
+    k_batch = k_ptr + b * stride_kb
+    v_batch = v_ptr + b * stride_vb
+    keys = (k_batch + kv0 * stride_kh, k_batch + kv1 * stride_kh)
+    values = (v_batch + kv0 * stride_vh, v_batch + kv1 * stride_vh)
+    taken = taken_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
+    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    none = tl.zeros((BLOCK_M,), tl.float32)
+    states = (zero, none - 1e30, none, zero, none - 1e30, none)
+    full = tl.where(start_m + BLOCK_M <= tokens, start_m // BLOCK_N * BLOCK_N, 0)
+    states = absorb_range(
+        0, full, states, (q0, q1), keys, values, taken, stride_kt, stride_vt, rows, tokens, scale * LOG2E,
+        False, PAIR, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    states = absorb_range(
+        full, tl.minimum(start_m + BLOCK_M, tokens), states, (q0, q1), keys, values, taken, stride_kt,
+        stride_vt, rows, tokens, scale * LOG2E, True, PAIR, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    out = out_ptr + b * stride_ob + h * stride_oh
+    lse = lse_ptr + (b * heads + h) * tokens
+    write_head(states[0], states[1], states[2], out, lse, stride_ot, rows, tokens, D, BLOCK_D)
+    if PAIR:
+        write_head(
+            states[3],
+            states[4],
+            states[5],
+            out + stride_oh,
+            lse + tokens,
+            stride_ot,
+            rows,
+            tokens,
+            D,
+            BLOCK_D,
+        )
 
 
 @triton.jit
@@ -130,87 +175,32 @@ def delta_kernel(
 
 
 @triton.jit
-def weights_and_slopes(
-    q, k, v, grad, taken_ptr, lse, delta, rows, cols, tokens, scale, EDGE: tl.constexpr,
-):  # fmt: skip
-    """p and the gradient of the logits, of a tile."""
-    p = tl.exp2(scores(q, k, taken_ptr, rows, cols, tokens, scale, EDGE) - lse[:, None])
-    slope = tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]
-    return p, p * slope
-
-
-@triton.jit
-def keys_kernel(
-    q_ptr, k_ptr, v_ptr, taken_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
-    batch, heads, kv_heads, masks, tokens, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Gradients of BLOCK_N keys and values."""
-    kv = (tl.program_id(0) % kv_heads).to(tl.int64)
-    b = ((tl.program_id(0) // kv_heads) % batch).to(tl.int64)
-    start_n = tl.program_id(0) // (kv_heads * batch) * BLOCK_N
-    cols = start_n + tl.arange(0, BLOCK_N)
-    k = rows_of(k_ptr + b * stride_kb + kv * stride_kh, stride_kt, cols, tokens, D, BLOCK_D)
-    v = rows_of(v_ptr + b * stride_vb + kv * stride_vh, stride_vt, cols, tokens, D, BLOCK_D)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    group = heads // kv_heads
-    first = start_n // BLOCK_M * BLOCK_M
-    whole = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, tokens)
-    last = tl.maximum(tokens // BLOCK_M * BLOCK_M, whole)
-    if start_n + BLOCK_N > tokens:
-        last = whole
-    for member in range(0, group):
-        h = (kv * group + member).to(tl.int64)
-        q_head = q_ptr + b * stride_qb + h * stride_qh
-        grad_head = grad_ptr + b * stride_gb + h * stride_gh
-        taken = taken_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
-        lse = lse_ptr + (b * heads + h) * tokens
-        delta = delta_ptr + (b * heads + h) * tokens
-        for start_m in range(first, whole, BLOCK_M):
-            dk, dv = add_queries(
-                dk, dv, k, v, q_head, grad_head, taken, lse, delta, stride_qt, stride_gt, start_m, cols,
-                tokens, scale, True, D, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-        for start_m in range(whole, last, BLOCK_M):
-            dk, dv = add_queries(
-                dk, dv, k, v, q_head, grad_head, taken, lse, delta, stride_qt, stride_gt, start_m, cols,
-                tokens, scale, False, D, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-        for start_m in range(last, tokens, BLOCK_M):
-            dk, dv = add_queries(
-                dk, dv, k, v, q_head, grad_head, taken, lse, delta, stride_qt, stride_gt, start_m, cols,
-                tokens, scale, True, D, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-    ds = tl.arange(0, BLOCK_D)
-    at = b * stride_db + kv * stride_dh + cols.to(tl.int64)[:, None] * stride_dt + ds[None, :]
-    inside = (cols < tokens)[:, None] & (ds < D)[None, :]
-    tl.store(dk_ptr + at, dk * scale, mask=inside)
-    tl.store(dv_ptr + at, dv, mask=inside)
+def flip_kernel(taken_ptr, flipped_ptr, tokens, BLOCK: tl.constexpr):
+    """F with queries and keys exchanged, tile by tile, where a key is visible."""
+    start_m = tl.program_id(0) * BLOCK
+    start_n = tl.program_id(1) * BLOCK
+    if start_n > start_m:
+        return
+    rows = start_m + tl.arange(0, BLOCK)
+    cols = start_n + tl.arange(0, BLOCK)
+    square = tl.program_id(2).to(tl.int64) * tokens * tokens
+    inside = (rows < tokens)[:, None] & (cols < tokens)[None, :]
+    at = square + rows.to(tl.int64)[:, None] * tokens + cols[None, :]
+    tile = tl.trans(tl.load(taken_ptr + at, mask=inside, other=0.0))
+    at = square + cols.to(tl.int64)[:, None] * tokens + rows[None, :]
+    tl.store(flipped_ptr + at, tile, mask=(cols < tokens)[:, None] & (rows < tokens)[None, :])
 
 
 @triton.jit
 def add_queries(
-    dk, dv, k, v, q_head, grad_head, taken, lse_ptr, delta_ptr, stride_qt, stride_gt, start_m, cols,
-    tokens, scale, EDGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, q_head, grad_head, lse_ptr, delta_ptr, taken, stride_qt, stride_gt, rows, tokens, unit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add a block of queries to the gradients of keys and values; the tile lies keys by queries."""
-    rows = start_m + tl.arange(0, BLOCK_M)
+    """Add a block of a head's queries to the gradients of keys and values; tiles lie keys by queries."""
     here = rows < tokens
     q = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
-    product = tl.dot(k, tl.trans(q), input_precision="ieee")
     lse = tl.load(lse_ptr + rows, mask=here, other=0.0)
-    at = rows.to(tl.int64)[:, None] * tokens + cols[None, :]
-    if EDGE:
-        seen = (rows[:, None] >= cols[None, :]) & here[:, None]
-        f = tl.trans(tl.load(taken + at, mask=seen, other=0.0))
-        s = product * (scale * LOG2E) - f * LOG2E
-        s = tl.where(tl.trans(seen), s, float("-inf"))
-    else:
-        s = product * (scale * LOG2E) - tl.trans(tl.load(taken + at)) * LOG2E
-    p = tl.exp2(s - lse[None, :])
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * unit - taken - lse[None, :])
     grad = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
     delta = tl.load(delta_ptr + rows, mask=here, other=0.0)
@@ -220,105 +210,221 @@ def add_queries(
 
 
 @triton.jit
-def queries_kernel(
-    q_ptr, k_ptr, v_ptr, taken_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
-    batch, heads, kv_heads, masks, tokens, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def add_queries_range(
+    start, stop, sums, keys, values, q_head, grad_head, lse, delta, flipped_ptr,
+    stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, unit, EDGE: tl.constexpr, PAIR: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BLOCK_M queries."""
-    h = tl.program_id(0) % heads
-    b = ((tl.program_id(0) // heads) % batch).to(tl.int64)
-    start_m = (tl.cdiv(tokens, BLOCK_M) - 1 - tl.program_id(0) // (heads * batch)) * BLOCK_M
-    kv = (h // (heads // kv_heads)).to(tl.int64)
-    h = h.to(tl.int64)
-    rows = start_m + tl.arange(0, BLOCK_M)
-    here = rows < tokens
-    q = rows_of(q_ptr + b * stride_qb + h * stride_qh, stride_qt, rows, tokens, D, BLOCK_D)
-    grad = rows_of(grad_ptr + b * stride_gb + h * stride_gh, stride_gt, rows, tokens, D, BLOCK_D)
-    k_head = k_ptr + b * stride_kb + kv * stride_kh
-    v_head = v_ptr + b * stride_vb + kv * stride_vh
-    taken = taken_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
-    lse = tl.load(lse_ptr + (b * heads + h) * tokens + rows, mask=here, other=0.0)
-    delta = tl.load(delta_ptr + (b * heads + h) * tokens + rows, mask=here, other=0.0)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    full = tl.where(start_m + BLOCK_M <= tokens, start_m // BLOCK_N * BLOCK_N, 0)
-    for start_n in range(0, full, BLOCK_N):
-        cols = start_n + tl.arange(0, BLOCK_N)
-        k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
-        v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
-        _, slope = weights_and_slopes(
-            q, k, v, grad, taken, lse, delta, rows, cols, tokens, scale, False
+    """Walk over queries start … stop."""
+    dk0, dv0, dk1, dv1 = sums
+    for start_m in range(start, stop, BLOCK_M):
+        rows = start_m + tl.arange(0, BLOCK_M)
+        at = cols.to(tl.int64)[:, None] * tokens + rows[None, :]
+        if EDGE:
+            seen = (rows[None, :] >= cols[:, None]) & (rows < tokens)[None, :]
+            taken = tl.load(flipped_ptr + at, mask=seen, other=0.0) * LOG2E
+            taken = tl.where(seen, taken, float("inf"))
+        else:
+            taken = tl.load(flipped_ptr + at) * LOG2E
+        dk0, dv0 = add_queries(
+            dk0, dv0, keys[0], values[0], q_head, grad_head, lse, delta, taken, stride_qt, stride_gt, rows,
+            tokens, unit, D, BLOCK_D,
         )  # fmt: skip
-        dq = tl.dot(slope.to(k.dtype), k, dq, input_precision="ieee")
-    for start_n in range(full, tl.minimum(start_m + BLOCK_M, tokens), BLOCK_N):
-        cols = start_n + tl.arange(0, BLOCK_N)
-        k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
-        v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
-        _, slope = weights_and_slopes(
-            q, k, v, grad, taken, lse, delta, rows, cols, tokens, scale, True
-        )  # fmt: skip
-        dq = tl.dot(slope.to(k.dtype), k, dq, input_precision="ieee")
-    ds = tl.arange(0, BLOCK_D)
-    at = b * stride_db + h * stride_dh + rows.to(tl.int64)[:, None] * stride_dt + ds[None, :]
-    tl.store(dq_ptr + at, dq * scale, mask=here[:, None] & (ds < D)[None, :])
+        if PAIR:
+            dk1, dv1 = add_queries(
+                dk1, dv1, keys[1], values[1], q_head + stride_qh, grad_head + stride_gh, lse + tokens,
+                delta + tokens, taken, stride_qt, stride_gt, rows, tokens, unit, D, BLOCK_D,
+            )  # fmt: skip
+    return dk0, dv0, dk1, dv1
 
 
 @triton.jit
-def mask_slopes_kernel(
-    q_ptr, k_ptr, v_ptr, taken_ptr, grad_ptr, lse_ptr, delta_ptr, d_taken_ptr,
+def keys_kernel(
+    q_ptr, k_ptr, v_ptr, flipped_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_gb, stride_gh, stride_gt, batch, heads, kv_heads, masks, tokens, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    batch, heads, kv_heads, masks, tokens, scale,
+    PAIR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of F: over its heads, the sum of minus the gradient of the logits."""
-    start_m = tl.program_id(0) * BLOCK_M
-    start_n = tl.program_id(1) * BLOCK_N
-    if start_n >= start_m + BLOCK_M:
-        return
-    mask = tl.program_id(2) % masks
-    b = (tl.program_id(2) // masks).to(tl.int64)
-    rows = start_m + tl.arange(0, BLOCK_M)
+    """Gradients of BLOCK_N keys and values; PAIR: of two key/value heads, each of one query head."""
+    each: tl.constexpr = 2 if PAIR else 1
+    units = kv_heads // each
+    kv = ((tl.program_id(0) % units) * each).to(tl.int64)
+    b = ((tl.program_id(0) // units) % batch).to(tl.int64)
+    start_n = tl.program_id(0) // (units * batch) * BLOCK_N
     cols = start_n + tl.arange(0, BLOCK_N)
+    k_head = k_ptr + b * stride_kb + kv * stride_kh
+    v_head = v_ptr + b * stride_vb + kv * stride_vh
+    k0 = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
+    v0 = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
+    k1 = k0
+    v1 = v0
+    if PAIR:
+        k1 = rows_of(k_head + stride_kh, stride_kt, cols, tokens, D, BLOCK_D)
+        v1 = rows_of(v_head + stride_vh, stride_vt, cols, tokens, D, BLOCK_D)
+    zero = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    sums = (zero, zero, zero, zero)
+    group = heads // kv_heads
+    first = start_n // BLOCK_M * BLOCK_M
+    whole = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, tokens)
+    last = tl.maximum(tokens // BLOCK_M * BLOCK_M, whole)
+    if start_n + BLOCK_N > tokens:
+        last = whole
+    for member in range(group):
+        h = kv * group + member
+        q_head = q_ptr + b * stride_qb + h * stride_qh
+        grad_head = grad_ptr + b * stride_gb + h * stride_gh
+        flipped = flipped_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
+        lse = lse_ptr + (b * heads + h) * tokens
+        delta = delta_ptr + (b * heads + h) * tokens
+        sums = add_queries_range(
+            first, whole, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
+            stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, scale * LOG2E, True, PAIR,
+            D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        sums = add_queries_range(
+            whole, last, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
+            stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, scale * LOG2E, False, PAIR,
+            D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        sums = add_queries_range(
+            last, tokens, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
+            stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, scale * LOG2E, True, PAIR,
+            D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    ds = tl.arange(0, BLOCK_D)
+    at = b * stride_db + kv * stride_dh + cols.to(tl.int64)[:, None] * stride_dt + ds[None, :]
+    inside = (cols < tokens)[:, None] & (ds < D)[None, :]
+    tl.store(dk_ptr + at, sums[0] * scale, mask=inside)
+    tl.store(dv_ptr + at, sums[1], mask=inside)
+    if PAIR:
+        tl.store(dk_ptr + at + stride_dh, sums[2] * scale, mask=inside)
+        tl.store(dv_ptr + at + stride_dh, sums[3], mask=inside)
+
+
+@triton.jit
+def add_keys(
+    dq, q, grad, lse, delta, k_head, v_head, taken, stride_kt, stride_vt, cols, tokens, unit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add a block of keys to the gradient of a head's queries; also the gradient of the tile's logits."""
+    k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
+    v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * unit - taken - lse[:, None])
+    slope = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(slope.to(k.dtype), k, dq, input_precision="ieee"), slope
+
+
+@triton.jit
+def add_keys_range(
+    start, stop, sums, queries, grads, lses, deltas, keys, values, taken_ptr, d_taken_ptr,
+    stride_kt, stride_vt, rows, tokens, unit, EDGE: tl.constexpr, PAIR: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Walk over keys start … stop; what the heads ask of F is added up in memory."""
+    dq0, dq1 = sums
+    for start_n in range(start, stop, BLOCK_N):
+        cols = start_n + tl.arange(0, BLOCK_N)
+        taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
+        dq0, slope = add_keys(
+            dq0, queries[0], grads[0], lses[0], deltas[0], keys[0], values[0], taken, stride_kt, stride_vt,
+            cols, tokens, unit, D, BLOCK_D,
+        )  # fmt: skip
+        if PAIR:
+            dq1, other = add_keys(
+                dq1, queries[1], grads[1], lses[1], deltas[1], keys[1], values[1], taken, stride_kt,
+                stride_vt, cols, tokens, unit, D, BLOCK_D,
+            )  # fmt: skip
+            slope += other
+        at = rows.to(tl.int64)[:, None] * tokens + cols[None, :]
+        if EDGE:
+            seen = (rows[:, None] >= cols[None, :]) & (rows < tokens)[:, None]
+            tl.atomic_add(d_taken_ptr + at, -slope, mask=seen, sem="relaxed")
+        else:
+            tl.atomic_add(d_taken_ptr + at, -slope, sem="relaxed")
+    return dq0, dq1
+
+
+@triton.jit
+def queries_kernel(
+    q_ptr, k_ptr, v_ptr, taken_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, d_taken_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    batch, heads, kv_heads, masks, tokens, scale,
+    PAIR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BLOCK_M queries, and their heads' share in the gradient of F."""
+    each: tl.constexpr = 2 if PAIR else 1
+    units = heads // each
+    h = (tl.program_id(0) % units) * each
+    b = ((tl.program_id(0) // units) % batch).to(tl.int64)
+    start_m = (tl.cdiv(tokens, BLOCK_M) - 1 - tl.program_id(0) // (units * batch)) * BLOCK_M
+    group = heads // kv_heads
+    kv0 = (h // group).to(tl.int64)
+    kv1 = ((h + each - 1) // group).to(tl.int64)
+    rows = start_m + tl.arange(0, BLOCK_M)
     here = rows < tokens
-    seen = (rows[:, None] >= cols[None, :]) & here[:, None]
-    at = tl.program_id(2).to(tl.int64) * tokens * tokens + rows.to(tl.int64)[:, None] * tokens + cols[None, :]
-    f = tl.load(taken_ptr + at, mask=seen, other=0.0) * LOG2E
-    f = tl.where(seen, f, float("inf"))
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    group = heads // masks
-    wrapped = mask < heads - group * masks
-    for member in range(0, group + wrapped.to(tl.int32)):
-        h = tl.where(member < group, mask * group + member, group * masks + mask).to(tl.int64)
-        kv = h // (heads // kv_heads)
-        q = rows_of(q_ptr + b * stride_qb + h * stride_qh, stride_qt, rows, tokens, D, BLOCK_D)
-        k = rows_of(k_ptr + b * stride_kb + kv * stride_kh, stride_kt, cols, tokens, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) - f
-        lse = tl.load(lse_ptr + (b * heads + h) * tokens + rows, mask=here, other=0.0)
-        p = tl.exp2(s - lse[:, None])
-        grad = rows_of(grad_ptr + b * stride_gb + h * stride_gh, stride_gt, rows, tokens, D, BLOCK_D)
-        v = rows_of(v_ptr + b * stride_vb + kv * stride_vh, stride_vt, cols, tokens, D, BLOCK_D)
-        delta = tl.load(delta_ptr + (b * heads + h) * tokens + rows, mask=here, other=0.0)
-        total += p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
-    tl.store(d_taken_ptr + at, -total, mask=here[:, None] & (cols < tokens)[None, :])
+    h = h.to(tl.int64)
+    q_head = q_ptr + b * stride_qb + h * stride_qh
+    grad_head = grad_ptr + b * stride_gb + h * stride_gh
+    q0 = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
+    grad0 = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
+    k_batch = k_ptr + b * stride_kb
+    v_batch = v_ptr + b * stride_vb
+    keys = (k_batch + kv0 * stride_kh, k_batch + kv1 * stride_kh)
+    values = (v_batch + kv0 * stride_vh, v_batch + kv1 * stride_vh)
+    square = (b * masks + mask_of(h, heads, masks)) * tokens * tokens
+    per_query = (b * heads + h) * tokens + rows
+    lse0 = tl.load(lse_ptr + per_query, mask=here, other=0.0)
+    delta0 = tl.load(delta_ptr + per_query, mask=here, other=0.0)
+    q1 = q0
+    grad1 = grad0
+    lse1 = lse0
+    delta1 = delta0
+    if PAIR:
+        q1 = rows_of(q_head + stride_qh, stride_qt, rows, tokens, D, BLOCK_D)
+        grad1 = rows_of(grad_head + stride_gh, stride_gt, rows, tokens, D, BLOCK_D)
+        lse1 = tl.load(lse_ptr + per_query + tokens, mask=here, other=0.0)
+        delta1 = tl.load(delta_ptr + per_query + tokens, mask=here, other=0.0)
+    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    sums = (zero, zero)
+    full = tl.where(start_m + BLOCK_M <= tokens, start_m // BLOCK_N * BLOCK_N, 0)
+    sums = add_keys_range(
+        0, full, sums, (q0, q1), (grad0, grad1), (lse0, lse1), (delta0, delta1), keys, values,
+        taken_ptr + square, d_taken_ptr + square, stride_kt, stride_vt, rows, tokens, scale * LOG2E,
+        False, PAIR, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    sums = add_keys_range(
+        full, tl.minimum(start_m + BLOCK_M, tokens), sums, (q0, q1), (grad0, grad1), (lse0, lse1),
+        (delta0, delta1), keys, values, taken_ptr + square, d_taken_ptr + square, stride_kt, stride_vt,
+        rows, tokens, scale * LOG2E, True, PAIR, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    ds = tl.arange(0, BLOCK_D)
+    at = b * stride_db + h * stride_dh + rows.to(tl.int64)[:, None] * stride_dt + ds[None, :]
+    inside = here[:, None] & (ds < D)[None, :]
+    tl.store(dq_ptr + at, sums[0] * scale, mask=inside)
+    if PAIR:
+        tl.store(dq_ptr + at + stride_dh, sums[1] * scale, mask=inside)
 
 
 BLOCKS = {
-    "forward": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-    "keys": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "queries": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "mask": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    "forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "PAIR": True},
+    "keys": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "PAIR": True},
+    "queries": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "PAIR": True},
 }
-"""Tile shapes and launch options of the four passes; smaller ones above a head width of 64."""
+"""Tile shapes and launch options of the three passes up to a head width of 64; smaller ones above."""
 
 
-def blocks_for(step: str, q: Tensor) -> dict[str, int]:
-    """The tile shapes of a pass for q's width and dtype."""
+def blocks_for(step: str, q: Tensor, k: Tensor, masks: int) -> dict[str, int]:
+    """The tile shapes of a pass; heads go in pairs only where each pair shares a mask."""
     found = dict(BLOCKS[step])
+    heads, kv_heads = q.shape[1], k.shape[1]
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     if block_d > 64 or q.dtype == torch.float32:
-        found |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        found |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PAIR": False}
+    paired = heads % (2 * masks) == 0 and (step != "keys" or kv_heads == heads)
+    if not paired:
+        found["PAIR"] = False
     return found | {"BLOCK_D": block_d, "D": q.shape[-1]}
 
 
@@ -342,8 +448,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
     batch, heads, tokens, width = q.shape
     y = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    options = blocks_for("forward", q)
-    grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,)
+    options = blocks_for("forward", q, k, taken.shape[1])
+    grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads // (1 + options["PAIR"]),)
     forward_kernel[grid](
         q, k, v, taken, y, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
         batch, heads, k.shape[1], taken.shape[1], tokens, scale, **options,
@@ -373,21 +479,20 @@ def masked_attention_backward(
     )  # fmt: skip
     dq = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
     dk, dv = (k.new_empty((batch, tokens, kv_heads, width)).transpose(1, 2) for _ in range(2))
-    d_taken = torch.empty_like(taken)
-    shared = (
-        q, k, v, taken, grad, lse, delta,
-    )  # fmt: skip
+    flipped = torch.empty_like(taken)
+    blocks = triton.cdiv(tokens, 64)
+    flip_kernel[(blocks, blocks, batch * masks)](taken, flipped, tokens, BLOCK=64, num_warps=8)
+    others = (grad, lse, delta)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     sizes = (batch, heads, kv_heads, masks, tokens, scale)
-    options = blocks_for("keys", q)
-    grid = (triton.cdiv(tokens, options["BLOCK_N"]) * batch * kv_heads,)
-    keys_kernel[grid](*shared, dk, dv, *strides, *dk.stride()[:3], *sizes, **options)
-    options = blocks_for("queries", q)
-    grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,)
-    queries_kernel[grid](*shared, dq, *strides, *dq.stride()[:3], *sizes, **options)
-    options = blocks_for("mask", q)
-    tiles = (triton.cdiv(tokens, options["BLOCK_M"]), triton.cdiv(tokens, options["BLOCK_N"]), batch * masks)
-    mask_slopes_kernel[tiles](*shared, d_taken, *strides, *sizes, **options)
+    options = blocks_for("keys", q, k, masks)
+    grid = (triton.cdiv(tokens, options["BLOCK_N"]) * batch * kv_heads // (1 + options["PAIR"]),)
+    keys_kernel[grid](q, k, v, flipped, *others, dk, dv, *strides, *dk.stride()[:3], *sizes, **options)
+    del flipped
+    d_taken = torch.zeros_like(taken)
+    options = blocks_for("queries", q, k, masks)
+    grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads // (1 + options["PAIR"]),)
+    queries_kernel[grid](q, k, v, taken, *others, dq, d_taken, *strides, *dq.stride()[:3], *sizes, **options)
     return dq, dk, dv, d_taken
 
 

@@ -176,7 +176,7 @@ def mask_backward_kernel(
     later = tl.zeros((BLOCK_N,), tl.float32)  # R of the queries after this block
     heir = tl.zeros((BLOCK_N,), tl.float32)  # R at the first vulnerable turn after this block
     first = (column * BLOCK_N) // BLOCK_M
-    for index in range(0, blocks - first):
+    for index in range(blocks - first):
         start = (blocks - 1 - index) * BLOCK_M
         rows = start + local
         inside = ((rows < tokens)[:, None] & (cols < tokens)[None, :]) & (rows[:, None] > cols[None, :])
@@ -244,7 +244,7 @@ def _launch(kernel, q, k, bias, guard_q, guard_k, tensors, settings):  # type: i
         E=width, GE=guards[0].shape[-1], BIAS=bias is not None, GAME=game, GUARD=guard,
         BOS=settings["bos"], OWN=settings["own"], LEAKY=settings["leak"] != 0, AFTER=settings["after"],
         BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_E=max(16, min(64, triton.next_power_of_2(width))),
-        num_warps=settings.get("num_warps", 4), num_stages=settings.get("num_stages", 2),
+        num_warps=settings.get("num_warps", 4), num_stages=settings.get("num_stages", 3),
     )  # fmt: skip
 
 

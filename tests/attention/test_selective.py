@@ -170,16 +170,42 @@ def test_head_two_protects_with_its_own_logits(n_kv_heads: int) -> None:
     q, k, _ = layer.heads(inputs())
     second = k.repeat_interleave(HEADS // n_kv_heads, dim=1)[:, 1:2]
     logits = q[:, 1:2] @ second.transpose(-2, -1) * layer.scale
-    found = layer.protection(logits, q, k, precise=False)
-    torch.testing.assert_close(found, (0.5 * logits.relu() - 0.1).relu().tril())
+    protection = layer.protection(layer.selector(inputs(), q, k, None), q, k)
+    assert protection is not None
+    torch.testing.assert_close(protection.of(logits), (0.5 * logits.relu() - 0.1).relu().tril())
 
 
 def test_leaky_relu_protects_where_selection_is_negative() -> None:
     layer = make(protection=ProtectionConfig("leaky_relu", alpha=0.2, offset=0.05))
-    logits = torch.randn(2, 1, TOKENS, TOKENS).tril()
     q, k, _ = layer.heads(inputs())
-    found = layer.protection(logits, q, k, precise=False)
-    torch.testing.assert_close(found, (0.05 - 0.2 * logits).relu().tril())
+    selector = layer.selector(inputs(), q, k, None)
+    logits, protection = selector.logits(precise=False), layer.protection(selector, q, k)
+    assert protection is not None
+    torch.testing.assert_close(protection.of(logits), (0.05 - 0.2 * logits).relu().tril())
+
+
+@pytest.mark.parametrize("switches", [{"source": "latent", "n_masks": 2}, {
+    "source": "dedicated", "n_masks": 6, "mask_heads": "one_each",
+    "memory_penalty": PenaltyConfig(epsilon=0.2), "protection": ProtectionConfig("leaky_relu"),
+}])  # fmt: skip
+@pytest.mark.parametrize("n_kv_heads", [HEADS, 3, 1])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_heads_with_masks_of_their_own_may_be_taken_in_groups(
+    switches: dict[str, Any], n_kv_heads: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = HEADS // n_kv_heads
+    if step % group and group % step:
+        pytest.skip("a group would span part of a key/value head")
+    layer, x = make(n_kv_heads=n_kv_heads, **switches), inputs()
+    found = []
+    for heads in (HEADS, step):
+        monkeypatch.setattr(SelectiveAttention, "masks_at_once", lambda self, selector, n=heads: n)
+        carry = Carry()
+        y = layer(x, carry=carry)
+        gradients = torch.autograd.grad(y.square().sum() + carry.penalty, list(layer.parameters()))
+        found.append([y, torch.as_tensor(carry.penalty), *gradients])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_the_previous_layers_logits_are_mixed_in_before_the_mask() -> None:
