@@ -20,6 +20,7 @@ from headwise.config import Config, flatten, load, to_dict, to_yaml
 from headwise.data import open_data
 from headwise.data.base import Data
 from headwise.errors import HeadwiseError
+from headwise.lab import new_head
 from headwise.lab.heads import HeadRecorder
 from headwise.lab.weights import initialise_from
 from headwise.model.count import forward_flops_by_part, parameters_by_part
@@ -79,10 +80,14 @@ def train(
         about: dict[str, Any] = {"engine": _engine(trainer), "data": data.identity}
         _check_engine(config, about["engine"])
         saved = _last_checkpoint(folder) if resume else None
+        stayed: list[str] = []
         if config.init_from and saved is None:
             optimizer = trainer.optimizer if config.training.keep_optimizer else None
-            initialise_from(config.init_from, model, optimizer)
+            stayed = initialise_from(config.init_from, model, optimizer)
         _claim(trainer, saved, resume=resume, about=about)
+        if config.init_from and saved is None and world.leads:
+            folder.say(f"first weights from {config.init_from}{_own_init(stayed)}")
+            new_head.carry(Path(config.init_from), folder.path)
         return _run(trainer, saved, about)
     finally:
         distributed.leave()
@@ -112,6 +117,14 @@ def with_vocabulary(config: Config, data: Data) -> Config:
     if size < data.vocab_size:
         raise HeadwiseError(f"model.vocab_size is {size}, but the data has {data.vocab_size} tokens")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _own_init(stayed: list[str]) -> str:
+    """What the log says of parameters that the attention kind adds to those of the source."""
+    if not stayed:
+        return ""
+    leaves = dict.fromkeys(name.partition(".attention.")[2] for name in stayed)
+    return f"; the kind adds attention.{{{', '.join(leaves)}}}, which keep their own init"
 
 
 def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from headwise.config import Config, load
 from headwise.errors import HeadwiseError
+from headwise.model.config import ModelConfig
 from headwise.model.convert import from_nanogpt
 from headwise.model.decoder import Decoder
 from headwise.storage.run_folder import RunFolder
 from headwise.training import checkpoint
+
+SHARED = ("qkv", "out")
+"""The parts of an attention that every kind has."""
 
 
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Decoder, Config]:
@@ -44,36 +49,104 @@ def find_checkpoint(folder: RunFolder) -> Path:
     return path
 
 
-def initialise_from(source: str, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> None:
+@dataclass(frozen=True)
+class Source:
+    """Weights to begin with, as found.
+
+    Attributes:
+        name: as the user gave it.
+        weights: by name; in nanoGPT's names where `nanogpt`.
+        optimizer: `<parameter>.<slot>`; empty where there is none.
+        config: of the run that the weights are from, where known.
+        n_heads: where a nanoGPT file says.
+        nanogpt: whether it is a `.pt` file in nanoGPT's layout.
+    """
+
+    name: str
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    config: Path | None = None
+    n_heads: int | None = None
+    nanogpt: bool = False
+
+
+def read_source(source: str) -> Source:
+    """Read a run folder, a checkpoint folder, a nanoGPT-layout `.pt` file, or `hf://owner/name/file`.
+
+    Raises:
+        HeadwiseError: it cannot be found or read.
+    """
+    path = _download(source) if source.startswith("hf://") else Path(source)
+    if path.is_dir():
+        folder = RunFolder(path)
+        at = find_checkpoint(folder) if folder.holds_run() else path
+        saved = checkpoint.load(at)
+        config = RunFolder(at.absolute().parents[1]).config
+        return Source(source, saved.model, saved.optimizer, config if config.is_file() else None)
+    if path.is_file():
+        state, n_heads = _read_pt(path)
+        return Source(source, state, n_heads=n_heads, nanogpt=True)
+    raise HeadwiseError(f"{source!r} is not there: give a run folder or a .pt file")
+
+
+def initialise_from(
+    source: str | Source, model: Decoder, optimizer: torch.optim.Optimizer | None = None
+) -> list[str]:
     """Give `model` the weights of `source`, and `optimizer` the state of parameters that still exist.
 
+    What the model's kind of attention adds to the projections that all kinds share, and the source has
+    not, keeps its own init.
+
     Args:
-        source: a run folder, a checkpoint folder, a nanoGPT-layout `.pt` file, or
-            `hf://owner/name/file`.
+        source: as `read_source` takes it, or returned.
+
+    Returns:
+        The parameters that kept their own init.
 
     Raises:
         HeadwiseError: it cannot be found or read, or does not fit the model.
     """
-    path = _download(source) if source.startswith("hf://") else Path(source)
-    slots: dict[str, Tensor] = {}
-    if path.is_dir():
-        folder = RunFolder(path)
-        saved = checkpoint.load(find_checkpoint(folder) if folder.holds_run() else path)
-        weights, slots = saved.model, saved.optimizer
-    elif path.is_file():
-        state, n_heads = _read_pt(path)
-        if n_heads not in (None, model.config.n_heads):
-            raise HeadwiseError(f"{path} has {n_heads} heads, and model.n_heads is {model.config.n_heads}")
-        weights = from_nanogpt(state, model, str(path))
-    else:
-        raise HeadwiseError(f"--init-from {source!r} is not there: give a run folder or a .pt file")
-    checkpoint.load_weights(model, weights, f"--init-from {source}")
+    source = read_source(source) if isinstance(source, str) else source
+    weights = from_nanogpt(source.weights, model, source.name) if source.nanogpt else source.weights
+    stayed = checkpoint.load_weights(model, weights, source.name, may_lack=own_parameters(model))
+    _refuse_other_heads(source, model.config)
     if optimizer is not None:
-        if not slots:
-            raise HeadwiseError(
-                f"training.keep_optimizer is set, but {source} holds no optimizer state; leave it out"
-            )
-        checkpoint.restore_optimizer(model, optimizer, slots)
+        refuse_no_optimizer(source)
+        checkpoint.restore_optimizer(model, optimizer, source.optimizer)
+    return stayed
+
+
+def own_parameters(model: Decoder) -> list[str]:
+    """What the kind of attention has beside the projections that all kinds share."""
+    return [
+        f"blocks.{layer}.attention.{name}"
+        for layer, attention in enumerate(model.attentions())
+        for name, _ in attention.named_parameters()
+        if name.partition(".")[0] not in SHARED
+    ]
+
+
+def refuse_no_optimizer(source: Source) -> None:
+    """Refuse to keep an optimizer's state where there is none.
+
+    Raises:
+        HeadwiseError: that is so.
+    """
+    if not source.optimizer:
+        raise HeadwiseError(
+            f"training.keep_optimizer is set, but {source.name} holds no optimizer state; leave it out"
+        )
+
+
+def _refuse_other_heads(source: Source, config: ModelConfig) -> None:
+    """Refuse heads of another number: their projections can have the same shape."""
+    theirs = load(source.config).model if source.config else None
+    for key, there, here in (
+        ("n_heads", theirs.n_heads if theirs else source.n_heads, config.n_heads),
+        ("n_kv_heads", theirs.kv_heads() if theirs else None, config.kv_heads()),
+    ):
+        if there not in (None, here):
+            raise HeadwiseError(f"{source.name} has {there} heads, and model.{key} is {here}")
 
 
 def _read_pt(path: Path) -> tuple[dict[str, Tensor], int | None]:
@@ -93,7 +166,7 @@ def _read_pt(path: Path) -> tuple[dict[str, Tensor], int | None]:
 def _download(source: str) -> Path:
     parts = source.removeprefix("hf://").split("/", 2)
     if len(parts) != 3:
-        raise HeadwiseError(f"--init-from {source!r} is no hf://owner/name/file")
+        raise HeadwiseError(f"{source!r} is no hf://owner/name/file")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,33 @@ def from_nanogpt(state: dict[str, Tensor], model: Decoder, source: str) -> dict[
             continue
         renamed[_rename(name, source)] = value
     return renamed
+
+
+def shape_of_nanogpt(state: dict[str, Tensor], source: str) -> dict[str, Any]:
+    """The keys of `model` that a nanoGPT checkpoint's tensors tell: all but the number of heads.
+
+    Raises:
+        HeadwiseError: it has not the tensors that every such checkpoint has.
+    """
+    try:
+        tokens, positions = (state[f"transformer.{name}.weight"] for name in ("wte", "wpe"))
+        hidden = state["transformer.h.0.mlp.c_fc.weight"].shape[0]
+    except KeyError as error:
+        raise HeadwiseError(f"{source} has no nanoGPT layout: it lacks {error}") from None
+    output = state.get("lm_head.weight")
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+    return {
+        "d_model": tokens.shape[1],
+        "n_layers": len(layers),
+        "d_ff": hidden,
+        "vocab_size": tokens.shape[0],
+        "max_seq_len": positions.shape[0],
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "position": "learned",
+        "tie_embeddings": output is None or torch.equal(output, tokens),
+        "bias": "transformer.h.0.attn.c_attn.bias" in state,
+    }
 
 
 def _check_tied(state: dict[str, Tensor], source: str) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,14 +154,25 @@ def restore_optimizer(
     return missing
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: str, *, may_lack: Collection[str] = ()
+) -> list[str]:
     """Copy `weights` into `model`.
+
+    Args:
+        may_lack: parameters that stay as they are where `weights` has none.
+
+    Returns:
+        Those that stayed.
 
     Raises:
         HeadwiseError: names the first parameter that is missing, unknown or of another shape.
     """
     own = dict(model.named_parameters())
+    stay = [name for name in own if name not in weights and name in may_lack]
     for name, parameter in own.items():
+        if name in stay:
+            continue
         if name not in weights:
             raise HeadwiseError(f"{source} is from another configuration: it has no parameter {name}")
         if weights[name].shape != parameter.shape:
@@ -174,7 +185,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
         raise HeadwiseError(f"{source} is from another configuration: this model has no parameter {unknown}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            if name not in stay:
+                parameter.copy_(weights[name])
+    return stay
 
 
 def _all(folder: Path) -> list[Path]:
