@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from headwise.errors import HeadwiseError
@@ -21,11 +23,25 @@ def load_dataset(path: str, otherwise: str, **options: Any) -> Any:
             f'pip install "headwise[datasets]", or {otherwise}'
         ) from error
     try:
-        return datasets.load_dataset(path, **options)
+        with _quiet():
+            return datasets.load_dataset(path, **options)
     except Exception as error:  # datasets raises errors of many libraries
         raise HeadwiseError(
             f"the dataset {path!r} cannot be loaded ({reason(error)}); {otherwise}"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line for each attempt to reach the hub: the error at the end says it."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def ask_for(name: str, *files: str) -> None:
