@@ -67,6 +67,10 @@ class Tokenizer:
         """The token with this id, as it reads in a text."""
         return (self._fast or self._slow).decode([index])
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of these ids, special tokens included."""
+        return (self._fast or self._slow).decode(ids, skip_special_tokens=False)
+
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer in a `tokenizer.json` file or a folder, or of that name at Hugging Face.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,30 +79,34 @@ def read(model: Decoder, cache: Cache, tokens: Tensor) -> Tensor:
     return torch.stack([decode_step(model, cache, column) for column in tokens.unbind(1)], dim=1)
 
 
+def generate(model: Decoder, cache: Cache, prompt: Tensor, n_tokens: int, **how: Any) -> Tensor:
+    """Continue `prompt (B, T)` by `n_tokens`, `(B, n_tokens)`; as `write` takes it."""
+    return write(model, cache, read(model, cache, prompt)[:, -1], n_tokens, **how)
+
+
 @torch.no_grad()
-def generate(
+def write(
     model: Decoder,
     cache: Cache,
-    prompt: Tensor,
+    logits: Tensor,
     n_tokens: int,
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue `prompt (B, T)` by `n_tokens`.
+    """Write tokens after those that were read.
 
     Args:
-        cache: empty, of at least T + n_tokens - 1 tokens.
+        logits: of the first of them, `(B, vocab_size)`.
         temperature: 0 takes the likeliest token; otherwise tokens are drawn from the softmax of
             logits / temperature.
         top_k: draw among the k likeliest alone.
         generator: what draws.
 
     Returns:
-        `(B, n_tokens)`.
+        `(B, n_tokens)`. The last one is not read.
     """
-    logits = read(model, cache, prompt)[:, -1]
     written = []
     for number in range(n_tokens):
         token = choose(logits, temperature=temperature, top_k=top_k, generator=generator)
