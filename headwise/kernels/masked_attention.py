@@ -416,16 +416,19 @@ BLOCKS = {
 
 
 def blocks_for(step: str, q: Tensor, k: Tensor, masks: int) -> dict[str, int]:
-    """The tile shapes of a pass; heads go in pairs only where each pair shares a mask."""
+    """The tile shapes of a pass."""
     found = dict(BLOCKS[step])
-    heads, kv_heads = q.shape[1], k.shape[1]
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     if block_d > 64 or q.dtype == torch.float32:
         found |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PAIR": False}
-    paired = heads % (2 * masks) == 0 and (step != "keys" or kv_heads == heads)
-    if not paired:
-        found["PAIR"] = False
+    found["PAIR"] = found["PAIR"] and in_pairs(step, q, k, masks)
     return found | {"BLOCK_D": block_d, "D": q.shape[-1]}
+
+
+def in_pairs(step: str, q: Tensor, k: Tensor, masks: int) -> bool:
+    """Whether heads can go in pairs: each pair must share a mask, and keys must be a head's own."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    return heads % (2 * masks) == 0 and (step != "keys" or kv_heads == heads)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -458,7 +461,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
 
 
 @masked_attention.register_fake
-def _(q, k, v, taken, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, taken, scale):
     batch, heads, tokens, width = q.shape
     y = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
     return y, q.new_empty((batch, heads, tokens), dtype=torch.float32)
@@ -497,7 +500,7 @@ def masked_attention_backward(
 
 
 @masked_attention_backward.register_fake
-def _(grad, q, k, v, taken, y, lse, scale):  # type: ignore[no-untyped-def]
+def _(grad, q, k, v, taken, y, lse, scale):
     def laid_out(x: Tensor) -> Tensor:
         batch, heads, tokens, width = x.shape
         return x.new_empty((batch, tokens, heads, width)).transpose(1, 2)
@@ -505,14 +508,14 @@ def _(grad, q, k, v, taken, y, lse, scale):  # type: ignore[no-untyped-def]
     return laid_out(q), laid_out(k), laid_out(v), torch.empty_like(taken)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     q, k, v, taken, ctx.scale = inputs
     y, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, taken, y, lse)
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):
     return *masked_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 

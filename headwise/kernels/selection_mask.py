@@ -230,7 +230,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
 
 
-def _launch(kernel, q, k, bias, guard_q, guard_k, tensors, settings):  # type: ignore[no-untyped-def]
+def _launch(kernel, q, k, bias, guard_q, guard_k, tensors, settings):
     batch, masks, tokens, width = q.shape
     game, guard = settings["game"], guard_q is not None
     guards = (guard_q, guard_k) if guard else (q, k)
@@ -298,7 +298,7 @@ def selection_mask(
 
 
 @selection_mask.register_fake
-def _(q, k, bias, guard_q, guard_k, scale, guard_qk_scale, leak, guard, bos, own, after):  # type: ignore[no-untyped-def]
+def _(q, k, bias, guard_q, guard_k, scale, guard_qk_scale, leak, guard, bos, own, after):
     batch, masks, tokens, _ = q.shape
     blocks = -(-tokens // BLOCK_M) if guard else 0
     return (
@@ -335,12 +335,12 @@ def selection_mask_backward(
 
 
 @selection_mask_backward.register_fake
-def _(grad, q, k, bias, guard_q, guard_k, out, state, *settings):  # type: ignore[no-untyped-def]
+def _(grad, q, k, bias, guard_q, guard_k, out, state, *settings):
     d_guard = torch.empty_like(grad, dtype=q.dtype) if guard_q is not None else q.new_empty(0)
     return torch.empty_like(grad, dtype=q.dtype), d_guard
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     q, k, bias, guard_q, guard_k, *settings = inputs
     out, state = output
     ctx.mark_non_differentiable(state)
@@ -348,7 +348,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(q, k, bias, guard_q, guard_k, out if settings[-1] else out.new_empty(0), state)
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):
     q, k, bias, guard_q, guard_k, out, state = ctx.saved_tensors
     scale, guard_qk_scale = ctx.settings[:2]
     d_logits, d_guard = selection_mask_backward(

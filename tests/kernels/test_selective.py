@@ -1,0 +1,47 @@
+"""The kernels of selective attention against the definition in float64, in Triton's interpreter on a CPU.
+
+What a GPU computes is checked by `python -m headwise.bench selective --device cuda`, in bf16 too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOLERANCE = 2e-6
+"""Relative error, of norms, in float32."""
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, dict[str, float]]:
+    """Errors of every case, from one run of the interpreter."""
+    program = Path(__file__).with_name("interpreted_selective.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line["case"]: line["errors"] for line in lines}
+
+
+def test_every_result_and_gradient_agrees_with_the_definition(errors: dict[str, dict[str, float]]) -> None:
+    assert len(errors) == 13
+    for case, found in errors.items():
+        assert {"y", "F", "d_q", "d_k", "d_v", "d_select_q", "d_select_k"} <= set(found), case
+        assert max(found.values()) <= TOLERANCE, (case, found)
+
+
+def test_protection_and_bias_get_their_gradients(errors: dict[str, dict[str, float]]) -> None:
+    assert {"d_guard_q", "d_guard_k"} <= set(errors["game, head two"])
+    assert "d_bias" in errors["wide selection, bias"]
