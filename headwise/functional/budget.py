@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.functional.selective import mask_of_head, per_head
+from headwise.functional.selective import fits_kernel, mask_of_head, per_head
 
 GONE = 1e30
 """F of a dropped key: its weight is exactly 0, and no kernel meets an infinity."""
@@ -115,3 +115,29 @@ def kept_by_mask(keep: Tensor, n_heads: int, n_masks: int) -> Tensor:
     group, masks = n_heads // keep.shape[1], mask_of_head(n_heads, n_masks)
     served = [{head // group for head, mask in enumerate(masks) if mask == m} for m in range(n_masks)]
     return torch.stack([keep[:, sorted(heads)].any(1) for heads in served], dim=1)
+
+
+def slot_attention(q: Tensor, k: Tensor, v: Tensor, f: Tensor, *, scale: float, fused: bool = True) -> Tensor:
+    """Attention of one query a head to every slot of a cache; the softmax runs in float32 or better.
+
+    Args:
+        q: `(B, K, R, D)`, R query heads for each key/value head.
+        k, v: `(B, K, S, D)`.
+        f: F, `(B, K, R, S)`, expanded where heads share it; `GONE` hides a slot.
+        scale: factor on q·k.
+        fused: use the kernel where it fits; otherwise the definition, with every score in memory.
+
+    Returns:
+        `(B, K, R, D)`.
+    """
+    if (
+        fused
+        and fits_kernel(q)
+        and f.stride(-1) == 1
+        and k.stride()[2:] == v.stride()[2:] == (q.shape[-1], 1)
+    ):
+        from headwise.kernels.slot_attention import slot_attention as kernel
+
+        return kernel(q.to(k.dtype), k, v, f.float(), scale)
+    scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * scale - f
+    return scores.softmax(-1).to(v.dtype) @ v

@@ -23,7 +23,7 @@ from torch import Tensor
 from headwise.attention.base import Attention, Rope
 from headwise.attention.selective import SelectiveAttention, Selector
 from headwise.errors import HeadwiseError
-from headwise.functional.budget import GONE
+from headwise.functional.budget import GONE, slot_attention
 from headwise.functional.selective import mask_of_head
 
 KINDS = ("mha", "flash", "flex", "selective")
@@ -84,6 +84,7 @@ class LayerCache:
         split = groups(shape.n_heads, shape.n_kv_heads, config.masks(shape.n_heads) if config else 1)
         g, n = len(split.heads), len(split.heads[0])
         self.order = torch.tensor(split.heads, device=like.device)
+        self.rows = (torch.arange(batch, device=like.device)[:, None], torch.arange(g, device=like.device))
         self.inverse = self.order.flatten().argsort()
         self.masks = torch.tensor(split.masks, device=like.device)
         self.own = torch.tensor(split.own, device=like.device)
@@ -153,7 +154,7 @@ class LayerCache:
         slot = self._slot()
         self._put(self.k, k[:, self.order], slot)
         self._put(self.v, v[:, self.order], slot)
-        self.position.scatter_(-1, slot, now.to(torch.int32).expand_as(slot))
+        self.position[(*self.rows, slot)] = now.to(torch.int32)
         if self.selective is None:
             return self._read(q, None), None
         assert self.taken is not None
@@ -180,15 +181,15 @@ class LayerCache:
         return y, handed
 
     def _slot(self) -> Tensor:
-        """Where the next key goes, `(B, G, 1)`: empty, or of the key that is dropped."""
+        """Where the next key goes, `(B, G)`: empty, or of the key that is dropped."""
         if self.taken is None:
-            return self.position.argmin(-1, keepdim=True)
+            return self.position.argmin(-1)
         assert self.selective is not None
         f = self._f().amin(2)
         if self.selective.config.protect_bos:
             f = f.masked_fill(self.position == 0, -torch.inf)
         worst = f == f.amax(-1, keepdim=True)
-        return self.position.masked_fill(~worst, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)
+        return self.position.masked_fill(~worst, torch.iinfo(torch.int32).max).argmin(-1)
 
     def _f(self) -> Tensor:
         """F as it is subtracted, `(B, G, U, S)`."""
@@ -198,16 +199,17 @@ class LayerCache:
 
     def _read(self, q: Tensor, f: Tensor | None) -> Tensor:
         """Attention of q `(B, H, 1, D)` to the slots, projected."""
-        q = q.unflatten(1, (self.order.numel(), -1))[:, self.order].squeeze(4)
-        scores = (q @ self.k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-        scores = scores * self.attention.scale
+        q = q.unflatten(1, (self.order.numel(), -1))[:, self.order.flatten(), :, 0]
+        k, v = self.k.flatten(1, 2), self.v.flatten(1, 2)
         if f is None:
-            scores = scores.masked_fill((self.position < 0)[:, :, None, None], -torch.inf)
+            f = torch.where(self.position < 0, GONE, 0.0)[:, :, None]
+        size = (*self.order.shape, q.shape[2])
+        if f.shape[2] == 1:
+            f = f[:, :, :, None].expand(-1, *size, -1)
         else:
-            each = torch.arange(len(self.own), device=q.device)[:, None, None]
-            scores = scores - (f[:, :, :, None] if f.shape[2] == 1 else f[:, each, self.own])
-        y = scores.softmax(-1).to(self.v.dtype) @ self.v
-        y = y.flatten(1, 2)[:, self.inverse] if len(self.order) > 1 else y[:, 0]
+            f = f[:, torch.arange(len(self.own), device=q.device)[:, None, None], self.own]
+        y = slot_attention(q, k, v, f.flatten(1, 2), scale=self.attention.scale)
+        y = y[:, self.inverse] if len(self.order) > 1 else y
         return self.attention.out(y.flatten(1)[:, None])
 
     def _logits(self, selector: Selector, stored: Tensor | None, first: int) -> Tensor:
@@ -216,11 +218,11 @@ class LayerCache:
         precise = self.taken.dtype
         q = selector.q[:, :, 0].to(precise)
         with torch.autocast(q.device.type, enabled=False):
-            if stored is None:
+            if stored is None:  # a sum, which compiles to one pass over the keys
                 heads = q.shape[-1] // self.k.shape[-1]
                 keys = self.k[:, 0, first : first + heads].to(precise)
-                parts = q.unflatten(-1, (heads, -1)).transpose(1, 2) @ keys.transpose(-2, -1)
-                logits = parts.sum(1)[:, None] * selector.scale
+                logits = (q.unflatten(-1, (heads, 1, -1)) * keys[:, None]).sum((2, 4))[:, None]
+                logits = logits * selector.scale
             else:
                 q = self._by_group(q)
                 keys = stored.to(precise).transpose(-2, -1)
@@ -273,15 +275,12 @@ class LayerCache:
         """`(B, M or 1, …)` of the masks of each group, `(B, G, U or 1, …)`."""
         return x[:, self.masks] if x.shape[1] > 1 else x[:, None].expand(-1, len(self.masks), *x.shape[1:])
 
-    @staticmethod
-    def _put(store: Tensor, new: Tensor, slot: Tensor) -> None:
-        """Write `new (B, G, …, 1, D)` into the slots."""
-        store.scatter_(3, slot[..., None, None].expand_as(new), new.to(store.dtype))
+    def _put(self, store: Tensor, new: Tensor, slot: Tensor) -> None:
+        """Write `new (B, G, N, 1, D)` into the slots `(B, G)`."""
+        store[(*self.rows, slice(None), slot)] = new[:, :, :, 0].to(store.dtype)
 
-    @staticmethod
-    def _clear(store: Tensor, slot: Tensor) -> None:
-        at = slot[..., None].expand(*store.shape[:3], 1)
-        store.scatter_(3, at, 0.0)
+    def _clear(self, store: Tensor, slot: Tensor) -> None:
+        store[(*self.rows, slice(None), slot)] = 0.0
 
 
 class Cache:

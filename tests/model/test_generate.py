@@ -82,7 +82,7 @@ def decoded(model: Decoder, slots: int) -> Tensor:
 def test_decoding_is_the_pruned_evaluation_at_every_budget(switches: dict[str, Any], n_kv_heads: int) -> None:
     model = make(n_kv_heads=n_kv_heads, **switches)
     bos = switches.get("protect_bos", True)
-    shares = (1.0, 0.5, 0.25, 0.17) if switches.get("enabled", True) else (1.0,)
+    shares = (1.0, 0.34, 0.17) if switches.get("enabled", True) else (1.0,)
     for share in shares:
         with within_budget(model, share):
             parallel = model(tokens())
