@@ -1,0 +1,148 @@
+"""Decoding at a long context: a cache of a share of the keys against the full one, and against `flash`.
+
+Every row decodes many sequences at once with caches filled with random keys, as after that much text: a
+step reads a token of each, drops a key of each layer and head where selection says so, and writes the
+new one into its slot. On a GPU the step is compiled and replayed as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.attention.config import AttentionConfig
+from headwise.bench import harness
+from headwise.functional.budget import keys_of_share, slot_attention
+from headwise.model.budget import protects_bos
+from headwise.model.cache import Cache
+from headwise.model.config import ModelConfig
+from headwise.model.decoder import Decoder
+from headwise.model.generate import decode_step, make_cache
+from headwise.training.distributed import find_device
+
+SHAPE = ModelConfig(d_model=768, n_layers=12, n_heads=12, vocab_size=50304)
+SMALL = ModelConfig(d_model=64, n_layers=2, n_heads=4, vocab_size=512)
+ROWS = (("flash", 1.0), ("selective", 1.0), ("selective", 0.25), ("selective", 0.125))
+FULL = 1
+"""The row that the others are compared with."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the table and write the JSON; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="headwise bench decode", description=__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--context", type=int, default=8192, help="tokens read before (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="sequences (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it works")
+    parser.add_argument("--eager", action="store_true", help="no compiler and no CUDA graph")
+    arguments = parser.parse_args(argv)
+    device = find_device(arguments.device)
+    batch, context, shape = arguments.batch, arguments.context, SHAPE
+    if arguments.quick:
+        batch, context, shape = 4, 256, SMALL
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(f"error of the kernel's attention: {kernel_error(device, dtype):.2g}")
+    rows = [
+        measure(kind, share, shape, batch, context, device, dtype, eager=arguments.eager)
+        for kind, share in ROWS
+    ]
+    full = rows[FULL]
+    for row in rows:
+        row["speed_vs_full"] = row["tokens_per_sec"] / full["tokens_per_sec"]
+        row["bytes_vs_full"] = row["cache_mb"] / full["cache_mb"]
+    harness.print_table(rows)
+    harness.save("decode", rows, arguments.out, device=str(device))
+    return 0
+
+
+@torch.no_grad()
+def measure(
+    kind: str,
+    share: float,
+    shape: ModelConfig,
+    batch: int,
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    eager: bool = False,
+) -> dict[str, Any]:
+    """A row: one kind with a share of the context in its cache."""
+    torch.manual_seed(0)
+    model = (
+        Decoder(dataclasses.replace(shape, attention=AttentionConfig(kind)), context).to(device, dtype).eval()
+    )
+    slots = keys_of_share(share, context, protects_bos(model.attentions()[0]))
+    cache = make_cache(model, batch, context, slots)
+    fill(cache, context)
+    tokens = torch.randint(shape.vocab_size or 1, (batch,), device=device)
+    step = stepper(model, cache, tokens, eager=eager)
+    milliseconds = harness.measure(step, device, seconds=0.2)
+    nbytes = cache.nbytes
+    row = {
+        "kind": kind, "budget": share, "context": context, "keys": slots, "batch": batch,
+        "step_ms": milliseconds, "tokens_per_sec": 1e3 * batch / milliseconds, "cache_mb": nbytes / 1e6,
+        "cache_gb_per_sec": nbytes / milliseconds / 1e6,
+    }  # fmt: skip
+    del step, cache, model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def fill(cache: Cache, context: int) -> None:
+    """Make a cache look as after `context` tokens: random keys of all of them, every slot in use."""
+    for layer in cache.layers:
+        for part in (layer.k, layer.v, layer.selection_keys, layer.protection_keys):
+            if part is not None:
+                part.normal_()
+        spread = torch.arange(layer.slots, device=layer.k.device) * context // layer.slots
+        layer.position.copy_(spread.to(torch.int32).expand_as(layer.position))
+        if layer.taken is not None:
+            layer.taken.uniform_(0, 4)
+    cache.position.fill_(context - 1)
+
+
+def stepper(model: Decoder, cache: Cache, tokens: Tensor, *, eager: bool) -> Callable[[], Any]:
+    """A call that decodes one token of every sequence, again and again at the same position."""
+
+    def step() -> Tensor:
+        cache.position.fill_(cache.layers[0].length - 1)
+        return decode_step(model, cache, tokens)
+
+    if eager or not tokens.is_cuda:
+        return step
+    torch._dynamo.reset()  # every row has shapes of its own
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            compiled()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compiled()
+    return graph.replay
+
+
+@torch.no_grad()
+def kernel_error(device: torch.device, dtype: torch.dtype) -> float:
+    """Relative error of `slot_attention` against its definition in float64, over some shapes."""
+    worst = 0.0
+    for heads, ratio, width, slots in ((12, 1, 64, 2048), (4, 3, 64, 1000), (2, 1, 128, 77)):
+        torch.manual_seed(0)
+        q = torch.randn(2, heads, ratio, width, device=device, dtype=dtype)
+        k, v = torch.randn(2, 2, heads, slots, width, device=device, dtype=dtype).unbind(0)
+        f = 3 * torch.rand(2, 1, 1, slots, device=device).expand(2, heads, ratio, slots)
+        found = slot_attention(q, k, v, f, scale=0.2).double()
+        expected = slot_attention(q.double(), k.double(), v.double(), f.double(), scale=0.2)
+        worst = max(worst, ((found - expected).norm() / expected.norm()).item())
+    return worst
