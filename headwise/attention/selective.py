@@ -24,7 +24,9 @@ from headwise.attention.selective_config import SelectiveConfig
 from headwise.functional.selective import (
     Protection,
     fits_kernel,
+    fits_own_masks,
     memory_penalty,
+    own_mask_attention,
     per_head,
     selection,
     selection_logits,
@@ -122,6 +124,9 @@ class SelectiveAttention(FlashAttention):
         selector = self.selector(x, q, k, rope)
         protection = self.protection(selector, q, k)
         whole = self.prune is not None or self.observer is not None
+        if not whole and self.streams(selector, protection, q):
+            self.record_engine("selective-fused")
+            return self.streamed(selector, q, k, v)
         step = self.shape.n_heads if whole else self.masks_at_once(selector)
         if step == self.shape.n_heads:
             y, penalty = self.under(selector, protection, q, k, v, carry)
@@ -157,6 +162,20 @@ class SelectiveAttention(FlashAttention):
         engine = "fused" if self.fused(q) else "plain-mask" if fits_kernel(q) else "plain"
         self.record_engine(f"selective-{engine}")
         return selective_attention(q, k, v, taken, scale=self.scale), penalty
+
+    def streams(self, selector: Selector, protection: Protection | None, q: Tensor) -> bool:
+        """Whether masks, one a head, are made within the attention's kernel and never kept."""
+        plain = protection is None and not self.config.memory_penalty.epsilon
+        return plain and self.fused(q) and fits_own_masks(q, selector.q)
+
+    def streamed(self, selector: Selector, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention under masks of which nothing is kept."""
+        config = self.config
+        return own_mask_attention(
+            q, k, v, selector.q, selector.k, scale=self.scale, select_scale=selector.scale,
+            bias=selector.bias, protect_bos=config.protect_bos, protect_self=config.protect_self,
+            relu_leak=config.relu_leak, relu_after_cumsum=config.relu_after_cumsum,
+        )  # fmt: skip
 
     def fused(self, q: Tensor) -> bool:
         """Whether kernels compute the mask as well as the attention under it."""

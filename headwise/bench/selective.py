@@ -25,7 +25,12 @@ from headwise.attention.selective import SelectiveAttention
 from headwise.attention.selective_config import SelectiveConfig
 from headwise.bench.harness import extra_memory_mb, measure, print_table, save
 from headwise.bench.train_step import GPT2, ours
-from headwise.functional.selective import Protection, selection, selective_attention
+from headwise.functional.selective import (
+    Protection,
+    own_mask_attention,
+    selection,
+    selective_attention,
+)
 from headwise.training.distributed import find_device
 
 CASES: dict[str, dict[str, Any]] = {
@@ -45,6 +50,11 @@ CASES: dict[str, dict[str, Any]] = {
         "masks": 2, "guard": True, "protection": {},
         "switches": {"protect_bos": False, "protect_self": False},
     },
+    "own masks": {"own": True},
+    "own masks of latents, grouped heads": {
+        "own": True, "shared_keys": True, "select_width": 48, "bias": True, "kv_heads": 2,
+        "switches": {"relu_leak": 0.25, "relu_after_cumsum": True, "protect_bos": False},
+    },
     "width 80": {"width": 80},
     "width 128": {"width": 128},
     "width 32": {"width": 32},
@@ -62,7 +72,8 @@ def make(
     width: int,
 ) -> list[Tensor]:
     """q, k, v, selection queries and keys, bias and guard: random leaves of a graph, some empty."""
-    heads, width, masks = case.get("heads", heads), case.get("width", width), case.get("masks", 1)
+    heads, width = case.get("heads", heads), case.get("width", width)
+    masks = heads if case.get("own") else case.get("masks", 1)
     kv_heads, select = case.get("kv_heads", heads), case.get("select_width", width)
     keys = 1 if case.get("shared_keys") else masks
 
@@ -89,10 +100,18 @@ def run(case: dict[str, Any], leaves: list[Tensor], *, fused: bool) -> tuple[Ten
             guards = guard_q, guard_k
         width = (guards[0] if guards[0] is not None else q).shape[-1]
         protection = Protection(*guards, qk_scale=width**-0.5, **case["protection"])
+    select_scale, biases = select_q.shape[-1] ** -0.5, bias if bias.numel() else None
+    switches = case.get("switches", {})
     taken = selection(
-        select_q, select_k, scale=select_q.shape[-1] ** -0.5, bias=bias if bias.numel() else None,
-        protection=protection, accumulate="fused" if fused else "torch", **case.get("switches", {}),
+        select_q, select_k, scale=select_scale, bias=biases, protection=protection,
+        accumulate="fused" if fused else "torch", **switches,
     )  # fmt: skip
+    if case.get("own"):
+        y = own_mask_attention(
+            q, k, v, select_q, select_k, scale=q.shape[-1] ** -0.5, select_scale=select_scale, bias=biases,
+            fused=fused, **switches,
+        )  # fmt: skip
+        return y, taken
     return selective_attention(q, k, v, taken, fused=fused), taken
 
 

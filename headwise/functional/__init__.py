@@ -6,9 +6,15 @@ of the same name in `headwise.kernels`.
 
 from headwise.functional.head_stats import HeadStats, head_stats, weights_stats
 from headwise.functional.scan import attack_and_protect
-from headwise.functional.selective import selection_logits, selection_mask, selective_attention
+from headwise.functional.selective import (
+    own_mask_attention,
+    selection,
+    selection_logits,
+    selection_mask,
+    selective_attention,
+)
 
 __all__ = [
-    "HeadStats", "attack_and_protect", "head_stats", "selection_logits", "selection_mask",
-    "selective_attention", "weights_stats",
+    "HeadStats", "attack_and_protect", "head_stats", "own_mask_attention", "selection",
+    "selection_logits", "selection_mask", "selective_attention", "weights_stats",
 ]  # fmt: skip

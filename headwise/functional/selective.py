@@ -240,6 +240,54 @@ def selective_attention(
     return scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
+def own_mask_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor,
+    select_k: Tensor,
+    *,
+    scale: float,
+    select_scale: float,
+    bias: Tensor | None = None,
+    protect_bos: bool = True,
+    protect_self: bool = True,
+    relu_leak: float = 0.0,
+    relu_after_cumsum: bool = False,
+    fused: bool = True,
+) -> Tensor:
+    """`selection`, and `selective_attention` under it, where every head has a mask of its own.
+
+    The kernel makes F tile by tile and keeps none of it; `fits_own_masks` says when it can be used.
+
+    Args:
+        q: `(B, H, T, D)`.
+        k, v: `(B, K, T, D)`.
+        select_q: `(B, H, T, E)`.
+        select_k: `(B, H or 1, T, E)`.
+        bias: of the selection logits, `(H,)`.
+
+    Returns:
+        `(B, H, T, D)`.
+    """
+    if fused and fits_own_masks(q, select_q):
+        from headwise.kernels.own_mask_attention import own_mask_attention as kernel
+
+        switches = (relu_leak, protect_bos, protect_self, relu_after_cumsum)
+        return kernel(q, k, v, select_q, select_k, bias, scale, select_scale, *switches)[0]
+    mask = selection(
+        select_q, select_k, scale=select_scale, bias=bias, protect_bos=protect_bos,
+        protect_self=protect_self, relu_leak=relu_leak, relu_after_cumsum=relu_after_cumsum,
+        accumulate="fused" if fused else "torch",
+    )  # fmt: skip
+    return selective_attention(q, k, v, mask, scale=scale, fused=fused)
+
+
+def fits_own_masks(q: Tensor, select_q: Tensor) -> bool:
+    """Whether the kernel of `own_mask_attention` takes these."""
+    return fits_kernel(q) and fits_kernel(select_q) and select_q.shape[1] == q.shape[1]
+
+
 def memory(mask: Tensor, tau: float = 1.0) -> Tensor:
     """How many keys each query still has, M[i] = Σ_{j<=i} (1 - min(F[i,j], τ)/τ).
 

@@ -431,7 +431,7 @@ def in_pairs(step: str, q: Tensor, k: Tensor, masks: int) -> bool:
     return heads % (2 * masks) == 0 and (step != "keys" or kv_heads == heads)
 
 
-def _packed(x: Tensor) -> Tensor:
+def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -447,7 +447,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
     Returns:
         y `(B, H, T, D)`, laid out `(B, T, H, D)`; the log-sum-exp of each query in base 2, `(B, H, T)`.
     """
-    q, k, v = _packed(q), _packed(k), _packed(v)
+    q, k, v = packed(q), packed(k), packed(v)
     batch, heads, tokens, width = q.shape
     y = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
@@ -472,7 +472,7 @@ def masked_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, taken: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and F (on and below the diagonal; above it they are undefined)."""
-    grad, q, k, v = _packed(grad), _packed(q), _packed(k), _packed(v)
+    grad, q, k, v = packed(grad), packed(q), packed(k), packed(v)
     batch, heads, tokens, width = q.shape
     kv_heads, masks = k.shape[1], taken.shape[1]
     delta = torch.empty_like(lse)

@@ -35,7 +35,7 @@ def main() -> None:
                     chosen(step, q, k, masks) | {"PAIR": masked_attention.in_pairs(step, q, k, masks)}
                 )
             torch.manual_seed(0)
-            heads = 4 if "kv_heads" in case or "masks" in case else 2
+            heads = 4 if {"kv_heads", "masks"} & set(case) else 2
             found = errors(case, cpu, torch.float32, batch=1, tokens=70, heads=heads, width=16)
             print(json.dumps({"case": f"{name}{', in pairs' * pairs}", "errors": found}), flush=True)
 
