@@ -19,7 +19,7 @@ from headwise.errors import HeadwiseError
 from headwise.lab import new_head
 from headwise.lab.new_head import Piece
 from headwise.lab.train import with_vocabulary
-from headwise.lab.weights import Source, initialise_from, refuse_no_optimizer
+from headwise.lab.weights import Source, initialise_from, own_parameters, refuse_no_optimizer
 from headwise.model.config import ModelConfig
 from headwise.model.convert import shape_of_nanogpt
 from headwise.model.decoder import Decoder
@@ -137,6 +137,8 @@ def operate(
         HeadwiseError: something does not fit; nothing is written then.
     """
     assert config.out is not None
+    if RunFolder(Path(config.out)).holds_run():
+        raise HeadwiseError(f"{config.out} holds a run; surgery writes a new one: pass another --out")
     RunFolder(Path(config.out)).refuse_taken()
     if config.training.keep_optimizer:
         refuse_no_optimizer(source)
@@ -194,7 +196,7 @@ def _models(source: Source, operation: Operation, config: Config) -> tuple[Decod
     operated = grow(weights, initial(new, operation), operation, source.name)
     checkpoint.load_weights(new, operated, source.name)
     own_init = [name for name, _ in new.named_parameters() if name not in weights]
-    foreign = next((name for name in own_init if ".attention." not in name), None)
+    foreign = next((name for name in own_init if name not in own_parameters(new)), None)
     if foreign:
         raise HeadwiseError(f"{source.name} is from another configuration: it has no parameter {foreign}")
     return old, new, own_init
@@ -219,7 +221,8 @@ def _announce(
     if own_init:
         leaves = dict.fromkeys(name.partition(".attention.")[2] for name in own_init)
         tell(f"kind {kinds[1]} adds attention.{{{', '.join(leaves)}}}, which start from their own init")
-    tell(f"the function is {'preserved' if expected.holds else 'not preserved'}: {expected.why}")
+    verdict = "the function is preserved" if expected.holds else "warning: the function is not preserved"
+    tell(f"{verdict}: {expected.why}")
     if not learns(operation):
         tell(
             f"warning: init {operation.init} never learns: no gradient reaches the new head; "

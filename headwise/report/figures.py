@@ -20,6 +20,8 @@ INK, FAINT = "#222222", "#D8D8D8"
 
 def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) -> dict[str, str]:
     """Write all figures into `folder` and return title -> file name."""
+    from headwise.report import surgery
+
     folder.mkdir(parents=True)
     made: dict[str, str] = {}
 
@@ -29,6 +31,7 @@ def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) 
             made[title] = name
 
     save(loss_curves(data), "Loss over training", "loss.png")
+    save(surgery.figure(data["surgery"]), "Head surgery", "surgery.png")
     save(comparison(data), "Difference to the baseline", "comparison.png")
     save(costs(data), "Throughput and memory", "costs.png")
     for measure in data["atlas"]["measures"]:

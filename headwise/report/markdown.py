@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headwise.report import tables
+from headwise.report import surgery, tables
 from headwise.report.tables import Table
 
 BUDGETS = {
@@ -25,6 +25,9 @@ def render(data: dict[str, Any], figures: dict[str, str]) -> str:
     """
     blocks = [f"# {data['title']}", _head(data), *_flags(data), *_question(data), *_conclusion(data)]
     blocks += _figures(figures)
+    if data["surgery"]:
+        blocks += _section("Head surgery", surgery.before_and_after(data["surgery"]))
+        blocks += [_table(table)] if (table := surgery.moved(data["surgery"])).rows else []
     blocks.append("## Variants")
     for variant in data["variants"]:
         blocks += _variant(data, variant)
