@@ -49,7 +49,23 @@ def statements(data: dict[str, Any]) -> list[str]:
     """What was found: a sentence on the parity of each curve, or why there is none."""
     if data["baseline"] is None:
         return ["No baseline was named, so no point of parity: give --baseline RUN."]
-    return [f"{one['parity']['text']}." for one in data["series"] if one["parity"]]
+    found = [one for one in data["series"] if one["parity"]]
+    return [f"{one['parity']['text']}." for one in found] + _beside_a_window(data, found)
+
+
+def _beside_a_window(data: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
+    """What the baseline loses with a plain window as small as the smallest point of parity."""
+    shares = [one["parity"]["share"] for one in found if one["parity"]["share"] is not None]
+    name = data["baseline"]["name"]
+    for one in data["series"]:
+        narrow = [point for point in one["points"] if shares and point["budget"] >= min(shares)]
+        if one["variant"] == name and one["method"] == "window" and narrow:
+            point = min(narrow, key=lambda point: point["budget"])
+            return [
+                f"For comparison: {name} itself, with a plain window of {point['budget']:g} of the context, "
+                f"is {_with_interval(point['difference'], '+')} nats off its full context."
+            ]
+    return []
 
 
 def table(data: dict[str, Any]) -> Table:

@@ -76,7 +76,7 @@ def decoded(model: Decoder, slots: int) -> Tensor:
     return read(model, make_cache(model, 2, TOKENS, slots), tokens())
 
 
-@pytest.mark.parametrize("n_kv_heads", [HEADS, 2, 1])
+@pytest.mark.parametrize("n_kv_heads", [HEADS, 2])
 @pytest.mark.parametrize("switches", list(SWITCHES.values()), ids=list(SWITCHES))
 @torch.no_grad()
 def test_decoding_is_the_pruned_evaluation_at_every_budget(switches: dict[str, Any], n_kv_heads: int) -> None:
@@ -91,6 +91,14 @@ def test_decoding_is_the_pruned_evaluation_at_every_budget(switches: dict[str, A
         loss = F.cross_entropy(found[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
         expected = F.cross_entropy(parallel[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
         torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+@torch.no_grad()
+def test_one_key_value_head_serves_all_masks(masks: int) -> None:
+    model = make(n_kv_heads=1, source="linear_combo", n_masks=masks)
+    with within_budget(model, 0.34):
+        torch.testing.assert_close(decoded(model, 4), model(tokens()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal", "none"])
