@@ -82,7 +82,7 @@ class SelectiveAttention(FlashAttention):
         self.mask: Tensor | None = None
         """F of the last forward pass, kept only for an attached observer."""
         self.prune: Callable[[Tensor, Carry], Tensor] | None = None
-        """Where set, gives F, `(B, M or H, T, T)`, with +inf for keys that are dropped: a context budget."""
+        """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for keys that are dropped: a context budget."""
         self.initialise()
 
     def initialise(self) -> None:
