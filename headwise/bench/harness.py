@@ -20,27 +20,17 @@ from headwise.storage.environment import environment
 
 
 def measure(
-    function: Callable[[], Any],
-    device: torch.device,
-    *,
-    seconds: float = 0.5,
-    least: int = 5,
-    together: int = 1,
+    function: Callable[[], Any], device: torch.device, *, seconds: float = 0.5, least: int = 5
 ) -> float:
-    """Median milliseconds of a call, after a warm-up, over about `seconds` of calls.
-
-    Args:
-        together: calls that follow each other without waiting, as in training, on a GPU: what launching
-            costs is then hidden as it is there.
-    """
+    """Median milliseconds of a call, after a warm-up, over about `seconds` of calls."""
     for _ in range(2):
         function()
-    once = _timed(function, device, together)
-    repeats = max(least, int(seconds * 1e3 / max(once * together, 1e-3)))
-    return statistics.median(_timed(function, device, together) for _ in range(repeats))
+    once = _timed(function, device)
+    times = [_timed(function, device) for _ in range(max(least, int(seconds * 1e3 / max(once, 1e-3))))]
+    return statistics.median(times)
 
 
-def _timed(function: Callable[[], Any], device: torch.device, together: int) -> float:
+def _timed(function: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda":
         began = time.perf_counter()
         function()
@@ -48,11 +38,29 @@ def _timed(function: Callable[[], Any], device: torch.device, together: int) -> 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()
-    for _ in range(together):
-        function()
+    function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / together
+    return start.elapsed_time(end)
+
+
+def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`function` as a CUDA graph, so that only the device's time is measured; itself on a CPU.
+
+    What launching from Python costs is hidden in training, where the device lags behind the host.
+    """
+    if device.type != "cuda":
+        return function
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def extra_memory_mb(function: Callable[[], Any], device: torch.device) -> float | None:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from headwise.attention.base import AttentionShape, Carry
 from headwise.attention.config import AttentionConfig
 from headwise.attention.selective import SelectiveAttention
 from headwise.attention.selective_config import SelectiveConfig
-from headwise.bench.harness import extra_memory_mb, measure, print_table, save
+from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
 from headwise.bench.train_step import GPT2, ours
 from headwise.functional.selective import (
     Protection,
@@ -180,35 +181,82 @@ def both_ways(function: Callable[[], Tensor], leaves: list[Tensor], upstream: Te
     return step
 
 
-def time_case(
-    case: dict[str, Any], device: torch.device, *, tokens: int, total: int = 16384, heads: int = 12
-) -> dict[str, Any]:
-    """One row: milliseconds of forward and backward, and memory, of SDPA and of ours."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    leaves = make(case, device, dtype, batch=max(1, total // tokens), tokens=tokens, heads=heads, width=64)
+def sizes_on(device: torch.device, tokens: int) -> dict[str, int]:
+    """H12 D64 with 16k tokens in a batch; fewer on a CPU."""
+    total = 16384 if device.type == "cuda" else 1024
+    return {"batch": max(1, total // tokens), "tokens": tokens, "heads": 12, "width": 64}
+
+
+def timed(ours: Callable[[], Tensor], leaves: list[Tensor], device: torch.device) -> dict[str, float | None]:
+    """Milliseconds of forward and backward of SDPA and of `ours`, both as CUDA graphs, and its memory.
+
+    Args:
+        leaves: q, k, v, and whatever else has a gradient.
+    """
     q, k, v = leaves[:3]
     upstream = torch.randn_like(q)
 
     def sdpa() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
-    plain = both_ways(sdpa, leaves, upstream)
-    kernels = both_ways(lambda: run(case, leaves, fused=True)[0], leaves, upstream)
-    times = {"sdpa_ms": measure(plain, device, together=10), "ours_ms": measure(kernels, device, together=10)}
+    step, plain = (both_ways(function, leaves, upstream) for function in (ours, sdpa))
+    launched = measure(step, device)
+    ms = {name: measure(captured(call, device), device) for name, call in (("ours", step), ("sdpa", plain))}
     with torch.no_grad():
-        forward = [
-            measure(step, device, together=10) for step in (lambda: run(case, leaves, fused=True), sdpa)
-        ]
-    return (
-        {"tokens": tokens}
-        | times
-        | {
-            "ours_x": times["ours_ms"] / times["sdpa_ms"],
-            "forward_x": forward[0] / forward[1],
-            "extra_mb": extra_memory_mb(kernels, device),
-        }
-    )
+        forward = [measure(captured(call, device), device) for call in (ours, sdpa)]
+    return {
+        "sdpa_ms": ms["sdpa"], "ours_ms": ms["ours"], "ours_x": ms["ours"] / ms["sdpa"],
+        "forward_x": forward[0] / forward[1], "launched_ms": launched,
+        "extra_mb": extra_memory_mb(step, device),
+    }  # fmt: skip
+
+
+def time_case(case: dict[str, Any], device: torch.device, *, tokens: int) -> dict[str, float | None]:
+    """The row of a case, by its functions alone."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    leaves = make(case, device, dtype, **sizes_on(device, tokens))
+    return timed(lambda: run(case, leaves, fused=True)[0], leaves, device)
+
+
+def time_plain(device: torch.device, *, tokens: int) -> dict[str, float | None]:
+    """The row of the definition: what selective attention costs without kernels."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    leaves = make({}, device, dtype, **sizes_on(device, tokens))
+    return timed(lambda: run({}, leaves, fused=False)[0], leaves, device)
+
+
+def time_latents(device: torch.device, *, tokens: int) -> dict[str, float | None]:
+    """The row of 4 latent logits mapped to 12 masks, with the projection of the latents' head."""
+    layer = SelectiveAttention(
+        AttentionShape(768, 12, 12, 64), SelectiveConfig(source="latent", n_masks=4)
+    ).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    leaves = make({}, device, dtype, **sizes_on(device, tokens))
+    q, k, v = leaves[:3]
+    x = torch.randn(q.shape[0], tokens, 768, device=device, dtype=dtype)
+
+    def latents() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return layer.attend(x, q, k, v, mask=None, causal=True, rope=None, carry=Carry())
+
+    return timed(latents, leaves[:3], device)
+
+
+@torch.no_grad()
+def sums(device: torch.device, *, tokens: int = 4096) -> list[dict[str, Any]]:
+    """Errors of F against float64 by the way it is accumulated, on the same queries and keys."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, tokens, 64, device=device).unbind()
+    exact = selection(q, k, scale=0.125, accumulate="float64").tril()
+    rows = []
+    for way in ("fused", "torch", "sequential"):
+        error = (selection(q, k, scale=0.125, accumulate=way).tril().double() - exact).abs()
+        rms = error.square().mean().sqrt().item()
+        rows.append({"sum": way, "largest_F": exact.max().item(), "largest_error": error.max().item()})
+        rows[-1] |= {"tokens": tokens, "rms_error": rms}
+    return rows
 
 
 TIMED: dict[str, dict[str, Any]] = {
@@ -216,32 +264,6 @@ TIMED: dict[str, dict[str, Any]] = {
     "attack and protect": {"protection": {}, "guard": True},
     "two masks": {"masks": 2},
 }
-
-
-def time_latents(device: torch.device, *, tokens: int, total: int = 16384) -> dict[str, Any]:
-    """The row of 4 latent logits mapped to 12 masks, with the projection of the latents' head."""
-    shape = AttentionShape(768, 12, 12, 64)
-    layer = SelectiveAttention(shape, SelectiveConfig(source="latent", n_masks=4)).to(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    leaves = make({}, device, dtype, batch=max(1, total // tokens), tokens=tokens, heads=12, width=64)
-    q, k, v = leaves[:3]
-    x = torch.randn(q.shape[0], tokens, 768, device=device, dtype=dtype)
-    upstream = torch.randn_like(q)
-
-    def latents() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return layer.attend(x, q, k, v, mask=None, causal=True, rope=None, carry=Carry())
-
-    def sdpa() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    step, plain = both_ways(latents, leaves[:3], upstream), both_ways(sdpa, leaves[:3], upstream)
-    row = {"case": "4 latents to 12 masks", "tokens": tokens}
-    times = {"sdpa_ms": measure(plain, device, together=5), "ours_ms": measure(step, device, together=5)}
-    return row | times | {
-        "ours_x": times["ours_ms"] / times["sdpa_ms"], "forward_x": None,
-        "extra_mb": extra_memory_mb(step, device),
-    }  # fmt: skip
 
 
 def time_training(device: torch.device) -> list[dict[str, Any]]:
@@ -263,6 +285,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096])
+    parser.add_argument("--no-steps", action="store_true", help="leave out whole training steps")
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
     checks = check(device) if device.type == "cuda" else []
@@ -272,12 +295,17 @@ def main(argv: list[str]) -> int:
         return 1
     rows: list[dict[str, Any]] = []
     for tokens in arguments.tokens:
-        rows += [{"case": name} | time_case(case, device, tokens=tokens) for name, case in TIMED.items()]
-        rows.append(time_latents(device, tokens=tokens))
+        ways: dict[str, Callable[..., dict[str, Any]]]
+        ways = {name: partial(time_case, case) for name, case in TIMED.items()}
+        ways |= {"4 latents to 12 masks": time_latents, "selective, the definition": time_plain}
+        for name, way in ways.items():
+            rows.append({"case": name, "tokens": tokens} | way(device, tokens=tokens))
     print_table(rows)
-    save("selective", [*checks, *rows], arguments.out, device=str(device))
-    if device.type == "cuda":
+    errors_of_sums = sums(device)
+    print_table(errors_of_sums)
+    save("selective", [*checks, *rows, *errors_of_sums], arguments.out, device=str(device))
+    if device.type == "cuda" and not arguments.no_steps:
         steps = time_training(device)
         print_table(steps)
-        save("selective", [*checks, *rows, *steps], arguments.out, device=str(device))
+        save("selective", [*checks, *rows, *errors_of_sums, *steps], arguments.out, device=str(device))
     return 0
