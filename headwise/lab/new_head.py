@@ -79,12 +79,15 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def carry(source: Path, folder: Path) -> None:
-    """Take the record of the run `source`, where it has one, along to a run that starts from it."""
-    if not (source / RECORD).is_file() or not (source / START).is_file():
+    """Take the record of the run `source`, where it has a whole one, along to a run that starts from it."""
+    try:
+        record = read(source)
+    except HeadwiseError:  # what became of the head cannot be told then; the run needs none of it
+        return
+    if record is None or not (source / START).is_file():
         return
     with replacing(folder / START) as draft:
         shutil.copyfile(source / START, draft)
-    record = json.loads((source / RECORD).read_text(encoding="utf-8"))
     write_json(folder / RECORD, record | {"operated_in": record.get("operated_in") or str(source)})
 
 
