@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser = configuration.make_parser(prog="headwise surgery", usage=USAGE, description=DESCRIPTION)
     _add_own(parser)
     configuration.add_arguments(parser)
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         parser.print_help()
         return 0
     name, *rest = argv
@@ -85,7 +85,7 @@ def _own(name: str, rest: list[str]) -> argparse.Namespace:
     except argparse.ArgumentError as error:
         raise HeadwiseError(str(error)) from None
     for flag in ("add_head", "init", "out"):
-        if getattr(known, flag) is None and not {"-h", "--help"} & set(rest):
+        if getattr(known, flag) is None:
             raise HeadwiseError(f"--{flag.replace('_', '-')} is missing; usage: {USAGE}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise HeadwiseError(

@@ -259,6 +259,12 @@ def test_sources_and_folders_that_will_not_do(
     assert not (tmp_path / "Y").exists()
 
 
+@pytest.mark.parametrize("command", [[], ["--help"], ["runs/X", "--help"]])
+def test_help_needs_no_run(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert main(["surgery", *command]) == 0
+    assert "--add-head PLACE" in capsys.readouterr().out
+
+
 def test_one_step_of_a_run_is_a_source_too(source: str, tmp_path: Path) -> None:
     at = Path(source) / "checkpoints" / "step_00000006"
     assert main(["surgery", str(at), *HEAD, "ko_zero", "--out", str(tmp_path / "Y")]) == 0
