@@ -36,7 +36,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("source", help="file or folder (jsonl, Parquet, text; packed too), or a Hugging Face dataset's name")
-    add("--tokenizer", required=True, help="Hugging Face tokenizer, a path or a name")
+    add("--tokenizer", required=True, help="Hugging Face tokenizer, a path or a name; or bytes")
+    add("--pattern", default="*", help="of a folder's files, those to read, such as *.c (%(default)s)")
     add("--out", required=True, metavar="DIR", help="folder for the shards")
     add("--length", type=int, default=512, help="tokens per sequence (%(default)s)")
     add("--shard-sequences", type=int, default=3000, help="sequences per shard (%(default)s)")

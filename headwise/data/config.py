@@ -30,7 +30,8 @@ class DataConfig:
         batch_size: sequences per step and process group, before accumulation.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
         pin_memory: copy batches through page-locked memory; has an effect on CUDA only.
-        tokenizer: Hugging Face tokenizer, a path or a name; without it, text is read as bytes.
+        tokenizer: Hugging Face tokenizer, a path or a name; without it, text is read as bytes. Shards
+            that were made of bytes have the tokenizer `bytes`.
         cache: folder for downloads and tokenised text; default $HEADWISE_CACHE or ~/.cache/headwise.
         eval_seq_lens: evaluate at these sequence lengths too.
         eval_fraction: share of the validation split to evaluate, evenly spread over it.

@@ -68,8 +68,9 @@ def open_documents(
     split: str = "train",
     streaming: bool = False,
     cache: Path | None = None,
+    pattern: str = "*",
 ) -> Documents:
-    """The documents of a file, a folder, or a dataset of that name at Hugging Face.
+    """The documents of a file, of the files of a folder that fit a pattern, or of a Hugging Face dataset.
 
     Raises:
         HeadwiseError: there is nothing of that name.
@@ -78,10 +79,12 @@ def open_documents(
     if path.is_file():
         return Files([path], path.parent, fields)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        files = [file for file in sorted(path.rglob(pattern)) if file.is_file()]
         files = [file for file in files if not file.name.startswith(".")]
         if not files:
-            raise HeadwiseError(f"the folder {source!r} has no files; give jsonl, parquet or text files")
+            raise HeadwiseError(
+                f"the folder {source!r} has no files that fit {pattern!r}; give jsonl, parquet or text files"
+            )
         return Files(files, path, fields)
     if source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
         raise HeadwiseError(f"{source!r} does not exist; give a file, a folder or a dataset's name")

@@ -41,7 +41,7 @@ class PrepareConfig:
 
     Args:
         source: a file or folder (jsonl, Parquet, text), or the name of a Hugging Face dataset.
-        tokenizer: Hugging Face tokenizer, a path or a name.
+        tokenizer: Hugging Face tokenizer, a path or a name; `bytes` leaves the bytes of UTF-8 as they are.
         out: the folder for the shards.
         keep: sources to keep, or ("all",). Compared without case, the prefix RedPajama and a plural s.
         drop: sources to drop of those.
@@ -52,6 +52,7 @@ class PrepareConfig:
         dataset_config, split, streaming: of a Hugging Face dataset. Streaming saves the download
             and is slower; without it a cached download is read.
         cache: folder for the download; default Hugging Face's own.
+        pattern: of a folder's files, those to read.
     """
 
     source: str
@@ -68,6 +69,7 @@ class PrepareConfig:
     split: str = "train"
     streaming: bool = False
     cache: str | None = None
+    pattern: str = "*"
 
     def validate(self) -> None:
         """Refuse what cannot be prepared.
@@ -146,6 +148,7 @@ def prepare_shards(config: PrepareConfig) -> Iterator[Path]:
         split=config.split,
         streaming=config.streaming,
         cache=Path(config.cache) if config.cache else None,
+        pattern=config.pattern,
     )
     settings = _settings(config, tokenizer, documents)
     out = Path(config.out)

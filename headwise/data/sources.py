@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from headwise.data.base import Data
+from headwise.data.base import SPLITS, Data
 from headwise.data.config import SYNTHETIC, DataConfig
 from headwise.data.corpus import Corpus
 from headwise.data.synthetic import TASKS
@@ -79,12 +79,14 @@ def _shards(config: DataConfig, seed: int) -> Corpus:
 
     assert config.path is not None  # DataConfig.validate
     tokenizer: dict[str, Any] | None = None
+    bytes_per_token = None
     vocab_size = config.vocab_size
     if config.tokenizer:
-        from headwise.data.tokenizer import load_tokenizer
+        from headwise.data.tokenizer import BYTES, load_tokenizer
 
         loaded = load_tokenizer(config.tokenizer)
         tokenizer = {"name": loaded.name, "checksum": loaded.checksum}
+        bytes_per_token = dict.fromkeys(SPLITS, 1.0) if loaded.name == BYTES else None
         vocab_size = vocab_size or loaded.vocab_size
     shards = open_shards(config.path, config.cache_folder, vocab_size)
     splits = split_rows(shards.sequences)
@@ -101,4 +103,5 @@ def _shards(config: DataConfig, seed: int) -> Corpus:
             "tokenizer": tokenizer,
             "files": shards.files,
         },
+        bytes_per_token=bytes_per_token,
     )

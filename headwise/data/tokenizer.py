@@ -17,6 +17,9 @@ from headwise.data.text import Text, character_start, only_one
 from headwise.errors import HeadwiseError
 from headwise.storage.atomic import replacing, write_json
 
+BYTES = "bytes"
+"""Names the tokenizer that leaves bytes as they are."""
+
 _PIECE = 1 << 16
 """Bytes tokenised at a time. Part of what a tokenised text is: pieces end at a line's end."""
 
@@ -72,12 +75,34 @@ class Tokenizer:
         return (self._fast or self._slow).decode(ids, skip_special_tokens=False)
 
 
+class ByteTokenizer(Tokenizer):
+    """The bytes of UTF-8 as they are: 256 ids, no padding."""
+
+    def __init__(self) -> None:
+        self.name, self.vocab_size, self.pad_id, self.plain = BYTES, 256, None, True
+        self.checksum = hashlib.sha256(BYTES.encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The bytes of each text."""
+        return [list(text.encode()) for text in texts]
+
+    def token(self, index: int) -> str:
+        """The byte as a character, or its number where it is part of one."""
+        return bytes([index]).decode(errors="backslashreplace")
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of these bytes."""
+        return bytes(ids).decode(errors="replace")
+
+
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json` file or a folder, or of that name at Hugging Face.
+    """The tokenizer in a `tokenizer.json` file or a folder, of that name at Hugging Face, or `bytes`.
 
     Raises:
         HeadwiseError: there is none, or it cannot be read.
     """
+    if name == BYTES:
+        return ByteTokenizer()
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():

@@ -36,6 +36,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     started: float
+    gpu: str | None
 
 
 def run_all(
@@ -54,11 +55,14 @@ def run_all(
     context.set_forkserver_preload(["headwise.lab.train"])
     waiting = [run for run in runs if not _settled(run)]
     threads = max(1, (os.cpu_count() or 1) // min(workers, max(1, len(waiting))))
+    gpus = _gpus()
     active: list[_Worker] = []
     try:
         while waiting or active:
             while waiting and len(active) < workers:
-                active.append(_start(context, waiting.pop(0), threads))
+                taken = [worker.gpu for worker in active]
+                gpu = min(gpus, key=taken.count) if gpus else None
+                active.append(_start(context, waiting.pop(0), threads, gpu))
             active = [worker for worker in active if not _ended(worker)]
             show(runs)
             if active:
@@ -94,12 +98,22 @@ def _settled(run: PlannedRun) -> bool:
     return True
 
 
-def _start(context: Any, run: PlannedRun, threads: int) -> _Worker:
+def _start(context: Any, run: PlannedRun, threads: int, gpu: str | None) -> _Worker:
     inside, outside = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, inside, threads))
+    process = context.Process(target=_work, args=(run, inside, threads, gpu))
     process.start()
     inside.close()
-    return _Worker(run, process, outside, time.monotonic())
+    return _Worker(run, process, outside, time.monotonic(), gpu)
+
+
+def _gpus() -> list[str]:
+    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; runs take them in turn."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _ended(worker: _Worker) -> bool:
@@ -117,8 +131,10 @@ def _ended(worker: _Worker) -> bool:
     return True
 
 
-def _work(run: PlannedRun, pipe: Connection, threads: int) -> None:
-    """The body of a worker process."""
+def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> None:
+    """The body of a worker process, which sees one GPU where there are any."""
+    if gpu is not None and run.config.device in ("auto", "cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
     from headwise.lab.train import train
