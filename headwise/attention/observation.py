@@ -26,6 +26,8 @@ class Scores:
         key_mask: `(B, T)`, True where a key is real and not padding.
         q_pre: queries before rotation, `(B, H, T, D)`, q itself where nothing is rotated; None = not known.
         k_pre: keys before rotation, `(B, K, T, D)`.
+        taken: F, how much of key j was masked before query i came, `(B, 1 or H, T, T)`, for kinds whose
+            queries mask keys; `bias` already has -F.
     """
 
     q: Tensor
@@ -38,6 +40,7 @@ class Scores:
     key_mask: Tensor | None = None
     q_pre: Tensor | None = None
     k_pre: Tensor | None = None
+    taken: Tensor | None = None
 
 
 @dataclass(frozen=True)

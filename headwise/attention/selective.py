@@ -82,7 +82,7 @@ class SelectiveAttention(FlashAttention):
         self.mask: Tensor | None = None
         """F of the last forward pass, kept only for an attached observer."""
         self.prune: Callable[[Tensor, Carry], Tensor] | None = None
-        """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for keys that are dropped: a context budget."""
+        """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for dropped keys: a context budget."""
         self.initialise()
 
     def initialise(self) -> None:
@@ -304,9 +304,9 @@ class SelectiveAttention(FlashAttention):
         """The softmax scores, with -F as the bias it is."""
         if self.mask is None:
             return super().observation(q, k, v, q_pre, k_pre, mask=mask, causal=causal)
-        bias = -per_head(self.mask, self.shape.n_heads)
+        taken = per_head(self.mask, self.shape.n_heads)
         self.mask = None
-        return Scores(q, k, self.scale, causal=causal, bias=bias, q_pre=q_pre, k_pre=k_pre)
+        return Scores(q, k, self.scale, causal=causal, bias=-taken, q_pre=q_pre, k_pre=k_pre, taken=taken)
 
 
 def combined(q: Tensor, k: Tensor, weights: Tensor, scale: float, bias: Tensor | None) -> Selector:

@@ -89,6 +89,8 @@ def _measures(config: Any) -> list[tuple[str, str]]:
         notes.append(("", "k_eff is exact: weights sorted in descending order, mass 0.9"))
     if "margin" in config.measures:
         notes.append(("", "margin is there for tropical attention only"))
+    if "memory" in config.measures:
+        notes.append(("", "memory is there for selective attention only"))
     return lines + notes
 
 

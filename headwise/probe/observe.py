@@ -23,6 +23,7 @@ from headwise.attention.base import Attention
 from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
 from headwise.errors import HeadwiseError, one_of
 from headwise.functional.head_stats import head_stats, weights_stats
+from headwise.functional.selective import memory
 from headwise.storage.head_table import KEYS, MEASURES
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ def measure(
 
 def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[str, Tensor]:
     before = seen.q if seen.q_pre is None else seen.q_pre
-    if not wanted - {"query_norm", "margin"}:
-        return {"query_norm": _norm(before)}
+    held = {}
+    if seen.taken is not None and "memory" in wanted:
+        held["memory"] = memory(seen.taken).expand(seen.q.shape[:3])
+    if not wanted - {"query_norm", "margin", "memory"}:
+        return {"query_norm": _norm(before)} | held
     q, k = seen.q, seen.k
     if scores == "pre_rope" and seen.q_pre is not None and seen.k_pre is not None:
         q, k = seen.q_pre, seen.k_pre
@@ -83,7 +87,7 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
     found = stats.columns()
     if before is not q and "query_norm" in wanted:
         found["query_norm"] = _norm(before)
-    return found
+    return found | held
 
 
 def _norm(q: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ NAMES = {
     "logit_mean": "Logit mean", "logit_std": "Logit std", "sink_weight": "Weight on the first token",
     "self_weight": "Weight on itself", "previous_weight": "Weight on the previous token",
     "mean_distance": "Mean distance", "margin": "Tropical margin",
+    "memory": "Memory",
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ MEASURES = {
     "previous_weight": Measure("weight on key i-1", ""),
     "mean_distance": Measure("Σ p_j |i-j|", "tokens"),
     "margin": Measure("tropical margin γ_i", ""),
+    "memory": Measure("Σ_j (1 - min(F[i,j], 1)), what selection leaves of the keys", "keys"),
 }
 
 

@@ -253,6 +253,8 @@ def test_an_observer_sees_the_mask_as_the_bias_it_is(masks: int) -> None:
     weights = logits.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf).softmax(-1)
     _, _, v = layer.heads(x)
     torch.testing.assert_close(layer.out((weights @ v).transpose(1, 2).flatten(2)), y)
+    assert scores.taken is not None
+    assert torch.equal(scores.taken, -scores.bias)
 
 
 def test_selection_parameters_have_their_own_rate_and_do_not_decay() -> None:
