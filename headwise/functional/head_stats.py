@@ -24,8 +24,6 @@ measure but `query_norm` is NaN.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +31,7 @@ import torch
 from torch import Tensor
 
 from headwise.functional import head_stats_plain
+from headwise.functional.dispatch import fits_kernel
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def head_stats(
         scale = q.shape[-1] ** -0.5
     factors = [1.0] if q_scales is None else [float(x) for x in q_scales]
     measure = head_stats_plain.of_scores
-    if _fits_kernel(q, k) and scale > 0 and min(factors) >= 0:
+    if fits_kernel(q, 256) and k.dtype == q.dtype and scale > 0 and min(factors) >= 0:
         from headwise.kernels.head_stats import head_stats as fused
 
         measure = fused
@@ -125,22 +124,6 @@ def weights_stats(weights: Tensor, *, mass: float = 0.9, k_eff: bool = True) -> 
         raise ValueError(f"weights must be (B, H, T, T), got {tuple(weights.shape)}")
     _check_mass(mass)
     return HeadStats(**head_stats_plain.of_weights(weights, mass=mass, k_eff=k_eff))
-
-
-def _fits_kernel(q: Tensor, k: Tensor) -> bool:
-    """Whether the Triton kernel takes these; what it does not take, plain PyTorch measures.
-
-    HEADWISE_KERNELS=0 turns it off.
-    """
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return (
-        q.is_cuda
-        and os.environ.get("HEADWISE_KERNELS") != "0"
-        and q.dtype == k.dtype
-        and q.dtype in dtypes
-        and q.shape[-1] <= 256
-        and importlib.util.find_spec("triton") is not None
-    )
 
 
 def _check_mass(mass: float) -> None:

@@ -13,17 +13,15 @@ by groups of heads, `E` width of a selection query.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headwise.functional.dispatch import fits_kernel
 from headwise.functional.scan import after_the_query, attack_and_protect, running_sum
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-WIDEST_HEAD = 128
 WIDEST_SELECTION = 1 << 14
 
 
@@ -99,16 +97,6 @@ def selection(
         relu_after_cumsum=relu_after_cumsum,
         accumulate="torch" if accumulate == "fused" else accumulate,
         **switches,
-    )
-
-
-def fits_kernel(q: Tensor, width: int = WIDEST_HEAD) -> bool:
-    """Whether kernels can take q: on a GPU with Triton, heads of up to `width`."""
-    return (
-        HAS_TRITON
-        and q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and q.shape[-1] <= width
     )
 
 
@@ -285,7 +273,8 @@ def own_mask_attention(
 
 def fits_own_masks(q: Tensor, select_q: Tensor) -> bool:
     """Whether the kernel of `own_mask_attention` takes these."""
-    return fits_kernel(q) and fits_kernel(select_q) and select_q.shape[1] == q.shape[1]
+    narrow = fits_kernel(q) and fits_kernel(select_q)
+    return narrow and select_q.shape[1] == q.shape[1]
 
 
 def memory(mask: Tensor, tau: float = 1.0) -> Tensor:

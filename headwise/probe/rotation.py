@@ -16,8 +16,6 @@ result is found, up to a factor, among the outputs of the layer's own projection
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from headwise.errors import HeadwiseError
+from headwise.functional.dispatch import fits_kernel
 
 LAYOUTS = ("half", "interleaved", "split")
 """Pairs (d, d + P); pairs (2d, 2d + 1); pairs (2d, 2d + 1) that leave the rotation as (d, d + P)."""
@@ -262,7 +261,7 @@ def _conventions(tables: list[Tables], q: Tensor) -> Iterator[Convention]:
 def _unrotate(x: Tensor, table: Tables, convention: Convention) -> Tensor:
     """x `(B, ·, T, D)` before the rotation; computed in float32, returned in x's dtype."""
     start, width = convention.start, 2 * table.cos.shape[-1]
-    if _fits_kernel(x):
+    if fits_kernel(x, 256):
         from headwise.kernels.rotation import unrotate
 
         halves = convention.layout != "interleaved", convention.layout == "half"
@@ -281,15 +280,6 @@ def _unrotate(x: Tensor, table: Tables, convention: Convention) -> Tensor:
     if width == x.shape[-1]:
         return before
     return torch.cat((x[..., :start], before, x[..., start + width :]), dim=-1)
-
-
-def _fits_kernel(x: Tensor) -> bool:
-    """Whether Triton undoes it in one pass; as for head statistics, only where HEADWISE_KERNELS=1."""
-    return (
-        x.is_cuda
-        and os.environ.get("HEADWISE_KERNELS") == "1"
-        and importlib.util.find_spec("triton") is not None
-    )
 
 
 def _probed(tokens: int) -> slice:
