@@ -140,7 +140,9 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
     for name, config in profiles:
         ways.append((name, job.contexts, partial(_profile, loaded, samples, config, job.batch)))
     ways.append(("eager, output_attentions", job.eager, lambda n, _: _eager(loaded, samples, n, device)))
-    if device.type == "cpu" and _has_transformer_lens():
+    if device.type == "cpu" and not _has_transformer_lens():
+        print("no row of TransformerLens: a version below 4 is not installed")
+    elif device.type == "cpu":
         ways.append(("TransformerLens", job.eager, _transformer_lens(model, samples)))
     for _, contexts, work in ways:
         _timed(work, min(contexts, job.batch))  # warm up

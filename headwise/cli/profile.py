@@ -17,6 +17,9 @@ from headwise.storage.head_table import MEASURES
 if TYPE_CHECKING:
     from headwise.probe.profile import ProfileConfig
 
+PART_TOKENS = 2048
+"""Of a part, unless asked for otherwise: small ones are written while the model goes on."""
+
 
 def main(argv: list[str]) -> int:
     """Profile, or go on with a profile; returns the exit code."""
@@ -49,7 +52,11 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="of the model: auto (as stored), float32, bfloat16, float16")
     add("--table-dtype", default="float32", help="of the measures on disk: float32 or float16")
     add("--batch-size", type=int, default=8, help="contexts per forward pass (%(default)s)")
-    add("--samples-per-part", type=int, default=8, help="contexts per Parquet part (%(default)s)")
+    add(
+        "--samples-per-part",
+        type=int,
+        help=f"contexts per Parquet part (as many as have {PART_TOKENS} tokens)",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
     add("--no-atlas", action="store_true", help="write no atlas.html")
     add_text_options(parser)
@@ -65,11 +72,14 @@ def config_of(args: argparse.Namespace) -> ProfileConfig:
     from headwise.probe.export import NEEDED
     from headwise.probe.profile import ProfileConfig
 
+    part = args.samples_per_part
+    if part is None:
+        part = max(1, PART_TOKENS // max(1, args.context_length))
     config = ProfileConfig(
         n_samples=args.n_samples, context_length=args.context_length, seed=args.seed, scores=args.scores,
         measures=tuple(args.measures), aggregate=args.aggregate, ignore_first=args.ignore_first,
         table_dtype=args.table_dtype, raw_layers=tuple(args.raw_layers),
-        samples_per_part=args.samples_per_part,
+        samples_per_part=part,
     )  # fmt: skip
     config.validate()
     if args.export and (config.aggregate or not set(NEEDED) <= set(config.measures)):

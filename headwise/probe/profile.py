@@ -66,7 +66,7 @@ class ProfileConfig:
     ignore_first: int = IGNORE_FIRST
     table_dtype: str = "float32"
     raw_layers: tuple[int, ...] = ()
-    samples_per_part: int = 8
+    samples_per_part: int = 4
 
     def validate(self) -> None:
         """Refuse what cannot be profiled.
@@ -150,6 +150,7 @@ class Profile:
         share = share or Share()
         if batch_size < 1:
             raise HeadwiseError(f"--batch-size is {batch_size}; it must be at least 1")
+        capture = self._capture(loaded)
         self._claim(loaded, samples, share)
         device = next(loaded.model.parameters()).device
         began, missing = time.monotonic(), self.missing()
@@ -157,7 +158,7 @@ class Profile:
         collector = Collector(
             wanted_measures(self.config.measures), self.config.scores, True, self.config.ignore_first
         )
-        capture, kept = self._capture(loaded), Kept(device)
+        kept = Kept(device)
         with (
             parts.in_background() as submit,
             attached(loaded.model, collector, capture),

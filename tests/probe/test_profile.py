@@ -210,6 +210,7 @@ def test_raw_queries_keys_and_values_of_chosen_layers(loaded, samples, tmp_path)
     torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(HeadwiseError, match="--raw-layers 9 is not there: layers go from 0 to 1"):
         Profile(tmp_path / "other", ProfileConfig(raw_layers=(9,))).run(loaded, samples)
+    assert not (tmp_path / "other" / "profile.json").exists()
 
 
 def test_nan_weights_are_measured_and_said_once(hf_model, samples, tmp_path):
