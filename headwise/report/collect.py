@@ -15,7 +15,7 @@ from typing import Any
 from headwise.analysis.honesty import Flag, RunFacts, check
 from headwise.analysis.statistics import Summary, summarize
 from headwise.lab.runs import Run, Study, Unreadable
-from headwise.report import surgery
+from headwise.report import selection, surgery
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
 from headwise.report.compare import Material, comparisons, most, number, verdicts
 from headwise.report.curves import curves
@@ -42,6 +42,7 @@ def collect(study: Study) -> dict[str, Any]:
         key=lambda flag: ("error", "warning", "note").index(flag.severity),
     )
     plan = study.plan
+    lines = {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))}
     return finite({
         "run_id": study.name,
         "title": plan.get("title") or study.name,
@@ -63,7 +64,8 @@ def collect(study: Study) -> dict[str, Any]:
         "comparisons": comparisons(material, reference),
         **verdicts(material, reference),
         "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
-        "curves": {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))},
+        "curves": lines,
+        "selection": selection.collect(grids, lines),
         "surgery": surgery.collect(study.runs),
         "chance_loss": most(run.get("chance_loss") for run in study.runs),
         "atlas": atlas(grids),

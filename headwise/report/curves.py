@@ -13,6 +13,7 @@ SERIES = {
     "train": ("train", ("smooth_loss", "loss")),
     "val": ("val", ("loss",)),
     "accuracy": ("val", ("accuracy",)),
+    "penalty": ("train", ("penalty",)),
 }
 """Name of a curve -> its split in `metrics.csv` and the columns that may hold it, best first."""
 

@@ -20,7 +20,7 @@ INK, FAINT = "#222222", "#D8D8D8"
 
 def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) -> dict[str, str]:
     """Write all figures into `folder` and return title -> file name."""
-    from headwise.report import surgery
+    from headwise.report import selection, surgery
 
     folder.mkdir(parents=True)
     made: dict[str, str] = {}
@@ -31,6 +31,8 @@ def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) 
             made[title] = name
 
     save(loss_curves(data), "Loss over training", "loss.png")
+    names = [variant["name"] for variant in data["variants"]]
+    save(selection.figure(data["selection"], names), "Memory kept per layer over training", "memory.png")
     save(surgery.figure(data["surgery"]), "Head surgery", "surgery.png")
     save(comparison(data), "Difference to the baseline", "comparison.png")
     save(costs(data), "Throughput and memory", "costs.png")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from headwise.report import surgery, tables
+from headwise.report import selection, surgery, tables
 from headwise.report.markdown import PER_HEAD, budget, sentence
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
 SECTIONS = {
-    "flags": "Flags", "verdict": "Conclusion", "curves": "Loss", "surgery": "Head surgery",
+    "flags": "Flags", "verdict": "Conclusion", "curves": "Loss", "selection": "Memory",
+    "surgery": "Head surgery",
     "comparison": "Comparison", "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs",
     "parts": "Parameters", "heads": "Numbers", "runs": "Runs", "environment": "Environment",
 }  # fmt: skip
@@ -41,12 +42,14 @@ def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
     content: dict[str, Any] = {
         "results": tables.results(data), "compared": tables.comparisons(data), "costs": tables.costs(data),
         "parts": tables.parts(data), "runs": tables.runs(data), "splits": tables.other_splits(data),
+        "memory": selection.table(data["selection"]),
         "operations": surgery.before_and_after(data["surgery"]), "moved": surgery.moved(data["surgery"]),
         "heads": heads, "maps": maps, "facts": _facts(data), "icons": ICONS,
         "colours": {v["name"]: i % 8 for i, v in enumerate(data["variants"])},
     }  # fmt: skip
     empty = {
-        "curves": not data["curves"], "surgery": not data["surgery"], "comparison": not data["comparisons"],
+        "curves": not data["curves"], "selection": not data["selection"], "surgery": not data["surgery"],
+        "comparison": not data["comparisons"],
         "atlas": not data["atlas"]["variants"], "maps": not maps, "costs": not content["costs"].rows,
         "parts": not content["parts"].rows, "heads": not heads,
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headwise.report import surgery, tables
+from headwise.report import selection, surgery, tables
 from headwise.report.tables import Table
 
 BUDGETS = {
@@ -25,6 +25,7 @@ def render(data: dict[str, Any], figures: dict[str, str]) -> str:
     """
     blocks = [f"# {data['title']}", _head(data), *_flags(data), *_question(data), *_conclusion(data)]
     blocks += _figures(figures)
+    blocks += _section("Memory kept by selection", selection.table(data["selection"]))
     if data["surgery"]:
         blocks += _section("Head surgery", surgery.before_and_after(data["surgery"]))
         blocks += [_table(table)] if (table := surgery.moved(data["surgery"])).rows else []

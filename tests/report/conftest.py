@@ -36,6 +36,8 @@ class Variant:
     speed: float = 21_000.0
     vram: float | None = None
     margin: bool = False
+    memory: tuple[float, ...] = ()  # keys that each layer's mask leaves at the end; all of 64.5 before
+    penalty: float | None = None
     heads: bool = True
     maps: bool = True
     states: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class Shape:
     measures: tuple[str, ...] = tuple(MEASURES)
 
 
-SMALL = Shape(60, 10, 5, layers=2, heads=2, prompt=6, measures=("entropy", "margin"))
+SMALL = Shape(60, 10, 5, layers=2, heads=2, prompt=6, measures=("entropy", "margin", "memory"))
 DEMO = {
     "flash": Variant("flash", "flash (SDPA)"),
     "mha": Variant("mha", "mha (matrix products)", 1.615, "eager", speed=14_500.0),
@@ -150,6 +152,7 @@ def metric_rows(variant: Variant, seed: int, last: int, shape: Shape, rng: np.ra
             "step": step, "split": "train", "loss": loss, "smooth_loss": smooth, "tokens": step * batch,
             "flops": step * batch * 2.6e6, "tokens_per_sec": speed, "step_time_ms": 1e3 * batch / speed,
             "grad_norm": 1.1, "lr": 1e-3, "data_wait": 0.004, "vram_mb": variant.vram,
+            "penalty": variant.penalty,
         }  # fmt: skip
         if step % shape.eval_every == 0:
             val = clean + 0.03
@@ -201,6 +204,8 @@ def head_part(
     }  # fmt: skip
     if variant.margin:
         measures = {"margin": 0.02 + 0.3 * focus}
+    if variant.memory:
+        measures["memory"] = 64.5 + progress * (np.array(variant.memory)[layer] - 64.5)
     measures = {name: values for name, values in measures.items() if name in shape.measures}
     columns = {"run": "demo", "step": step, "layer": layer, "head": head} | measures
     head_table.write_part(folder.heads, f"step_{step:08d}", columns)
