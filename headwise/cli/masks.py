@@ -1,0 +1,57 @@
+"""`headwise masks`: for a prompt, which token was masked by whom and when."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from headwise.errors import HeadwiseError
+
+
+def main(argv: list[str]) -> int:
+    """Write the page, figures and numbers, and say the answers; returns the exit code."""
+    args = _parser().parse_args(argv)
+    source = "--prompt" if args.file is None else args.file
+    text = args.prompt if args.file is None else _read(args.file)
+
+    from headwise.lab.masks import look
+    from headwise.report.masks import statements, write
+
+    found = look(
+        args.run, text, layers=args.layers, max_tokens=args.max_tokens, device=args.device, source=source
+    )
+    for line in [*found.data["notes"], *(line for _, lines in statements(found.data) for line in lines)]:
+        print(line)
+    out = Path(args.out) if args.out else Path(args.run) / "masks"
+    for path in write(found, out).values():
+        print(path)
+    return 0
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"{error.reason} at byte {error.start}"
+        raise HeadwiseError(f"--file {file} is no UTF-8 text: {what}") from error
+    except OSError as error:
+        raise HeadwiseError(f"--file {file} cannot be read: {error.strerror}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headwise masks",
+        description="Run a prompt through a selective run and write an interactive page, figures and JSON: "
+        "what every token has left over time, and which queries took it.",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", metavar="TEXT", help="text to look at; token ids where data is no text")
+    text.add_argument("--file", metavar="FILE", help="a file of text or code to look at")
+    add("--layers", nargs="+", type=int, metavar="N", help="layers to look at, from 0 (default: all)")
+    add("--max-tokens", type=int, default=256, metavar="N",
+        help="of the text, at most the training length (%(default)s)")  # fmt: skip
+    add("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
+    add("--out", metavar="DIR", help="folder for the page (default: RUN/masks)")
+    return parser

@@ -1,0 +1,103 @@
+"""Which query took how much from which key: the attacks and the mask of every selecting layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.attention.base import Carry
+from headwise.attention.observation import Observation
+from headwise.attention.selective import SelectiveAttention, Selector
+from headwise.attention.selective_config import SelectiveConfig
+from headwise.functional.selective import Protection, mask_of_head
+from headwise.model.budget import selects
+from headwise.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the queries of one layer did to its keys. Arrays are `(M, T, T)` float32, 0 above the diagonal.
+
+    Attributes:
+        layer: its index.
+        attack: S[i,j], what query i takes from key j for later queries, before any protection.
+        taken: F[i,j], what was masked of key j before query i came.
+        unprotected: F of the same attacks without protection; None where the layer has none.
+        heads: for each mask the heads that are under it.
+    """
+
+    layer: int
+    attack: np.ndarray
+    taken: np.ndarray
+    unprotected: np.ndarray | None
+    heads: list[list[int]]
+
+
+@torch.no_grad()
+def selections(model: Decoder, tokens: Tensor) -> list[Selection]:
+    """Attacks and masks of every layer that selects, for one sequence.
+
+    Args:
+        tokens: `(1, T)` int64; a layer's arrays hold M·T² numbers each.
+    """
+    found: list[Selection] = []
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.attentions()):
+            if isinstance(layer, SelectiveAttention) and selects(layer):
+                stack.enter_context(_kept(layer, index, found))
+        model.hidden(tokens)
+    return found
+
+
+def attacks(logits: Tensor, config: SelectiveConfig) -> Tensor:
+    """S of selection logits `(B, M, T, T)`: below 0 only where `relu_leak` lets it be."""
+    attack = torch.where(logits > 0, logits, config.relu_leak * logits)
+    attack = attack.tril(-1 if config.protect_self else 0)
+    if config.protect_bos:
+        attack[..., 0] = 0.0
+    return attack
+
+
+@contextmanager
+def _kept(layer: SelectiveAttention, index: int, found: list[Selection]) -> Iterator[None]:
+    make = type(layer).mask_of
+
+    def mask_of(selector: Selector, protection: Protection | None, carry: Carry) -> Tensor:
+        handed = Carry(carry.logits)
+        taken = make(layer, selector, protection, carry)
+        # with residual logits, what a layer hands on is what it selected by
+        residual = layer.config.residual_logits
+        logits = carry.logits if residual else selector.logits(layer.config.accumulate == "float64")
+        assert logits is not None
+        bare = None if protection is None else make(layer, selector, None, handed)
+        of_heads = mask_of_head(layer.shape.n_heads, taken.shape[1])
+        heads = [[h for h, mask in enumerate(of_heads) if mask == m] for m in range(taken.shape[1])]
+        found.append(
+            Selection(
+                index, _array(attacks(logits, layer.config)), _array(taken),
+                None if bare is None else _array(bare), heads,
+            )
+        )  # fmt: skip
+        return taken
+
+    previous = layer.observer
+    layer.observer = previous or _keep_whole
+    layer.mask_of = mask_of  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        layer.observer = previous
+        vars(layer).pop("mask_of", None)
+
+
+def _keep_whole(seen: Observation) -> None:
+    """An observed layer makes its mask whole, however many heads have one of their own."""
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x[0].tril().float().cpu().numpy()
