@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from headwise.lab.masks import Masks
     from headwise.probe.selection import Selection
 
-MAX_BYTES = 24_000_000
+MAX_BYTES = 12_000_000
 """Of packed masks in one page; layers beyond it are left out, the last first."""
+MANY = 6
+"""Layers beyond which a sentence names two of them rather than all."""
 GRADED = 0.2
 """F is called two-valued where at most this share of tokens ends between the bounds."""
 
@@ -96,11 +98,11 @@ def _local(data: dict[str, Any]) -> list[str]:
     kind = "effect" if effect else "attack"
     told = [_by_layer({one["layer"]: found["median"] <= near for one, found in _having(data, kind)})]
     if effect:
-        medians = [f"layer {one['layer']}: {found['median']}" for one, found in _having(data, kind)]
+        medians = _each({one["layer"]: found["median"] for one, found in _having(data, kind)}, "d")
         told.append(
             f"Half of all the strength that tokens lost was taken by queries at most "
             f"{_tokens(effect['median'])} later, {effect['near']:.0%} of it within {near} "
-            f"({'; '.join(medians)})."
+            f"({medians})."
         )
     told.append(
         f"{'By attack alone, half' if effect else 'Half'} of the attack is spent on keys at most "
@@ -120,13 +122,30 @@ def _by_layer(holds: dict[int, bool], yes: str = "Yes", no: str = "No") -> str:
     """The answer where all layers agree; otherwise which of them say what."""
     if len(set(holds.values())) == 1:
         return f"{yes if all(holds.values()) else no}{', in every layer' if len(holds) > 1 else ''}."
-    those = [str(layer) for layer, held in holds.items() if held]
-    others = [str(layer) for layer, held in holds.items() if not held]
+    those = [layer for layer, held in holds.items() if held]
+    others = [layer for layer, held in holds.items() if not held]
     return f"{yes} in {_layers(those)}, {no.lower()} in {_layers(others)}."
 
 
-def _layers(numbers: list[str]) -> str:
-    return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(numbers)}"
+def _layers(numbers: list[int]) -> str:
+    """`layer 3`, or `layers 0, 2 to 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    told = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(told)}"
+
+
+def _each(values: dict[int, float], style: str) -> str:
+    """The value of each layer; of many layers the least and the largest."""
+    if len(values) > MANY:
+        ends = (min(values, key=lambda n: values[n]), max(values, key=lambda n: values[n]))
+        values = {layer: values[layer] for layer in ends}
+        return " to ".join(f"{format(value, style)} in layer {layer}" for layer, value in values.items())
+    return "; ".join(f"layer {layer}: {format(value, style)}" for layer, value in values.items())
 
 
 def _masked(data: dict[str, Any]) -> list[str]:
@@ -148,7 +167,7 @@ def _graded(data: dict[str, Any]) -> list[str]:
     if every["graded"] is None:
         return []
     holds = {one["layer"]: one["all"]["graded"] <= GRADED for one in data["layers"]}
-    shares = "; ".join(f"layer {one['layer']}: {one['all']['graded']:.0%}" for one in data["layers"])
+    shares = _each({one["layer"]: one["all"]["graded"] for one in data["layers"]}, ".0%")
     return [
         _by_layer(holds, "Mostly two-valued", "Graded"),
         f"{every['graded']:.0%} of tokens end with F between {low} and {high} ({shares}). Over all pairs of "
@@ -159,17 +178,27 @@ def _graded(data: dict[str, Any]) -> list[str]:
 
 
 def _differ(data: dict[str, Any]) -> list[str]:
-    told = []
-    for one in data["layers"]:
-        pairs = one["differences"]
-        if not pairs:
-            continue
-        apart = [pair["difference"] for pair in pairs]
-        alike = [pair["correlation"] for pair in pairs if pair["correlation"] is not None]
-        several = f", {len(pairs)} pairs of masks" if len(pairs) > 1 else ""
-        text = f"Layer {one['layer']}{several}: min(F, 1) differs by {_range(apart)} on average"
-        told.append(f"{text}, correlation {_range(alike)}." if alike else f"{text}.")
-    return told or ["Every layer has one mask."]
+    several = {one["layer"]: apart for one in data["layers"] if (apart := _apart(one))}
+    if not several:
+        return ["Every layer has one mask."]
+    differing = {layer: difference for layer, (difference, _) in several.items()}
+    alike = {layer: r for layer, (_, r) in several.items() if r is not None}
+    told = [
+        f"Two masks of a layer differ in min(F, 1) by {np.mean([*differing.values()]):.2f} on average "
+        f"({_each(differing, '.2f')})."
+    ]
+    if alike:
+        told.append(f"Their correlation is {np.mean([*alike.values()]):.2f} ({_each(alike, '.2f')}).")
+    return told
+
+
+def _apart(layer: dict[str, Any]) -> tuple[float, float | None] | None:
+    """Mean difference and correlation over pairs of a layer's masks; None where it has one mask."""
+    pairs = layer["differences"]
+    known = [pair["correlation"] for pair in pairs if pair["correlation"] is not None]
+    if not pairs:
+        return None
+    return float(np.mean([p["difference"] for p in pairs])), float(np.mean(known)) if known else None
 
 
 def _protection(data: dict[str, Any]) -> list[str]:
@@ -199,18 +228,23 @@ def table(data: dict[str, Any]) -> Table:
     for one in data["layers"]:
         entries = [(f"{m}", mask) for m, mask in enumerate(one["masks"])]
         for name, entry in entries if len(entries) == 1 else [("all", one["all"]), *entries]:
-            rows.append([str(one["layer"]), name, *_cells(entry), "yes" if data["protected"] else "none"])
+            apart = _apart(one) if name == "all" else None
+            differ = [plain(value, ".2f") for value in apart or (None, None)]
+            rows.append(
+                [str(one["layer"]), name, *_cells(entry), *differ, "yes" if data["protected"] else "none"]
+            )
             if "unprotected" in entry:
-                rows.append([str(one["layer"]), name, *_cells(entry["unprotected"]), "left out"])
+                rows.append([str(one["layer"]), name, *_cells(entry["unprotected"]), "", "", "left out"])
     near = data["near"]
     headers = ["layer", "mask", "median distance, strength lost", f"within {near}", "median distance, attack",
                f"within {near} (attack)", "masked", f"masked, {data['later']}+ later", "graded",
-               "graded, all pairs", "median F", "memory kept", "protection"]  # fmt: skip
+               "graded, all pairs", "median F", "memory kept", "masks differ", "correlation",
+               "protection"]  # fmt: skip
     low, high = data["bounds"]
     note = (
         f"Masked: F of 1 or more at the last query, of the {data['all']['tokens']} tokens that can be. "
         f"Graded: F between {low} and {high}. Memory: Σ_j (1 - min(F, 1)) as a share of the visible keys, "
-        "mean over queries."
+        "mean over queries. Masks differ: mean |difference| of min(F, 1) between two masks of the layer."
     )
     return Table(headers, rows, note)
 
@@ -239,8 +273,9 @@ def html(data: dict[str, Any], packed: dict[str, Any]) -> str:
     if left_out:
         named = ", ".join(map(str, left_out))
         notes.append(f"The tokens of layers {named} are left out of this page for its size; see --layers.")
+    shown = [{key: value for key, value in one.items() if key != "masks"} for one in data["layers"]]
     return environment.get_template("masks.html.j2").render(
-        data=data | {"variants": []}, packed=packed, notes=notes, facts=_facts(data),
+        data=data | {"variants": [], "layers": shown}, packed=packed, notes=notes, facts=_facts(data),
         answers=statements(data), numbers=table(data), plotly=get_plotlyjs(),
     )  # fmt: skip
 
@@ -258,8 +293,3 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _tokens(count: int) -> str:
     return f"{count} token" if count == 1 else f"{count} tokens"
-
-
-def _range(values: list[float]) -> str:
-    mean = float(np.mean(values))
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({min(values):.2f} to {max(values):.2f})"

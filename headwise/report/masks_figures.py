@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 WIDTH = 64
 """Tokens in a line of the prompt, where it has no earlier end."""
 PANELS = 8
-"""Masks that the prompt is drawn under; the page has all of them."""
+"""Masks that the prompt is drawn under, and maps of a layer; the page has all of them."""
+SIDE = 12.0
+"""Inches that maps take at most, either way."""
 
 
 def draw(data: dict[str, Any], layers: list[Selection]) -> dict[str, Figure]:
@@ -57,22 +59,23 @@ def tokens(data: dict[str, Any], layers: list[Selection]) -> Figure:
 
 
 def maps(data: dict[str, Any], layers: list[Selection]) -> Figure:
-    """min(F, 1), rows queries and columns keys: a row a layer, a column a mask."""
+    """min(F, 1), rows queries and columns keys: a row a layer, a column a mask, as far as there is room."""
     tiles, labels = {}, {}
     for row, one in enumerate(layers):
-        for mask in range(len(one.taken)):
-            for side, (label, f) in enumerate(_versions(one)):
-                at = (row, mask * len(_versions(one)) + side)
+        versions = _versions(one)
+        for mask in range(min(len(one.taken), PANELS // len(versions))):
+            for side, (label, f) in enumerate(versions):
+                at = (row, mask * len(versions) + side)
                 tiles[at] = np.where(np.tri(len(f[mask]), dtype=bool), np.clip(f[mask], 0, 1), np.nan)
-                labels[at] = f"layer {one.layer}, mask {mask}{label}"
+                labels[at] = f"{one.layer}.{mask}{label}"
     size = len(data["tokens"])
     mosaic, corners = _mosaic(tiles, gap=max(3, size // 8))
-    figure, axis = _picture(mosaic, corners, labels, "magma", 2.6 / size)
+    figure, axis = _picture(mosaic, corners, labels, "magma", min(2.6 / size, SIDE / max(mosaic.shape)))
     axis.images[0].set_clim(0, 1)
     bar = figure.colorbar(axis.images[0], ax=axis, fraction=0.03, pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("min(F, 1): bright is masked", fontsize=8)
-    axis.set_xlabel("rows are queries, columns are keys", fontsize=8)
+    axis.set_xlabel("layer.mask; rows are queries, columns are keys", fontsize=8)
     return figure
 
 
@@ -88,7 +91,8 @@ def answers(data: dict[str, Any]) -> Figure:
     ):
         for one, shade in zip(data["layers"], shades, strict=True):
             if one["all"][kind]:
-                _cumulative(axis, one["all"][kind]["shares"], color=shade, label=f"layer {one['layer']}")
+                label = f"layer {one['layer']}" if kind == "effect" else None
+                _cumulative(axis, one["all"][kind]["shares"], color=shade, label=label)
         if kind == "attack":
             _cumulative(axis, data["alike"]["shares"], color=INK, ls="--", lw=1, label="all keys alike")
         axis.axvline(data["near"], color=FAINT, linewidth=1)
@@ -118,7 +122,7 @@ def bin_labels() -> list[str]:
 def _versions(one: Selection) -> list[tuple[str, np.ndarray]]:
     if one.unprotected is None:
         return [("", one.taken)]
-    return [(", with protection", one.taken), (", without", one.unprotected)]
+    return [(", protected", one.taken), (", without", one.unprotected)]
 
 
 def _cumulative(axis: Axes, shares: list[float], **style: Any) -> None:

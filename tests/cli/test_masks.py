@@ -55,7 +55,7 @@ def test_the_page_has_every_number_and_the_arrays(folder: Path, capsys: pytest.C
     assert not data["protected"]
     page = (out / "masks.html").read_text()
     assert 'http-equiv="Content-Security-Policy"' in page
-    assert not re.search(r'<(script|link|img)\b[^>]*\b(src|href)=', page)
+    assert not re.search(r"<(script|link|img)\b[^>]*\b(src|href)=", page)
     stored = re.search(r'id="report-masks" type="application/json">(.*?)</script>', page)
     assert stored
     arrays = np.load(out / "masks.npz", allow_pickle=False)
@@ -76,7 +76,9 @@ def test_masks_and_protection_are_compared(folder: Path) -> None:
     assert 0 < every["absorbed"] < 1
     assert every["memory"] > every["unprotected"]["memory"]
     said = dict(statements(found.data))
-    assert said["How much do the masks of a layer differ?"][0].startswith("Layer 1: min(F, 1) differs by ")
+    (pair,) = layer["differences"]
+    differ = said["How much do the masks of a layer differ?"][0]
+    assert f"differ in min(F, 1) by {pair['difference']:.2f} on average" in differ
     assert f"takes up {every['absorbed']:.1%} of the attack" in said["What does protection change?"][0]
 
 
@@ -87,6 +89,11 @@ def test_layers_that_disagree_are_named(folder: Path) -> None:
     assert dict(statements(data))["Is masking mostly local?"][0] == "Yes in layer 0, no in layer 1."
     second["effect"]["median"] = 8
     assert dict(statements(data))["Is masking mostly local?"][0] == "Yes, in every layer."
+    many = [data["layers"][0] | {"layer": n, "all": first | {"effect": {"median": 2 + 9 * (n == 5)}}}
+            for n in range(9)]  # fmt: skip
+    told = dict(statements(data | {"layers": many}))["Is masking mostly local?"]
+    assert told[0] == "Yes in layers 0 to 4, 6 to 8, no in layer 5."
+    assert "(2 in layer 0 to 11 in layer 5)" in told[1]
     data["all"]["effect"] = None
     assert "no token loses anything" in dict(statements(data))["Is masking mostly local?"][0]
 

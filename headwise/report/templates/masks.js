@@ -127,7 +127,7 @@
 
   function masks() {
     const one = report.layers.find((layer) => String(layer.layer) === chosen.layer);
-    chosen.mask = Math.min(chosen.mask, one.masks.length - 1);
+    chosen.mask = Math.min(chosen.mask, one.heads.length - 1);
     byId("mask").replaceChildren(...one.heads.map((heads, mask) => new Option(`${mask} (${heads.length === 1 ? "head" : "heads"} ${heads.join(", ")})`, mask)));
     byId("mask").value = chosen.mask;
   }
@@ -173,7 +173,7 @@
       if (kind === "attack") traces.push(line(report.alike.shares, "all keys alike", { color: css("--ink"), width: 1, dash: "dash" }));
       const shapes = [{ type: "line", x0: report.near, x1: report.near, yref: "paper", y0: 0, y1: 1, line: { color: css("--muted"), width: 1, dash: "dot" } }];
       const ticks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048].filter((at) => at < report.tokens.length);
-      plot(target, traces, { height: 330, showlegend: traces.length <= 13, legend: { orientation: "h", y: -0.25, x: 0 }, hovermode: "x unified", shapes, x: { title: "distance from query to key (tokens)", type: "log", tickvals: ticks, hoverformat: ",d" }, y: { range: [0, 1.03], tickformat: ".0%" } });
+      plot(target, traces, { height: 330, showlegend: traces.length <= 7 || kind === "effect", legend: { orientation: "h", y: -0.25, x: 0 }, hovermode: "x unified", shapes, x: { title: "distance from query to key (tokens)", type: "log", tickvals: ticks, hoverformat: ",d" }, y: { range: [0, 1.03], tickformat: ".0%" } });
     });
   }
   const edges = report.edges;
@@ -181,5 +181,5 @@
   const target = box("answer-plots", "Share of tokens by F at the end");
   show(() => plot(target, report.layers.filter((one) => one.all.histogram).map((one) => ({
     type: "bar", x: names, y: one.all.histogram, name: `layer ${one.layer}`, marker: { color: tone(report.layers.indexOf(one)) }, hovertemplate: "%{y:.1%}",
-  })), { height: 330, showlegend: report.layers.length <= 12, legend: { orientation: "h", y: 1.1, x: 0 }, hovermode: "x unified", barmode: "group", x: { type: "category" }, y: { tickformat: ".0%" } }));
+  })), { height: 330, showlegend: report.layers.length <= 6, legend: { orientation: "h", y: 1.1, x: 0 }, hovermode: "x unified", barmode: "group", x: { type: "category" }, y: { tickformat: ".0%" } }));
 })();
