@@ -146,6 +146,17 @@ def selection_logits(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None 
     return logits.tril()
 
 
+def attacks(
+    logits: Tensor, *, protect_bos: bool = True, protect_self: bool = True, relu_leak: float = 0.0
+) -> Tensor:
+    """S: what each query takes from each key; arguments and shapes as in `selection_mask`."""
+    attack = torch.where(logits > 0, logits, relu_leak * logits) if relu_leak else logits.relu()
+    attack = attack.tril(-1 if protect_self else 0)
+    if protect_bos:
+        attack = torch.cat((torch.zeros_like(attack[..., :1]), attack[..., 1:]), dim=-1)
+    return attack
+
+
 def selection_mask(
     logits: Tensor,
     protection: Tensor | None = None,
@@ -170,10 +181,7 @@ def selection_mask(
     Returns:
         `(B, M, T, T)`, 0 in row 0, on the diagonal and above.
     """
-    attack = torch.where(logits > 0, logits, relu_leak * logits) if relu_leak else logits.relu()
-    attack = attack.tril(-1 if protect_self else 0)
-    if protect_bos:
-        attack = torch.cat((torch.zeros_like(attack[..., :1]), attack[..., 1:]), dim=-1)
+    attack = attacks(logits, protect_bos=protect_bos, protect_self=protect_self, relu_leak=relu_leak)
     if protection is None:
         damage = running_sum(attack, accumulate)
     else:

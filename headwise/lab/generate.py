@@ -65,7 +65,7 @@ def continue_text(
     _check(prompt, n_tokens, budget, temperature, top_k)
     world = World(0, 1, find_device(device))
     model, config = load_model(run, world.device)
-    encode, decode = _codec(config)
+    encode, decode = codec(config)
     ids = encode(prompt)
     if wrong := [i for i in ids if not 0 <= i < model.head.out_features]:
         raise HeadwiseError(
@@ -108,7 +108,7 @@ def _check(prompt: str, n_tokens: int, budget: float, temperature: float, top_k:
         raise HeadwiseError(f"--top-k is {top_k}; it must be at least 1")
 
 
-def _codec(config: Config) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+def codec(config: Config) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
     """Text to token ids and back: a tokenizer, bytes, or the ids themselves where data is no text."""
     if config.data.tokenizer:
         from headwise.data.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ from headwise.attention.selective import SelectiveAttention
 from headwise.config import Config
 from headwise.data.config import TEXT
 from headwise.errors import HeadwiseError
-from headwise.lab.generate import _codec
+from headwise.lab.generate import codec
 from headwise.lab.weights import find_checkpoint, load_model
 from headwise.model.budget import selects
 from headwise.model.decoder import Decoder
@@ -200,7 +200,7 @@ def _tokens(
     run: str | Path, text: str, config: Config, max_tokens: int, source: str
 ) -> tuple[list[int], list[str], list[str]]:
     """Ids and labels of the text that is looked at, and a note where that is not all of it."""
-    encode, _ = _codec(config)
+    encode, _ = codec(config)
     ids = encode(text)
     vocabulary = config.model.vocab_size
     if vocabulary is not None and (wrong := [i for i in ids if not 0 <= i < vocabulary]):

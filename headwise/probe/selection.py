@@ -14,7 +14,7 @@ from headwise.attention.base import Carry
 from headwise.attention.observation import Observation
 from headwise.attention.selective import SelectiveAttention, Selector
 from headwise.attention.selective_config import SelectiveConfig
-from headwise.functional.selective import Protection, mask_of_head
+from headwise.functional.selective import Protection, attacks, mask_of_head
 from headwise.model.budget import selects
 from headwise.model.decoder import Decoder
 
@@ -54,13 +54,9 @@ def selections(model: Decoder, tokens: Tensor) -> list[Selection]:
     return found
 
 
-def attacks(logits: Tensor, config: SelectiveConfig) -> Tensor:
-    """S of selection logits `(B, M, T, T)`: below 0 only where `relu_leak` lets it be."""
-    attack = torch.where(logits > 0, logits, config.relu_leak * logits)
-    attack = attack.tril(-1 if config.protect_self else 0)
-    if config.protect_bos:
-        attack[..., 0] = 0.0
-    return attack
+def _attacks(logits: Tensor, config: SelectiveConfig) -> Tensor:
+    bos, own = config.protect_bos, config.protect_self
+    return attacks(logits, protect_bos=bos, protect_self=own, relu_leak=config.relu_leak)
 
 
 @contextmanager
@@ -79,7 +75,7 @@ def _kept(layer: SelectiveAttention, index: int, found: list[Selection]) -> Iter
         heads = [[h for h, mask in enumerate(of_heads) if mask == m] for m in range(taken.shape[1])]
         found.append(
             Selection(
-                index, _array(attacks(logits, layer.config)), _array(taken),
+                index, _array(_attacks(logits, layer.config)), _array(taken),
                 None if bare is None else _array(bare), heads,
             )
         )  # fmt: skip
