@@ -171,6 +171,15 @@ class Attention(nn.Module):
         if not torch.compiler.is_compiling():
             self.engine = name
 
+    def fallback(self, batch: int, tokens: int) -> str | None:
+        """Why the last pass was not on the kind's fastest engine, and what that costs; None where it was.
+
+        Args:
+            batch: B of that pass.
+            tokens: T.
+        """
+        return None
+
     @classmethod
     def flops_per_token(cls, shape: AttentionShape, seq_len: int) -> int:
         """Forward FLOPs of the core for one token; scores and values over all `seq_len` keys."""

@@ -21,6 +21,7 @@ from headwise.attention.base import AttentionShape, Carry, Rope, register
 from headwise.attention.flash import FlashAttention
 from headwise.attention.observation import Observation, Scores
 from headwise.attention.selective_config import SelectiveConfig
+from headwise.attention.selective_engines import fallback
 from headwise.functional.selective import (
     Protection,
     fits_kernel,
@@ -63,9 +64,18 @@ class SelectiveAttention(FlashAttention):
 
     def __init__(self, shape: AttentionShape, options: SelectiveConfig | None = None) -> None:
         super().__init__(shape, options)
-        self.config = config = options or SelectiveConfig()
-        heads, masks = shape.n_heads, config.masks(shape.n_heads)
-        extra = config.extra_heads()
+        self.config = options or SelectiveConfig()
+        with torch.random.fork_rng(devices=[]):  # what the kind adds shifts no other draw of a model
+            self._add_parameters()
+        self.mask: Tensor | None = None
+        """F of the last forward pass, kept only for an attached observer."""
+        self.prune: Callable[[Tensor, Carry], Tensor] | None = None
+        """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for dropped keys: a context budget."""
+        self.initialise()
+
+    def _add_parameters(self) -> None:
+        shape, config = self.shape, self.config
+        heads, masks, extra = shape.n_heads, config.masks(shape.n_heads), config.extra_heads()
         self.select = nn.Linear(shape.d_model, 2 * extra * shape.head_dim, bias=shape.bias) if extra else None
         self.combination = self.combination_bias = self.protection_combination = self.residual = None
         if config.source == "linear_combo":
@@ -79,11 +89,6 @@ class SelectiveAttention(FlashAttention):
             self.protection_combination = nn.Parameter(torch.empty(1, heads))
         if config.residual_logits and shape.layer > 0:
             self.residual = nn.Parameter(torch.empty(masks, masks))
-        self.mask: Tensor | None = None
-        """F of the last forward pass, kept only for an attached observer."""
-        self.prune: Callable[[Tensor, Carry], Tensor] | None = None
-        """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for dropped keys: a context budget."""
-        self.initialise()
 
     def initialise(self) -> None:
         """Draw the selection parameters as their switches say."""
@@ -124,7 +129,7 @@ class SelectiveAttention(FlashAttention):
         selector = self.selector(x, q, k, rope)
         protection = self.protection(selector, q, k)
         whole = self.prune is not None or self.observer is not None
-        if not whole and self.streams(selector, protection, q):
+        if not whole and self.streams(selector, q):
             self.record_engine("selective-fused")
             return self.streamed(selector, q, k, v)
         step = self.shape.n_heads if whole else self.masks_at_once(selector)
@@ -163,10 +168,9 @@ class SelectiveAttention(FlashAttention):
         self.record_engine(f"selective-{engine}")
         return selective_attention(q, k, v, taken, scale=self.scale), penalty
 
-    def streams(self, selector: Selector, protection: Protection | None, q: Tensor) -> bool:
+    def streams(self, selector: Selector, q: Tensor) -> bool:
         """Whether masks, one a head, are made within the attention's kernel and never kept."""
-        plain = protection is None and not self.config.memory_penalty.epsilon
-        return plain and self.fused(q) and fits_own_masks(q, selector.q)
+        return self.config.streams(self.shape.n_heads) and fits_own_masks(q, selector.q)
 
     def streamed(self, selector: Selector, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention under masks of which nothing is kept."""
@@ -180,6 +184,14 @@ class SelectiveAttention(FlashAttention):
     def fused(self, q: Tensor) -> bool:
         """Whether kernels compute the mask as well as the attention under it."""
         return self.config.plain_because() is None and fits_kernel(q)
+
+    def fallback(self, batch: int, tokens: int) -> str | None:
+        """Why the last pass was not on the fused engine."""
+        shape = self.shape
+        return fallback(
+            self.config, self.engine, cuda=self.out.weight.is_cuda, n_heads=shape.n_heads,
+            head_dim=shape.head_dim, batch=batch, tokens=tokens,
+        )  # fmt: skip
 
     def masks_at_once(self, selector: Selector) -> int:
         """Heads whose masks may be in memory together: all of them, unless each has its own."""

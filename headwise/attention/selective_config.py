@@ -127,6 +127,11 @@ class SelectiveConfig:
             return "protection.kind=leaky_relu with latent_bias"
         return None
 
+    def streams(self, n_heads: int) -> bool:
+        """Whether masks, one a head, can be made within the attention's kernel and never kept."""
+        alone = self.protection.kind == "none" and not self.memory_penalty.epsilon
+        return self.enabled and alone and self.masks(n_heads) == n_heads and self.plain_because() is None
+
     def validate(self, *, n_heads: int, head_dim: int) -> None:
         """Refuse combinations that have no meaning.
 

@@ -14,8 +14,16 @@ from headwise.storage.head_table import MEASURES
 
 def main(argv: list[str]) -> int:
     """Print what `headwise profile` with the same options would do."""
+    if "--engines" in argv:
+        from headwise.attention.selective_engines import engine_table
+
+        print(engine_table(), end="")
+        return 0
     parser = make_parser("headwise show-config")
     parser.description = "Print every decision and formula of a profile before it runs; takes its options."
+    parser.add_argument(
+        "--engines", action="store_true", help="instead, for every switch of kind selective: what runs fused"
+    )
     for action in parser._actions:
         action.required = action.required and action.dest != "out"
     args = parser.parse_args(argv)

@@ -91,7 +91,8 @@ class Decoder(nn.Module):
     def initialise(self) -> None:
         """Draw the weights as GPT-2: normal(0, init_std), less by √(2·n_layers) where a branch ends."""
         std = self.config.init_std
-        for name, parameter in self.named_parameters():
+        # last what a kind of attention adds: one seed gives the same projections whatever the kind
+        for name, parameter in sorted(self.named_parameters(), key=lambda item: _is_added(item[0])):
             if parameter.dim() < 2:
                 continue
             ends_branch = name.endswith(("attention.out.weight", "mlp.down.weight"))
@@ -157,6 +158,11 @@ class Decoder(nn.Module):
     def attentions(self) -> list[Attention]:
         """The attention of each layer, in order."""
         return [cast(Block, block).attention for block in self.blocks]
+
+
+def _is_added(name: str) -> bool:
+    part = name.partition(".attention.")[2].partition(".")[0]
+    return part not in ("", "qkv", "out")
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
