@@ -22,6 +22,7 @@ from headwise.data.base import Data
 from headwise.errors import HeadwiseError
 from headwise.lab import new_head
 from headwise.lab.heads import HeadRecorder
+from headwise.lab.sums import SumRecorder
 from headwise.lab.weights import initialise_from
 from headwise.model.count import forward_flops_by_part, parameters_by_part
 from headwise.model.decoder import Decoder
@@ -85,6 +86,7 @@ def train(
             optimizer = trainer.optimizer if config.training.keep_optimizer else None
             stayed = initialise_from(config.init_from, model, optimizer)
         _claim(trainer, saved, resume=resume, about=about)
+        _say_fallback(trainer)
         if config.init_from and saved is None and world.leads:
             folder.say(f"first weights from {config.init_from}{_own_init(stayed)}")
             new_head.carry(Path(config.init_from), folder.path)
@@ -133,6 +135,8 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
         trainer.resume(saved)
     recorder = HeadRecorder(config, trainer.model, trainer.data, world, folder)
     trainer.on_evaluation = [recorder]
+    if config.measure.sums and world.leads:
+        trainer.on_evaluation.append(SumRecorder(trainer.model, recorder.tokens, trainer.autocast, folder))
     try:
         if world.leads:
             trainer.trackers = open_trackers(config.training.trackers, folder.path, to_dict(config))
@@ -285,6 +289,16 @@ def _engine(trainer: Trainer) -> str:
     with trainer.autocast:
         trainer.model(tokens.to(trainer.world.device))
     return trainer.model.attentions()[0].engine or "unknown"
+
+
+def _say_fallback(trainer: Trainer) -> None:
+    """Say it when the attention is slower than its kind can be."""
+    data = trainer.config.data
+    batch = max(1, data.batch_size // trainer.world.size)
+    line = trainer.model.attentions()[0].fallback(batch, data.seq_len)
+    if line and trainer.world.leads:
+        trainer.folder.say(line)
+        trainer.progress.say(line)
 
 
 def _check_engine(config: Config, engine: str) -> None:

@@ -126,6 +126,7 @@ class MeasureConfig:
         maps: attention maps of this many fixed prompts, as figures; 0 keeps none.
         map_tokens: tokens of each prompt.
         prompts: texts for the maps; the first validation sequences where empty.
+        sums: with kind selective, log how far running sums and their gradients are off float64.
     """
 
     heads: bool = True
@@ -136,6 +137,7 @@ class MeasureConfig:
     maps: int = 1
     map_tokens: int = 48
     prompts: list[str] = field(default_factory=list)
+    sums: bool = False
 
     def validate(self) -> None:
         """Refuse what cannot be measured.
