@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from headwise.attention import attention_kind
-from headwise.config import Config, flatten, from_dict, load, to_dict
+from headwise.config import KEYS, Config, flatten, from_dict, load, to_dict
 from headwise.errors import HeadwiseError, did_you_mean, one_of
 from headwise.lab.train import SAME_RUN, refuse_device
 from headwise.model.count import parameters_by_part
@@ -151,10 +151,79 @@ def read_study(path: str | Path) -> Study:
     variants = values.pop("variants", None) or {}
     study = Study(**values)
     for name, variant in variants.items():
+        if not isinstance(name, str):  # `off` and `1` are no text in YAML
+            raise HeadwiseError(f"study {path}: variant {name!r} is no name; write it in quotes")
         _refuse_unknown(variant or {}, Variant, f"variant {name!r}")
         study.variants[name] = Variant(**(variant or {}))
     study.validate()
     return study
+
+
+def override(study: Study, key: str, value: str) -> None:
+    """Change a dotted key of the study's shared base, its budget, an axis or a variant, from a command line.
+
+    What variants set themselves stays as they set it.
+
+    Args:
+        key: `model.d_model`, say, or `budget.value`, `axes.data.seq_len`, `variants.NAME.training.lr`.
+        value: as YAML.
+
+    Raises:
+        HeadwiseError: no such key, no YAML, or one that no run of the study would take.
+    """
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise HeadwiseError(f"--{key}={value} is no YAML value") from None
+    section, _, rest = key.partition(".")
+    if section == "budget":
+        one_of("budget", rest, ("kind", "value"))
+        study.budget[rest] = float(parsed) if rest == "value" and _is_number(parsed) else parsed
+    elif section == "axes":
+        if not isinstance(parsed, list) or not parsed:
+            raise HeadwiseError(f"--{key}={value}: an axis is a list of values, such as [1, 2]")
+        study.axes[_known(rest)] = parsed
+    elif section == "variants":
+        name = next((name for name in study.variants if rest.startswith(f"{name}.")), None)
+        if name is None:
+            one_of("variant", rest, study.variants)
+        study.variants[str(name)].overrides[_known(rest.removeprefix(f"{name}."))] = parsed
+    else:
+        _refuse_ineffective(study, _known(key))
+        study.base = dict(flatten(study.base)) | {key: parsed}
+
+
+def _known(key: str) -> str:
+    if key not in KEYS:
+        raise HeadwiseError(
+            f"unknown key {key!r}{did_you_mean(key, KEYS)}; `headwise train --help` lists them"
+        )
+    return key
+
+
+def _is_number(value: Any) -> bool:
+    """YAML reads 1e9 as text."""
+    try:
+        return float(value) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _refuse_ineffective(study: Study, key: str) -> None:
+    """Refuse a key of the base that something else decides in every run."""
+    reason = ""
+    if key in study.axes:
+        reason = f"it is an axis of the study: --axes.{key}=[...] changes that"
+    elif study.budget and key in [f"training.{limit}" for limit in BUDGETS.values()]:
+        reason = "the budget decides that: use --budget.kind and --budget.value"
+    elif study.timeout_s and key == "training.timeout_s":
+        reason = "use --timeout-s"
+    elif key in ("expected_engine", "seed", "out", "device"):
+        reason = "that is no part of what runs share"
+    elif all(key in variant.overrides for variant in study.variants.values()):
+        reason = "every variant sets it"
+    if reason:
+        raise HeadwiseError(f"--{key} would change nothing: {reason}")
 
 
 def _refuse_unknown(values: dict[str, Any], kind: type, where: str) -> None:
@@ -188,6 +257,7 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
             runs.append(PlannedRun(name, config, skip))
     for run in runs:
         _refuse_other(run)
+        _refuse_no_source(run)
     return runs
 
 
@@ -252,6 +322,16 @@ def _refuse_other(run: PlannedRun) -> None:
         raise HeadwiseError(
             f"{run.folder.path} holds a run with {key}={value}, and this study says {now[key]}; "
             "give the study another name, or delete that folder"
+        )
+
+
+def _refuse_no_source(run: PlannedRun) -> None:
+    """Refuse before anything starts what would fail in every run's own process."""
+    source = run.config.init_from
+    if source and not source.startswith("hf://") and not Path(source).exists() and not run.folder.holds_run():
+        raise HeadwiseError(
+            f"variant {run.variant!r} starts from {source}, which is not there; make it first: "
+            "the comments on top of the study's file say how"
         )
 
 
