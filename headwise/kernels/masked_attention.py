@@ -73,7 +73,7 @@ def absorb_range(
 ):  # fmt: skip
     """Walk over keys start … stop; two heads read one tile of F where PAIR."""
     acc0, top0, total0, acc1, top1, total1 = states
-    for start_n in range(start, stop, BLOCK_N):
+    for start_n in tl.range(start, stop, BLOCK_N, num_stages=1 if EDGE else None):
         cols = start_n + tl.arange(0, BLOCK_N)
         taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
         acc0, top0, total0 = absorb(
@@ -199,7 +199,7 @@ def add_queries(
     """Add a block of a head's queries to the gradients of keys and values; tiles lie keys by queries."""
     here = rows < tokens
     q = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
-    lse = tl.load(lse_ptr + rows, mask=here, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=here, other=float("inf"))
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * unit - taken - lse[None, :])
     grad = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
@@ -217,7 +217,7 @@ def add_queries_range(
 ):  # fmt: skip
     """Walk over queries start … stop."""
     dk0, dv0, dk1, dv1 = sums
-    for start_m in range(start, stop, BLOCK_M):
+    for start_m in tl.range(start, stop, BLOCK_M, num_stages=1 if EDGE else None):
         rows = start_m + tl.arange(0, BLOCK_M)
         at = cols.to(tl.int64)[:, None] * tokens + rows[None, :]
         if EDGE:
@@ -225,7 +225,7 @@ def add_queries_range(
             taken = tl.load(flipped_ptr + at, mask=seen, other=0.0) * LOG2E
             taken = tl.where(seen, taken, float("inf"))
         else:
-            taken = tl.load(flipped_ptr + at) * LOG2E
+            taken = tl.load(flipped_ptr + at, mask=(rows < tokens)[None, :], other=0.0) * LOG2E
         dk0, dv0 = add_queries(
             dk0, dv0, keys[0], values[0], q_head, grad_head, lse, delta, taken, stride_qt, stride_gt, rows,
             tokens, unit, D, BLOCK_D,
@@ -243,7 +243,7 @@ def keys_kernel(
     q_ptr, k_ptr, v_ptr, flipped_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
-    batch, heads, kv_heads, masks, tokens, scale,
+    batch, heads, kv_heads, masks, tokens, scale, GROUP: tl.constexpr,
     PAIR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values; PAIR: of two key/value heads, each of one query head."""
@@ -264,14 +264,10 @@ def keys_kernel(
         v1 = rows_of(v_head + stride_vh, stride_vt, cols, tokens, D, BLOCK_D)
     zero = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sums = (zero, zero, zero, zero)
-    group = heads // kv_heads
     first = start_n // BLOCK_M * BLOCK_M
     whole = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, tokens)
-    last = tl.maximum(tokens // BLOCK_M * BLOCK_M, whole)
-    if start_n + BLOCK_N > tokens:
-        last = whole
-    for member in range(group):
-        h = kv * group + member
+    for member in range(GROUP):
+        h = kv * GROUP + member
         q_head = q_ptr + b * stride_qb + h * stride_qh
         grad_head = grad_ptr + b * stride_gb + h * stride_gh
         flipped = flipped_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
@@ -283,13 +279,8 @@ def keys_kernel(
             D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         sums = add_queries_range(
-            whole, last, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
+            whole, tokens, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
             stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, scale * LOG2E, False, PAIR,
-            D, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        sums = add_queries_range(
-            last, tokens, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
-            stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, scale * LOG2E, True, PAIR,
             D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     ds = tl.arange(0, BLOCK_D)
@@ -323,7 +314,7 @@ def add_keys_range(
 ):  # fmt: skip
     """Walk over keys start … stop; what the heads ask of F is added up in memory."""
     dq0, dq1 = sums
-    for start_n in range(start, stop, BLOCK_N):
+    for start_n in tl.range(start, stop, BLOCK_N, num_stages=1 if EDGE else None):
         cols = start_n + tl.arange(0, BLOCK_N)
         taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
         dq0, slope = add_keys(
@@ -490,7 +481,20 @@ def masked_attention_backward(
     sizes = (batch, heads, kv_heads, masks, tokens, scale)
     options = blocks_for("keys", q, k, masks)
     grid = (triton.cdiv(tokens, options["BLOCK_N"]) * batch * kv_heads // (1 + options["PAIR"]),)
-    keys_kernel[grid](q, k, v, flipped, *others, dk, dv, *strides, *dk.stride()[:3], *sizes, **options)
+    keys_kernel[grid](
+        q,
+        k,
+        v,
+        flipped,
+        *others,
+        dk,
+        dv,
+        *strides,
+        *dk.stride()[:3],
+        *sizes,
+        GROUP=heads // kv_heads,
+        **options,
+    )
     del flipped
     d_taken = torch.zeros_like(taken)
     options = blocks_for("queries", q, k, masks)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.masked_attention import LOG2E, delta_kernel, packed, rows_of
+from headwise.kernels.tile_sums import along_rows
 
 BLOCK = 32
 """Queries between two states of F in memory."""
@@ -38,29 +39,38 @@ def shifted_rows(ptr, stride, rows, tokens, E: tl.constexpr, BLOCK_E: tl.constex
 
 
 @triton.jit
-def attacks(
-    select_q, select_k, rows, cols, tokens, unit, bias, leak,
-    BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr,
-):  # fmt: skip
-    """What queries r - 1 do to keys, `(cols, rows)`, and the slope of the activation where it counts."""
-    logits = tl.dot(select_k, tl.trans(select_q), input_precision="ieee") * unit + bias
-    before = (rows - 1)[None, :]
-    counts = before >= cols[:, None]
-    if OWN:
-        counts = before > cols[:, None]
-    if BOS:
-        counts = counts & (cols > 0)[:, None]
-    slope = tl.where(logits > 0, 1.0, 0.0)
-    if LEAKY:
-        slope = tl.where(logits > 0, 1.0, leak)
-    slope = tl.where(counts & (rows <= tokens)[None, :], slope, 0.0)
-    return slope * logits, slope
+def biases(bias_ptr, h, cols, BIAS: tl.constexpr, BOS: tl.constexpr, LEAKY: tl.constexpr):
+    """Bias of the selection logits by key, in base 2; -inf where a key cannot be attacked."""
+    bias = tl.zeros_like(cols).to(tl.float32)
+    if BIAS:
+        bias += tl.load(bias_ptr + h).to(tl.float32) * LOG2E
+    if BOS and not LEAKY:
+        bias = tl.where(cols > 0, bias, float("-inf"))
+    return bias
 
 
 @triton.jit
-def made(done, attack, AFTER: tl.constexpr):
-    """F of a tile, of F before its block and the attacks within."""
-    taken = done[:, None] + tl.cumsum(attack, 1)
+def attacks(
+    select_q, select_k, rows, cols, unit, bias, leak,
+    BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """What queries r - 1 do to keys, `(cols, rows)`, in base 2, and its slope; all count except at an EDGE."""
+    logits = tl.dot(select_k, tl.trans(select_q), input_precision="ieee") * unit + bias[:, None]
+    slope = tl.where(logits > 0, 1.0, leak)
+    attack = tl.where(logits > 0, logits, leak * logits) if LEAKY else tl.maximum(logits, 0.0)
+    if EDGE:
+        before = (rows - 1)[None, :]
+        counts = before > cols[:, None] if OWN else before >= cols[:, None]
+        attack, slope = tl.where(counts, attack, 0.0), tl.where(counts, slope, 0.0)
+    if BOS and LEAKY:
+        attack, slope = tl.where((cols > 0)[:, None], attack, 0.0), tl.where((cols > 0)[:, None], slope, 0.0)
+    return attack, slope
+
+
+@triton.jit
+def made(done, attack, AFTER: tl.constexpr, EXACT: tl.constexpr):
+    """F of a tile, of F before its block and the attacks within, in base 2."""
+    taken = done[:, None] + along_rows(attack, False, EXACT)
     if AFTER:
         taken = tl.maximum(taken, 0.0)
     return taken
@@ -82,9 +92,7 @@ def states_kernel(
     cols = start_n + tl.arange(0, BLOCK_N)
     select_k = rows_of(sk_ptr + b * stride_skb + h * stride_skh, stride_skt, cols, tokens, E, BLOCK_E)
     select_q_head = sq_ptr + b * stride_sqb + h * stride_sqh
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + h).to(tl.float32)
+    bias = biases(bias_ptr, h, cols, BIAS, BOS, LEAKY)
     done = tl.zeros((BLOCK_N,), tl.float32)
     rest = tl.zeros((BLOCK_N,), tl.float32)
     states = done_ptr + tl.cast(bh, tl.int64) * blocks * tokens + cols
@@ -92,12 +100,41 @@ def states_kernel(
         tl.store(states + block * tokens, done + rest, mask=cols < tokens)
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         select_q = shifted_rows(select_q_head, stride_sqt, rows, tokens, E, BLOCK_E)
-        attack, _ = attacks(select_q, select_k, rows, cols, tokens, select_scale, bias, leak, BOS, OWN, LEAKY)
+        attack, _ = attacks(
+            select_q, select_k, rows, cols, select_scale * LOG2E, bias, leak, BOS, OWN, LEAKY, True
+        )  # fmt: skip
         gained = tl.sum(attack, 1)
         total = done + gained
         back = total - done
         rest += (done - (total - back)) + (gained - back)
         done = total
+
+
+@triton.jit
+def absorb(
+    acc, top, total, q, select_q, k_head, v_head, select_k_head, states, bias_ptr, stride_kt, stride_vt,
+    stride_skt, rows, cols, tokens, h, scale, select_scale, leak,
+    BIAS: tl.constexpr, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to the running softmax of a block of queries; `total` is kept by key of a tile."""
+    k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
+    select_k = rows_of(select_k_head, stride_skt, cols, tokens, E, BLOCK_E)
+    done = tl.load(states + cols, mask=cols < tokens, other=0.0)
+    bias = biases(bias_ptr, h, cols, BIAS, BOS, LEAKY)
+    attack, _ = attacks(
+        select_q, select_k, rows, cols, select_scale * LOG2E, bias, leak, BOS, OWN, LEAKY, EDGE
+    )  # fmt: skip
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+    s = s - made(done, attack, AFTER, q.dtype == tl.float32)
+    if EDGE:
+        s = tl.where(rows[None, :] >= cols[:, None], s, float("-inf"))
+    highest = tl.maximum(top, tl.max(s, 0))
+    shrink = tl.exp2(top - highest)
+    p = tl.exp2(s - highest[None, :])
+    v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
+    acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
+    return acc, highest, total * shrink[None, :] + p
 
 
 @triton.jit
@@ -119,32 +156,29 @@ def forward_kernel(
     select_q = shifted_rows(
         sq_ptr + b * stride_sqb + h * stride_sqh, stride_sqt, rows, tokens, E, BLOCK_E
     )  # fmt: skip
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + h).to(tl.float32)
     k_head = k_ptr + b * stride_kb + kv * stride_kh
     v_head = v_ptr + b * stride_vb + kv * stride_vh
     select_k_head = sk_ptr + b * stride_skb + h * stride_skh
     states = done_ptr + ((b * heads + h) * blocks + block) * tokens
     acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     top = tl.zeros((BLOCK_M,), tl.float32) - 1e30
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for start_n in range(0, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N):
-        cols = start_n + tl.arange(0, BLOCK_N)
-        k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
-        select_k = rows_of(select_k_head, stride_skt, cols, tokens, E, BLOCK_E)
-        done = tl.load(states + cols, mask=cols < tokens, other=0.0)
-        attack, _ = attacks(select_q, select_k, rows, cols, tokens, select_scale, bias, leak, BOS, OWN, LEAKY)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
-        s = s - made(done, attack, AFTER) * LOG2E
-        s = tl.where(rows[None, :] >= cols[:, None], s, float("-inf"))
-        highest = tl.maximum(top, tl.max(s, 0))
-        shrink = tl.exp2(top - highest)
-        p = tl.exp2(s - highest[None, :])
-        total = total * shrink + tl.sum(p, 0)
-        v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
-        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
-        top = highest
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    inner = (
+        tl.maximum(block * BLOCK_M - 1, 0) // BLOCK_N * BLOCK_N
+    )  # before it, every query acts on every key
+    for start_n in range(0, inner, BLOCK_N):
+        acc, top, total = absorb(
+            acc, top, total, q, select_q, k_head, v_head, select_k_head, states, bias_ptr, stride_kt, stride_vt,
+            stride_skt, rows, start_n + tl.arange(0, BLOCK_N), tokens, h, scale, select_scale, leak,
+            BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, False,
+        )  # fmt: skip
+    for start_n in tl.range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N, num_stages=1):
+        acc, top, total = absorb(
+            acc, top, total, q, select_q, k_head, v_head, select_k_head, states, bias_ptr, stride_kt, stride_vt,
+            stride_skt, rows, start_n + tl.arange(0, BLOCK_N), tokens, h, scale, select_scale, leak,
+            BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, True,
+        )  # fmt: skip
+    total = tl.sum(total, 0)
     here = rows < tokens
     ds = tl.arange(0, BLOCK_D)
     at = b * stride_ob + h * stride_oh + rows.to(tl.int64)[None, :] * stride_ot + ds[:, None]
@@ -154,24 +188,57 @@ def forward_kernel(
 
 @triton.jit
 def slopes(
-    q, k, v, grad, select_q, select_k, done, later, lse, delta, rows, cols, tokens, unit, select_scale, bias,
-    leak, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr,
+    q, k, v, grad, select_q, select_k, done, later, lse, delta, rows, cols, unit, select_unit, bias,
+    leak, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: p, the gradients of the logits and of the selection logits, and R before its block."""
-    attack, active = attacks(
-        select_q, select_k, rows, cols, tokens, select_scale, bias, leak, BOS, OWN, LEAKY
+    attack, slope = attacks(
+        select_q, select_k, rows, cols, select_unit, bias, leak, BOS, OWN, LEAKY, EDGE
     )  # fmt: skip
-    taken = made(done, attack, AFTER)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * unit - taken * LOG2E
-    seen = (rows[None, :] >= cols[:, None]) & (rows < tokens)[None, :]
-    p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+    taken = made(done, attack, AFTER, q.dtype == tl.float32)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * unit - taken
+    p = tl.exp2(s - lse[None, :])
+    if EDGE:
+        p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
     d_logits = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
-    d_taken = -d_logits
+    d_taken = d_logits
     if AFTER:
         d_taken = tl.where(taken > 0, d_taken, 0.0)
-    behind = later[:, None] + tl.cumsum(d_taken, 1, reverse=True)
-    d_select = tl.where(active != 0, behind * active, 0.0)  # `later` is unknown where no query sees a key
-    return p, d_logits, d_select, later + tl.sum(d_taken, 1)
+    behind = later[:, None] - along_rows(d_taken, True, q.dtype == tl.float32)
+    d_select = behind * slope
+    if EDGE:
+        d_select = tl.where(slope != 0, d_select, 0.0)  # `later` is unknown where no query sees a key
+    return p, d_logits, d_select, later - tl.sum(d_taken, 1)
+
+
+@triton.jit
+def gather(
+    dk, dv, dsk, d_bias, later, k, v, select_k, bias, q_head, grad_head, select_q_head, done_ptr, later_ptr,
+    lse_ptr, delta_ptr, stride_qt, stride_gt, stride_sqt, block, cols, tokens, unit, select_unit, leak,
+    BIAS: tl.constexpr, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add what a block of queries says to the gradients of a block of keys; leaves R behind."""
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = rows < tokens
+    tl.store(later_ptr + block * tokens, later, mask=cols < tokens)
+    q = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
+    grad = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
+    select_q = shifted_rows(select_q_head, stride_sqt, rows, tokens, E, BLOCK_E)
+    done = tl.load(done_ptr + block * tokens, mask=cols < tokens, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=here, other=float("inf"))
+    delta = tl.load(delta_ptr + rows, mask=here, other=0.0)
+    p, d_logits, d_select, later = slopes(
+        q, k, v, grad, select_q, select_k, done, later, lse, delta, rows, cols, unit, select_unit, bias,
+        leak, BOS, OWN, LEAKY, AFTER, EDGE,
+    )  # fmt: skip
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision="ieee")
+    dsk = tl.dot(d_select.to(select_q.dtype), select_q, dsk, input_precision="ieee")
+    if BIAS:
+        d_bias += tl.sum(d_select, 1)
+    return dk, dv, dsk, d_bias, later
 
 
 @triton.jit
@@ -181,7 +248,7 @@ def keys_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_sqb, stride_sqh, stride_sqt, stride_skb, stride_skh, stride_skt, stride_gb, stride_gh, stride_gt,
     stride_db, stride_dh, stride_dt, batch, heads, kv_heads, tokens, blocks, scale, select_scale, leak,
-    BIAS: tl.constexpr, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr,
+    GROUP: tl.constexpr, BIAS: tl.constexpr, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -197,13 +264,10 @@ def keys_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     ds = tl.arange(0, BLOCK_D)
     es = tl.arange(0, BLOCK_E)
-    group = heads // kv_heads
     first = start_n // BLOCK_M
-    for member in range(group):
-        h = kv * group + member
-        bias = 0.0
-        if BIAS:
-            bias = tl.load(bias_ptr + h).to(tl.float32)
+    for member in range(GROUP):
+        h = kv * GROUP + member
+        bias = biases(bias_ptr, h, cols, BIAS, BOS, LEAKY)
         q_head = q_ptr + b * stride_qb + h * stride_qh
         grad_head = grad_ptr + b * stride_gb + h * stride_gh
         select_q_head = sq_ptr + b * stride_sqb + h * stride_sqh
@@ -213,26 +277,21 @@ def keys_kernel(
         dsk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         d_bias = tl.zeros((BLOCK_N,), tl.float32)
         later = tl.zeros((BLOCK_N,), tl.float32)
-        for index in range(blocks - first):
-            block = blocks - 1 - index
-            rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-            here = rows < tokens
-            tl.store(later_ptr + states + block * tokens, later, mask=cols < tokens)
-            q = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
-            grad = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
-            select_q = shifted_rows(select_q_head, stride_sqt, rows, tokens, E, BLOCK_E)
-            done = tl.load(done_ptr + states + block * tokens, mask=cols < tokens, other=0.0)
-            lse = tl.load(lse_ptr + per_query + rows, mask=here, other=0.0)
-            delta = tl.load(delta_ptr + per_query + rows, mask=here, other=0.0)
-            p, d_logits, d_select, later = slopes(
-                q, k, v, grad, select_q, select_k, done, later, lse, delta, rows, cols, tokens,
-                scale * LOG2E, select_scale, bias, leak, BOS, OWN, LEAKY, AFTER,
+        last = tl.minimum(first + BLOCK_N // BLOCK_M + 1, blocks)
+        for index in range(blocks - last):
+            dk, dv, dsk, d_bias, later = gather(
+                dk, dv, dsk, d_bias, later, k, v, select_k, bias, q_head, grad_head, select_q_head,
+                done_ptr + states, later_ptr + states, lse_ptr + per_query, delta_ptr + per_query,
+                stride_qt, stride_gt, stride_sqt, blocks - 1 - index, cols, tokens, scale * LOG2E,
+                select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, BLOCK_M, False,
             )  # fmt: skip
-            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-            dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision="ieee")
-            dsk = tl.dot(d_select.to(select_q.dtype), select_q, dsk, input_precision="ieee")
-            if BIAS:
-                d_bias += tl.sum(d_select, 1)
+        for index in tl.range(0, last - first, num_stages=1):
+            dk, dv, dsk, d_bias, later = gather(
+                dk, dv, dsk, d_bias, later, k, v, select_k, bias, q_head, grad_head, select_q_head,
+                done_ptr + states, later_ptr + states, lse_ptr + per_query, delta_ptr + per_query,
+                stride_qt, stride_gt, stride_sqt, last - 1 - index, cols, tokens, scale * LOG2E,
+                select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, BLOCK_M, True,
+            )  # fmt: skip
         at = ((b * heads + h) * tokens + cols).to(tl.int64)[:, None] * E + es[None, :]
         inside = (cols < tokens)[:, None] & (es < E)[None, :]
         tl.store(dsk_ptr + at, dsk * select_scale, mask=inside)
@@ -242,6 +301,29 @@ def keys_kernel(
     inside = (cols < tokens)[:, None] & (ds < D)[None, :]
     tl.store(dk_ptr + at, dk * scale, mask=inside)
     tl.store(dv_ptr + at, dv, mask=inside)
+
+
+@triton.jit
+def spread(
+    dq, dsq, q, grad, select_q, lse, delta, k_head, v_head, select_k_head, done_ptr, later_ptr, bias_ptr,
+    stride_kt, stride_vt, stride_skt, rows, cols, tokens, h, unit, select_unit, leak,
+    BIAS: tl.constexpr, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add what a block of keys says to the gradients of a block of queries."""
+    k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
+    v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
+    select_k = rows_of(select_k_head, stride_skt, cols, tokens, E, BLOCK_E)
+    done = tl.load(done_ptr + cols, mask=cols < tokens, other=0.0)
+    later = tl.load(later_ptr + cols, mask=cols < tokens, other=0.0)
+    bias = biases(bias_ptr, h, cols, BIAS, BOS, LEAKY)
+    _, d_logits, d_select, _ = slopes(
+        q, k, v, grad, select_q, select_k, done, later, lse, delta, rows, cols, unit, select_unit, bias,
+        leak, BOS, OWN, LEAKY, AFTER, EDGE,
+    )  # fmt: skip
+    dq = tl.dot(tl.trans(k), d_logits.to(k.dtype), dq, input_precision="ieee")
+    dsq = tl.dot(tl.trans(select_k), d_select.to(k.dtype), dsq, input_precision="ieee")
+    return dq, dsq
 
 
 @triton.jit
@@ -267,11 +349,8 @@ def queries_kernel(
     select_q = shifted_rows(
         sq_ptr + b * stride_sqb + h * stride_sqh, stride_sqt, rows, tokens, E, BLOCK_E
     )  # fmt: skip
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + h).to(tl.float32)
     per_query = (b * heads + h) * tokens + rows
-    lse = tl.load(lse_ptr + per_query, mask=here, other=0.0)
+    lse = tl.load(lse_ptr + per_query, mask=here, other=float("inf"))
     delta = tl.load(delta_ptr + per_query, mask=here, other=0.0)
     k_head = k_ptr + b * stride_kb + kv * stride_kh
     v_head = v_ptr + b * stride_vb + kv * stride_vh
@@ -279,19 +358,23 @@ def queries_kernel(
     states = ((b * heads + h) * blocks + block) * tokens
     dq = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     dsq = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
-    for start_n in range(0, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N):
-        cols = start_n + tl.arange(0, BLOCK_N)
-        k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
-        v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
-        select_k = rows_of(select_k_head, stride_skt, cols, tokens, E, BLOCK_E)
-        done = tl.load(done_ptr + states + cols, mask=cols < tokens, other=0.0)
-        later = tl.load(later_ptr + states + cols, mask=cols < tokens, other=0.0)
-        _, d_logits, d_select, _ = slopes(
-            q, k, v, grad, select_q, select_k, done, later, lse, delta, rows, cols, tokens,
-            scale * LOG2E, select_scale, bias, leak, BOS, OWN, LEAKY, AFTER,
+    inner = (
+        tl.maximum(block * BLOCK_M - 1, 0) // BLOCK_N * BLOCK_N
+    )  # before it, every query acts on every key
+    for start_n in range(0, inner, BLOCK_N):
+        dq, dsq = spread(
+            dq, dsq, q, grad, select_q, lse, delta, k_head, v_head, select_k_head, done_ptr + states,
+            later_ptr + states, bias_ptr, stride_kt, stride_vt, stride_skt, rows, start_n + tl.arange(0, BLOCK_N),
+            tokens, h, scale * LOG2E, select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER,
+            D, BLOCK_D, E, BLOCK_E, False,
         )  # fmt: skip
-        dq = tl.dot(tl.trans(k), d_logits.to(k.dtype), dq, input_precision="ieee")
-        dsq = tl.dot(tl.trans(select_k), d_select.to(k.dtype), dsq, input_precision="ieee")
+    for start_n in tl.range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N, num_stages=1):
+        dq, dsq = spread(
+            dq, dsq, q, grad, select_q, lse, delta, k_head, v_head, select_k_head, done_ptr + states,
+            later_ptr + states, bias_ptr, stride_kt, stride_vt, stride_skt, rows, start_n + tl.arange(0, BLOCK_N),
+            tokens, h, scale * LOG2E, select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER,
+            D, BLOCK_D, E, BLOCK_E, True,
+        )  # fmt: skip
     ds = tl.arange(0, BLOCK_D)
     es = tl.arange(0, BLOCK_E)
     at = b * stride_db + h * stride_dh + rows.to(tl.int64)[None, :] * stride_dt + ds[:, None]
@@ -426,7 +509,17 @@ def own_mask_attention_backward(
     sizes = (batch, heads, kv_heads, tokens, blocks, scale, select_scale, leak)
     launch = LAUNCH["keys"]
     keys_kernel[(triton.cdiv(tokens, launch["BLOCK_N"]) * batch * kv_heads,)](
-        *inputs, dk, dv, dsk, d_bias, *strides, *dk.stride()[:3], *sizes, **options, **launch
+        *inputs,
+        dk,
+        dv,
+        dsk,
+        d_bias,
+        *strides,
+        *dk.stride()[:3],
+        *sizes,
+        GROUP=heads // kv_heads,
+        **options,
+        **launch,
     )
     queries_kernel[(blocks * batch * heads,)](
         *inputs, dq, dsq, *strides, *dq.stride()[:3], *sizes, **options, **LAUNCH["queries"]

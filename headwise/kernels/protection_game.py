@@ -136,8 +136,8 @@ def game_backward_kernel(
         inside = ((rows < tokens)[:, None] & (cols < tokens)[None, :]) & (rows[:, None] > cols[None, :])
         at = square + rows.to(tl.int64)[:, None] * tokens + cols[None, :]
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
-        behind = later[None, :] + tl.cumsum(grad, 0, reverse=True)
         later += tl.sum(grad, 0)
+        behind = later[None, :] - tl.cumsum(grad, 0) + grad  # a scan from behind would cost far more
         logits = logits_tile(
             q, k, stride_qt, stride_kt, rows - 1, cols, tokens, scale, bias, E, BLOCK_M, BLOCK_N, BLOCK_E
         )

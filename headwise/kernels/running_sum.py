@@ -2,7 +2,7 @@
 
 Three steps: the sums of each block (`block_sums_kernel`), what came before each block (`offsets_kernel`, in
 float64), and the tiles (`sum_kernel`). What query l does to a key counts from query l + 1 on, so a tile of F
-at queries r needs logits at queries r - 1: rows are read shifted, and every scan is inclusive. The gradient,
+at queries r needs logits at queries r - 1: rows are read shifted, and every sum is inclusive. The gradient,
 the sum of F's gradients from query l + 1 on, takes the same three steps from behind.
 """
 
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.selection_tiles import BLOCK_M, attack_tile, block_of, strides
+from headwise.kernels.tile_sums import down_columns
 
 
 @triton.jit
@@ -58,7 +59,9 @@ def offsets_kernel(
         inside = (at_blocks < blocks)[:, None] & (cols < tokens)[None, :]
         at = base + at_blocks.to(tl.int64)[:, None] * tokens + cols[None, :]
         part = tl.load(sums_ptr + at, mask=inside, other=0.0).to(tl.float64)
-        offset = tl.cumsum(part, 0, reverse=BEHIND) - part + carried[None, :]
+        offset = carried[None, :] + tl.cumsum(part, 0) - part
+        if BEHIND:
+            offset = carried[None, :] + tl.sum(part, 0)[None, :] - tl.cumsum(part, 0)
         high = offset.to(tl.float32)
         tl.store(high_ptr + at, high, mask=inside)
         tl.store(low_ptr + at, (offset - high.to(tl.float64)).to(tl.float32), mask=inside)
@@ -88,7 +91,7 @@ def sum_kernel(
     at = (tl.program_id(2).to(tl.int64) * blocks + block) * tokens + cols
     high = tl.load(high_ptr + at, mask=cols < tokens, other=0.0)
     low = tl.load(low_ptr + at, mask=cols < tokens, other=0.0)
-    taken = high[None, :] + (tl.cumsum(attack, 0) + low[None, :])
+    taken = high[None, :] + (down_columns(attack, False, True) + low[None, :])
     if AFTER:
         taken = tl.maximum(taken, 0.0)
     taken = tl.where(rows[:, None] > cols[None, :], taken, 0.0)
@@ -97,11 +100,10 @@ def sum_kernel(
 
 
 @triton.jit
-def later_gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER: tl.constexpr):
-    """F's gradients at the queries after `rows`, where they count."""
-    after = rows + 1
-    inside = (after[:, None] > cols[None, :]) & (after < tokens)[:, None] & (cols < tokens)[None, :]
-    at = square + after.to(tl.int64)[:, None] * tokens + cols[None, :]
+def gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER: tl.constexpr):
+    """F's gradients of a tile, where they count."""
+    inside = (rows[:, None] > cols[None, :]) & (rows < tokens)[:, None] & (cols < tokens)[None, :]
+    at = square + rows.to(tl.int64)[:, None] * tokens + cols[None, :]
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
     if AFTER:
         grad = tl.where(tl.load(out_ptr + at, mask=inside, other=0.0) > 0, grad, 0.0)
@@ -113,13 +115,13 @@ def gradient_sums_kernel(
     grad_ptr, out_ptr, sums_ptr, tokens, blocks, AFTER: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums of F's gradients over each block of queries, read one query late."""
+    """Sums of F's gradients over each block of queries."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     square = tl.program_id(2).to(tl.int64) * tokens * tokens
     total = tl.zeros((BLOCK_N,), tl.float32)
     if tl.program_id(1) * BLOCK_N < (tl.program_id(0) + 1) * BLOCK_M:
-        total = tl.sum(later_gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER), 0)
+        total = tl.sum(gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER), 0)
     at = (tl.program_id(2).to(tl.int64) * blocks + tl.program_id(0)) * tokens + cols
     tl.store(sums_ptr + at, total, mask=cols < tokens)
 
@@ -148,8 +150,10 @@ def sum_backward_kernel(
         at = (tl.program_id(2).to(tl.int64) * blocks + block) * tokens + cols
         high = tl.load(high_ptr + at, mask=cols < tokens, other=0.0)
         low = tl.load(low_ptr + at, mask=cols < tokens, other=0.0)
-        grad = later_gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER)
-        behind = high[None, :] + (tl.cumsum(grad, 0, reverse=True) + low[None, :])
+        grad = gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER)
+        behind = high[None, :] + (
+            down_columns(grad, True, q_ptr.dtype.element_ty == tl.float32) - grad + low[None, :]
+        )
         d_logits = tl.where(logits > 0, behind, 0.0)
         if LEAKY:
             d_logits = tl.where(logits > 0, behind, leak * behind)
