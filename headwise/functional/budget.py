@@ -21,6 +21,10 @@ GONE = 1e30
 """F of a dropped key: its weight is exactly 0, and no kernel meets an infinity."""
 
 
+LONGEST = 16384
+"""Sequence that the kernel of `turns` takes."""
+
+
 def keys_of_share(share: float, length: int, protect_bos: bool) -> int:
     """How many keys a share of `length` is: rounded down, as document 002's int(T · ratio).
 
@@ -52,6 +56,10 @@ def turns(taken: Tensor, keys: int, *, protect_bos: bool = True) -> Tensor:
     length, first = taken.shape[-1], int(protect_bos)
     if keys < min(1 + first, length):
         raise ValueError(f"{keys} keys are too few for the query's own{' and key 0' if protect_bos else ''}")
+    if fits_kernel(taken, LONGEST):
+        from headwise.kernels.turns import turns as fused
+
+        return fused(taken, keys, first)
     left = torch.full((*taken.shape[:-2], length), length, device=taken.device)
     dropped = torch.zeros_like(left, dtype=torch.bool)
     for query in range(keys, length):

@@ -73,7 +73,7 @@ def absorb_range(
 ):  # fmt: skip
     """Walk over keys start … stop; two heads read one tile of F where PAIR."""
     acc0, top0, total0, acc1, top1, total1 = states
-    for start_n in tl.range(start, stop, BLOCK_N, num_stages=1 if EDGE else None):
+    for start_n in range(start, stop, BLOCK_N):
         cols = start_n + tl.arange(0, BLOCK_N)
         taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
         acc0, top0, total0 = absorb(
@@ -217,7 +217,7 @@ def add_queries_range(
 ):  # fmt: skip
     """Walk over queries start … stop."""
     dk0, dv0, dk1, dv1 = sums
-    for start_m in tl.range(start, stop, BLOCK_M, num_stages=1 if EDGE else None):
+    for start_m in range(start, stop, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
         at = cols.to(tl.int64)[:, None] * tokens + rows[None, :]
         if EDGE:
@@ -314,7 +314,7 @@ def add_keys_range(
 ):  # fmt: skip
     """Walk over keys start … stop; what the heads ask of F is added up in memory."""
     dq0, dq1 = sums
-    for start_n in tl.range(start, stop, BLOCK_N, num_stages=1 if EDGE else None):
+    for start_n in range(start, stop, BLOCK_N):
         cols = start_n + tl.arange(0, BLOCK_N)
         taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
         dq0, slope = add_keys(

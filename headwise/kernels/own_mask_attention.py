@@ -172,7 +172,7 @@ def forward_kernel(
             stride_skt, rows, start_n + tl.arange(0, BLOCK_N), tokens, h, scale, select_scale, leak,
             BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, False,
         )  # fmt: skip
-    for start_n in tl.range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N, num_stages=1):
+    for start_n in range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N):
         acc, top, total = absorb(
             acc, top, total, q, select_q, k_head, v_head, select_k_head, states, bias_ptr, stride_kt, stride_vt,
             stride_skt, rows, start_n + tl.arange(0, BLOCK_N), tokens, h, scale, select_scale, leak,
@@ -285,7 +285,7 @@ def keys_kernel(
                 stride_qt, stride_gt, stride_sqt, blocks - 1 - index, cols, tokens, scale * LOG2E,
                 select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, BLOCK_M, False,
             )  # fmt: skip
-        for index in tl.range(0, last - first, num_stages=1):
+        for index in range(0, last - first):
             dk, dv, dsk, d_bias, later = gather(
                 dk, dv, dsk, d_bias, later, k, v, select_k, bias, q_head, grad_head, select_q_head,
                 done_ptr + states, later_ptr + states, lse_ptr + per_query, delta_ptr + per_query,
@@ -368,7 +368,7 @@ def queries_kernel(
             tokens, h, scale * LOG2E, select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER,
             D, BLOCK_D, E, BLOCK_E, False,
         )  # fmt: skip
-    for start_n in tl.range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N, num_stages=1):
+    for start_n in range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N):
         dq, dsq = spread(
             dq, dsq, q, grad, select_q, lse, delta, k_head, v_head, select_k_head, done_ptr + states,
             later_ptr + states, bias_ptr, stride_kt, stride_vt, stride_skt, rows, start_n + tl.arange(0, BLOCK_N),

@@ -28,8 +28,8 @@ from headwise.storage.run_folder import RunFolder
 from headwise.training.distributed import World, find_device
 from headwise.training.loss import TokenLoss, evaluate
 
-SCORES = 1 << 27
-"""Scores `(B, H, T, T)` of one forward pass at most: half a gigabyte in float32."""
+SCORES = {"cpu": 1 << 27, "cuda": 1 << 30}
+"""Scores `(B, H, T, T)` of one forward pass at most: half a gigabyte in float32, or four on a GPU."""
 
 KEPT, WINDOW, READMITTED, GREEDY = "kept", "window", "chosen afresh", "per layer"
 """How keys are chosen."""
@@ -203,7 +203,13 @@ class _Measurements:
         self._check_comparable(run, config, data)
         measured_on, calibration = self._sequences(data)
         length = config.data.seq_len
-        size = max(1, min(config.data.batch_size, SCORES // (config.model.n_heads * length**2)))
+        size = max(
+            1,
+            min(
+                config.data.batch_size,
+                SCORES.get(world.device.type, SCORES["cpu"]) // (config.model.n_heads * length**2),
+            ),
+        )
         batches, chosen_on = (_batches(data, indices, size) for indices in (measured_on, calibration))
         attention = model.attentions()[0]
         has_f = selects(attention)
