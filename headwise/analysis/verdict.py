@@ -106,7 +106,7 @@ def judge(evidence: Evidence) -> Verdict:
     return verdict(
         "NO-GO",
         next(way for way in ways if way.evaluated),
-        f"no rule holds: {failed}" + (f" ({missing})" if missing else ""),
+        f"no rule holds: {failed}; {quality.text}" + (f" ({missing})" if missing else ""),
     )
 
 

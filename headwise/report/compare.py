@@ -68,6 +68,7 @@ def _compare(material: Material, reference: str, name: str, metric: str) -> dict
     share = None if any(a[seed] == 0 for seed in result.seeds) else relative(a, b)
     return {
         "metric": metric, "variant": name, "baseline": reference, "seeds": list(result.seeds),
+        "differences": [b[seed] - a[seed] for seed in result.seeds],
         **asdict(result.difference), "low": result.difference.low, "high": result.difference.high,
         "relative": None if share is None else asdict(share),
         "p_t": result.p_t, "p_wilcoxon": result.p_wilcoxon,

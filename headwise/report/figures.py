@@ -69,7 +69,7 @@ def loss_curves(data: dict[str, Any]) -> Figure | None:
 
 
 def comparison(data: dict[str, Any]) -> Figure | None:
-    """Paired differences to the baseline with their 95% intervals."""
+    """Paired differences to the baseline with their 95% intervals; small, those of single seeds."""
     metrics = [m for m in ("val_loss", "train_loss") if any(c["metric"] == m for c in data["comparisons"])]
     if not metrics:
         return None
@@ -80,9 +80,13 @@ def comparison(data: dict[str, Any]) -> Figure | None:
     for axis, metric in zip(axes[0], metrics, strict=True):
         axis.axvline(0, color=INK, linewidth=0.8)
         for row in (c for c in data["comparisons"] if c["metric"] == metric):
+            at, colour = names.index(row["variant"]), colours[row["variant"]]
+            if row["n"] > 1:
+                axis.plot(
+                    row["differences"], [at + 0.22] * row["n"], ".", color=colour, markersize=4, alpha=0.7
+                )
             axis.errorbar(
-                row["mean"], names.index(row["variant"]), xerr=row["ci95"], fmt="o", capsize=3,
-                color=colours[row["variant"]],
+                row["mean"], at, xerr=row["ci95"], fmt="o", capsize=3, color=colour,
             )  # fmt: skip
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)

@@ -31,8 +31,9 @@ def collect(
         curves: variant -> its curves, of which the loss and the penalty are taken along.
 
     Returns:
-        per variant: steps; kept, the share of the memory by step and layer, mean over runs; last, a summary
-        over runs for each layer; all, the same over layers; terms, `{loss, penalty}` where there was one.
+        per variant: steps; kept, the share of the memory by step and layer, mean over runs; low and high, the
+        same of the lowest and highest run; last, a summary over runs for each layer; all, the same over
+        layers; terms, `{loss, penalty}` where there was one.
     """
     found = []
     for name, runs in grids.items():
@@ -66,7 +67,7 @@ def _entry(name: str, lines: list[tuple[np.ndarray, np.ndarray]], averaged: bool
     last = [share[-1] for _, share in lines]
     return {
         "variant": name, "averaged": averaged, "n": len(lines), "steps": common,
-        "kept": rounded(at.mean(0)),
+        "kept": rounded(at.mean(0)), "low": rounded(at.min(0)), "high": rounded(at.max(0)),
         "last": [asdict(summarize(one[layer] for one in last)) for layer in range(at.shape[-1])],
         "all": asdict(summarize(one.mean() for one in last)),
     }  # fmt: skip
@@ -76,12 +77,13 @@ def table(entries: list[dict[str, Any]]) -> Table:
     """One row a variant: the share of the memory that is left at the last evaluation, layer by layer."""
     layers = max((len(entry["last"]) for entry in entries), default=0)
     rows = [
-        [entry["variant"], str(entry["n"]), _percent(entry["all"]), *map(_percent, entry["last"]),
+        [entry["variant"], str(entry["n"]), _percent(entry["all"]), *_layers(entry),
          *("" for _ in range(layers - len(entry["last"])))]
         for entry in entries
     ]  # fmt: skip
     headers = ["variant", "n", "all layers", *(f"layer {layer}" for layer in range(layers))]
-    return Table(headers, rows, f"{NOTE} Last evaluation, mean ± half-width of the 95% interval over seeds.")
+    note = "Last evaluation: mean ± half-width of the 95% interval over seeds; by layer, mean (lowest – highest)."
+    return Table(headers, rows, f"{NOTE} {note}")
 
 
 def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
@@ -102,12 +104,13 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
     rows = -(-count // columns)
     drawn, axes = _figure(rows, columns, 3.9 * columns, 3.2 * rows)
     drawn.subplots_adjust(hspace=0.42)
-    top = max(max(map(max, entry["kept"])) for entry in entries)
+    top = max(max(map(max, entry["high"])) for entry in entries)
     for axis, entry in zip(axes.flat, entries, strict=False):
-        layers = list(zip(*entry["kept"], strict=True))
+        layers, low, high = (list(zip(*entry[name], strict=True)) for name in ("kept", "low", "high"))
         for layer, values in enumerate(layers):
             shade = colormaps["viridis"](0.9 * layer / max(1, len(layers) - 1))
             axis.plot(entry["steps"], values, color=shade, marker="o", markersize=2.5, label=str(layer))
+            axis.fill_between(entry["steps"], low[layer], high[layer], color=shade, alpha=0.15, linewidth=0)
         axis.set_ylim(0, 1.05 * top)
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         _finish(axis, f"memory kept: {entry['variant']}", "step")
@@ -127,6 +130,14 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
     for axis in axes.flat[count:]:
         axis.remove()
     return drawn
+
+
+def _layers(entry: dict[str, Any]) -> list[str]:
+    """What is left in each layer: seeds may differ in which layer keeps its context, so no interval."""
+    ranges = zip(entry["kept"][-1], entry["low"][-1], entry["high"][-1], strict=True)
+    if entry["n"] == 1:
+        return [f"{mean:.1%}" for mean, _, _ in ranges]
+    return [f"{mean:.1%} ({low:.1%} – {high:.1%})" for mean, low, high in ranges]
 
 
 def _percent(summary: dict[str, Any]) -> str:

@@ -28,7 +28,10 @@ def test_memory_per_layer_and_both_loss_terms(tmp_path: Path, make) -> None:
     assert set(paid["terms"]["penalty"]["mean"]) == {0.01}
     assert paid["terms"]["loss"]["steps"] == paid["terms"]["penalty"]["steps"]
     assert (paths["figures"] / "memory.png").is_file()
-    assert "| plain | 2 | 30.0% ± 0.0% | 10.0% ± 0.0% | 50.0% ± 0.0% |" in paths["markdown"].read_text()
+    assert (
+        "| plain | 2 | 30.0% ± 0.0% | 10.0% (10.0% – 10.0%) | 50.0% (50.0% – 50.0%) |"
+        in paths["markdown"].read_text()
+    )
     assert 'id="selection-plots"' in paths["html"].read_text()
 
 

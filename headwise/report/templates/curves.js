@@ -100,6 +100,11 @@ const LABELS = {
           (row.ci95 === null ? "<br>n = 1, no interval" : `<br>${row.low.toFixed(4)} to ${row.high.toFixed(4)}<br>p = ${significant(row.p_t)}, Holm ${significant(row.p_holm)}`) +
           `<br>n = ${row.n}<extra></extra>`,
       }));
+      traces.push(...rows.filter((row) => row.n > 1).map((row) => ({
+        x: row.differences, y: row.differences.map(() => row.variant), mode: "markers", name: row.variant,
+        marker: { color: colour(row.variant), size: 9, symbol: "line-ns-open", opacity: 0.8 },
+        text: row.seeds.map(String), hovertemplate: `${row.variant}, seed %{text}: %{x:+.4f}<extra></extra>`,
+      })));
       const shapes = [{ type: "line", x0: 0, x1: 0, yref: "paper", y0: 0, y1: 1, line: { color: css("--ink"), width: 1 } }];
       if (metric === "val_loss" && base && report.verdicts.length) {
         shapes.push({ type: "rect", x0: 0, x1: 0.05 * base.mean, yref: "paper", y0: 0, y1: 1, fillcolor: translucent(css("--v7"), 0.14), line: { width: 0 }, layer: "below" });
