@@ -54,7 +54,7 @@ def attacks(
     select_q, select_k, rows, cols, unit, bias, leak,
     BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """What queries r - 1 do to keys, `(cols, rows)`, in base 2, and its slope; all count except at an EDGE."""
+    """What queries r - 1 do to keys, `(cols, rows)`, in base 2, and its slope; all count but at an EDGE."""
     logits = tl.dot(select_k, tl.trans(select_q), input_precision="ieee") * unit + bias[:, None]
     slope = tl.where(logits > 0, 1.0, leak)
     attack = tl.where(logits > 0, logits, leak * logits) if LEAKY else tl.maximum(logits, 0.0)
@@ -163,21 +163,15 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     top = tl.zeros((BLOCK_M,), tl.float32) - 1e30
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    inner = (
-        tl.maximum(block * BLOCK_M - 1, 0) // BLOCK_N * BLOCK_N
-    )  # before it, every query acts on every key
-    for start_n in range(0, inner, BLOCK_N):
-        acc, top, total = absorb(
-            acc, top, total, q, select_q, k_head, v_head, select_k_head, states, bias_ptr, stride_kt, stride_vt,
-            stride_skt, rows, start_n + tl.arange(0, BLOCK_N), tokens, h, scale, select_scale, leak,
-            BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, False,
-        )  # fmt: skip
-    for start_n in range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N):
-        acc, top, total = absorb(
-            acc, top, total, q, select_q, k_head, v_head, select_k_head, states, bias_ptr, stride_kt, stride_vt,
-            stride_skt, rows, start_n + tl.arange(0, BLOCK_N), tokens, h, scale, select_scale, leak,
-            BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, True,
-        )  # fmt: skip
+    inner = tl.maximum(block * BLOCK_M - 1, 0) // BLOCK_N * BLOCK_N
+    stop = tl.minimum((block + 1) * BLOCK_M, tokens)
+    for edge in tl.static_range(2):  # tiles where every query acts on every key, then the others
+        for start_n in range(inner if edge else 0, stop if edge else inner, BLOCK_N):
+            acc, top, total = absorb(
+                acc, top, total, q, select_q, k_head, v_head, select_k_head, states, bias_ptr,
+                stride_kt, stride_vt, stride_skt, rows, start_n + tl.arange(0, BLOCK_N), tokens, h,
+                scale, select_scale, leak, BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, edge,
+            )  # fmt: skip
     total = tl.sum(total, 0)
     here = rows < tokens
     ds = tl.arange(0, BLOCK_D)
@@ -248,8 +242,8 @@ def keys_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_sqb, stride_sqh, stride_sqt, stride_skb, stride_skh, stride_skt, stride_gb, stride_gh, stride_gt,
     stride_db, stride_dh, stride_dt, batch, heads, kv_heads, tokens, blocks, scale, select_scale, leak,
-    GROUP: tl.constexpr, BIAS: tl.constexpr, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, AFTER: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr, BIAS: tl.constexpr, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr,
+    AFTER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values, and each head's of their selection keys; leaves R behind."""
@@ -278,20 +272,15 @@ def keys_kernel(
         d_bias = tl.zeros((BLOCK_N,), tl.float32)
         later = tl.zeros((BLOCK_N,), tl.float32)
         last = tl.minimum(first + BLOCK_N // BLOCK_M + 1, blocks)
-        for index in range(blocks - last):
-            dk, dv, dsk, d_bias, later = gather(
-                dk, dv, dsk, d_bias, later, k, v, select_k, bias, q_head, grad_head, select_q_head,
-                done_ptr + states, later_ptr + states, lse_ptr + per_query, delta_ptr + per_query,
-                stride_qt, stride_gt, stride_sqt, blocks - 1 - index, cols, tokens, scale * LOG2E,
-                select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, BLOCK_M, False,
-            )  # fmt: skip
-        for index in range(0, last - first):
-            dk, dv, dsk, d_bias, later = gather(
-                dk, dv, dsk, d_bias, later, k, v, select_k, bias, q_head, grad_head, select_q_head,
-                done_ptr + states, later_ptr + states, lse_ptr + per_query, delta_ptr + per_query,
-                stride_qt, stride_gt, stride_sqt, last - 1 - index, cols, tokens, scale * LOG2E,
-                select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, BLOCK_M, True,
-            )  # fmt: skip
+        for edge in tl.static_range(2):
+            for index in range(blocks - last if edge else 0, blocks - first if edge else blocks - last):
+                dk, dv, dsk, d_bias, later = gather(
+                    dk, dv, dsk, d_bias, later, k, v, select_k, bias, q_head, grad_head, select_q_head,
+                    done_ptr + states, later_ptr + states, lse_ptr + per_query, delta_ptr + per_query,
+                    stride_qt, stride_gt, stride_sqt, blocks - 1 - index, cols, tokens, scale * LOG2E,
+                    select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER,
+                    D, BLOCK_D, E, BLOCK_E, BLOCK_M, edge,
+                )  # fmt: skip
         at = ((b * heads + h) * tokens + cols).to(tl.int64)[:, None] * E + es[None, :]
         inside = (cols < tokens)[:, None] & (es < E)[None, :]
         tl.store(dsk_ptr + at, dsk * select_scale, mask=inside)
@@ -358,23 +347,16 @@ def queries_kernel(
     states = ((b * heads + h) * blocks + block) * tokens
     dq = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     dsq = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
-    inner = (
-        tl.maximum(block * BLOCK_M - 1, 0) // BLOCK_N * BLOCK_N
-    )  # before it, every query acts on every key
-    for start_n in range(0, inner, BLOCK_N):
-        dq, dsq = spread(
-            dq, dsq, q, grad, select_q, lse, delta, k_head, v_head, select_k_head, done_ptr + states,
-            later_ptr + states, bias_ptr, stride_kt, stride_vt, stride_skt, rows, start_n + tl.arange(0, BLOCK_N),
-            tokens, h, scale * LOG2E, select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER,
-            D, BLOCK_D, E, BLOCK_E, False,
-        )  # fmt: skip
-    for start_n in range(inner, tl.minimum((block + 1) * BLOCK_M, tokens), BLOCK_N):
-        dq, dsq = spread(
-            dq, dsq, q, grad, select_q, lse, delta, k_head, v_head, select_k_head, done_ptr + states,
-            later_ptr + states, bias_ptr, stride_kt, stride_vt, stride_skt, rows, start_n + tl.arange(0, BLOCK_N),
-            tokens, h, scale * LOG2E, select_scale * LOG2E, leak, BIAS, BOS, OWN, LEAKY, AFTER,
-            D, BLOCK_D, E, BLOCK_E, True,
-        )  # fmt: skip
+    inner = tl.maximum(block * BLOCK_M - 1, 0) // BLOCK_N * BLOCK_N
+    stop = tl.minimum((block + 1) * BLOCK_M, tokens)
+    for edge in tl.static_range(2):
+        for start_n in range(inner if edge else 0, stop if edge else inner, BLOCK_N):
+            dq, dsq = spread(
+                dq, dsq, q, grad, select_q, lse, delta, k_head, v_head, select_k_head, done_ptr + states,
+                later_ptr + states, bias_ptr, stride_kt, stride_vt, stride_skt, rows,
+                start_n + tl.arange(0, BLOCK_N), tokens, h, scale * LOG2E, select_scale * LOG2E, leak,
+                BIAS, BOS, OWN, LEAKY, AFTER, D, BLOCK_D, E, BLOCK_E, edge,
+            )  # fmt: skip
     ds = tl.arange(0, BLOCK_D)
     es = tl.arange(0, BLOCK_E)
     at = b * stride_db + h * stride_dh + rows.to(tl.int64)[None, :] * stride_dt + ds[:, None]

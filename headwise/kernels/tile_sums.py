@@ -30,7 +30,7 @@ def triangle(SIZE: tl.constexpr, UPPER: tl.constexpr):
 
 @triton.jit
 def along_rows(x, BEHIND: tl.constexpr, EXACT: tl.constexpr):
-    """Inclusive sums along the rows of x, from behind where BEHIND; to all bits of x where EXACT, else to 17."""
+    """Inclusive sums along the rows of x, or from behind; to all bits of x where EXACT, else to 17."""
     ones = triangle(x.shape[1], not BEHIND)
     high = leading(x)
     rest = x - high

@@ -1,7 +1,7 @@
 """When each key leaves a context budget: one program walks over the queries of one F.
 
-Definition: `headwise.functional.budget.turns`. A walk over T queries is T dependent steps, which launched
-one by one from Python cost a hundred times as much as a program that keeps a row of F and what has left in registers.
+Definition: `headwise.functional.budget.turns`. A walk over T queries is T dependent steps; launched one by
+one from Python they cost a hundred times as much as a program that keeps what has left in registers.
 """
 
 from __future__ import annotations

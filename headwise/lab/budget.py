@@ -203,13 +203,8 @@ class _Measurements:
         self._check_comparable(run, config, data)
         measured_on, calibration = self._sequences(data)
         length = config.data.seq_len
-        size = max(
-            1,
-            min(
-                config.data.batch_size,
-                SCORES.get(world.device.type, SCORES["cpu"]) // (config.model.n_heads * length**2),
-            ),
-        )
+        room = SCORES["cuda" if world.device.type == "cuda" else "cpu"]
+        size = max(1, min(config.data.batch_size, room // (config.model.n_heads * length**2)))
         batches, chosen_on = (_batches(data, indices, size) for indices in (measured_on, calibration))
         attention = model.attentions()[0]
         has_f = selects(attention)

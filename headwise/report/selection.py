@@ -82,7 +82,7 @@ def table(entries: list[dict[str, Any]]) -> Table:
         for entry in entries
     ]  # fmt: skip
     headers = ["variant", "n", "all layers", *(f"layer {layer}" for layer in range(layers))]
-    note = "Last evaluation: mean ± half-width of the 95% interval over seeds; by layer, mean (lowest – highest)."
+    note = "Last evaluation, mean ± half-width of the 95% interval over seeds; by layer (lowest – highest)."
     return Table(headers, rows, f"{NOTE} {note}")
 
 
