@@ -65,13 +65,17 @@ class SelectiveAttention(FlashAttention):
     def __init__(self, shape: AttentionShape, options: SelectiveConfig | None = None) -> None:
         super().__init__(shape, options)
         self.config = options or SelectiveConfig()
+        inherited = set(self.parameters())
         with torch.random.fork_rng(devices=[]):  # what the kind adds shifts no other draw of a model
             self._add_parameters()
+            self.initialise()
+        if not self.config.enabled:  # what it adds is there to be read and written, and nothing uses it
+            for parameter in set(self.parameters()) - inherited:
+                parameter.requires_grad_(False)
         self.mask: Tensor | None = None
         """F of the last forward pass, kept only for an attached observer."""
         self.prune: Callable[[Tensor, Carry], Tensor] | None = None
         """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for dropped keys: a context budget."""
-        self.initialise()
 
     def _add_parameters(self) -> None:
         shape, config = self.shape, self.config
@@ -132,7 +136,7 @@ class SelectiveAttention(FlashAttention):
         if not whole and self.streams(selector, q):
             self.record_engine("selective-fused")
             return self.streamed(selector, q, k, v)
-        step = self.shape.n_heads if whole else self.masks_at_once(selector)
+        step = self.shape.n_heads if whole else self.masks_at_once(selector, q)
         if step == self.shape.n_heads:
             y, penalty = self.under(selector, protection, q, k, v, carry)
         else:
@@ -170,7 +174,9 @@ class SelectiveAttention(FlashAttention):
 
     def streams(self, selector: Selector, q: Tensor) -> bool:
         """Whether masks, one a head, are made within the attention's kernel and never kept."""
-        return self.config.streams(self.shape.n_heads) and fits_own_masks(q, selector.q)
+        shape = self.shape
+        width = self.config.width(shape.n_kv_heads, shape.head_dim)
+        return self.config.streams(shape.n_heads, width) and fits_own_masks(q, selector.q)
 
     def streamed(self, selector: Selector, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention under masks of which nothing is kept."""
@@ -193,11 +199,11 @@ class SelectiveAttention(FlashAttention):
             head_dim=shape.head_dim, batch=batch, tokens=tokens,
         )  # fmt: skip
 
-    def masks_at_once(self, selector: Selector) -> int:
+    def masks_at_once(self, selector: Selector, q: Tensor) -> int:
         """Heads whose masks may be in memory together: all of them, unless each has its own."""
         batch, masks, tokens, _ = selector.q.shape
         heads, group = self.shape.n_heads, self.shape.n_heads // self.shape.n_kv_heads
-        if masks < heads or heads == 1 or not self.fused(selector.q):
+        if masks < heads or heads == 1 or not self.fused(q):
             return heads
         for step in range(heads, 0, -1):
             fits = 4 * batch * step * tokens**2 <= MASK_BYTES or step == 1
@@ -225,11 +231,15 @@ class SelectiveAttention(FlashAttention):
         else:
             logits = selector.logits(config.accumulate == "float64")
             if self.residual is not None and carry.logits is not None:
-                mixed = torch.einsum("nm,bmij->bnij", self.residual.to(logits.dtype), carry.logits)
-                logits = logits + mixed
+                with torch.autocast(logits.device.type, enabled=False):
+                    logits = logits + torch.einsum(
+                        "nm,bmij->bnij", self.residual.to(logits.dtype), carry.logits
+                    )
             carry.logits = logits
             how = "torch" if config.accumulate == "fused" else config.accumulate
             p = protection.of(logits) if protection else None
+            if self.protects_by_attacks():
+                p = self.rule().strength(logits).tril()
             taken = selection_mask(logits, p, accumulate=how, **switches)
         if config.mask_layernorm:
             taken = normalised(taken)
@@ -265,11 +275,15 @@ class SelectiveAttention(FlashAttention):
         if kind == "none":
             return None
         protector = selector if kind == "leaky_relu" else self.protector(q, k)
-        if protector is None:
+        if protector is None or self.protects_by_attacks():
             return self.rule()
         return replace(
             self.rule(), q=protector.q, k=protector.k, qk_scale=protector.scale, qk_bias=protector.bias
         )
+
+    def protects_by_attacks(self) -> bool:
+        """Whether the logits that protect are those that attack, earlier layers' share included."""
+        return self.config.residual_logits and self.config.protection.kind == "leaky_relu"
 
     def protector(self, q: Tensor, k: Tensor) -> Selector | None:
         """What makes the logits of protection, by `protection.kind`; None where none of their own."""

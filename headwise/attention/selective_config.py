@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 
 from headwise.errors import HeadwiseError, one_of
+from headwise.functional.dispatch import WIDEST_HEAD
 from headwise.functional.scan import SUMS
 
 SOURCES = ("head_zero", "dedicated", "linear_combo", "latent")
@@ -123,14 +125,35 @@ class SelectiveConfig:
                 return name
         if self.accumulate != "fused":
             return f"accumulate={self.accumulate}"
-        if self.protection.kind == "leaky_relu" and self.latent_bias:
-            return "protection.kind=leaky_relu with latent_bias"
+        if self.protection.kind == "leaky_relu" and (bias := self._bias()):
+            return f"protection.kind=leaky_relu with {bias}"
         return None
 
-    def streams(self, n_heads: int) -> bool:
-        """Whether masks, one a head, can be made within the attention's kernel and never kept."""
+    def _bias(self) -> str | None:
+        """The switch that gives selection logits a bias."""
+        if self.source == "latent" and self.latent_bias:
+            return "latent_bias"
+        if self.source == "linear_combo" and self.combination_init == "head_zero_and_bias":
+            return "combination_init=head_zero_and_bias"
+        return None
+
+    def width(self, n_kv_heads: int, head_dim: int) -> int:
+        """E, the width of selection queries: of all heads whose logits a mask combines, side by side."""
+        if self.source == "linear_combo":
+            return n_kv_heads * head_dim
+        if self.source == "latent":
+            return self.extra_heads() * head_dim
+        return head_dim // (self.n_masks if self.source == "dedicated" and self.mask_heads == "sliced" else 1)
+
+    def streams(self, n_heads: int, width: int) -> bool:
+        """Whether masks, one a head, can be made within the attention's kernel and never kept.
+
+        Args:
+            width: of the selection queries.
+        """
         alone = self.protection.kind == "none" and not self.memory_penalty.epsilon
-        return self.enabled and alone and self.masks(n_heads) == n_heads and self.plain_because() is None
+        own = self.masks(n_heads) == n_heads and width <= WIDEST_HEAD
+        return self.enabled and alone and own and self.plain_because() is None
 
     def validate(self, *, n_heads: int, head_dim: int) -> None:
         """Refuse combinations that have no meaning.
@@ -145,6 +168,9 @@ class SelectiveConfig:
         one_of(f"{SECTION}.accumulate", self.accumulate, ACCUMULATIONS)
         one_of(f"{SECTION}.protection.kind", self.protection.kind, PROTECTIONS)
         one_of(f"{SECTION}.memory_penalty.reduce", self.memory_penalty.reduce, ("max", "mean"))
+        for key, value in _numbers(self).items():
+            if not math.isfinite(value):
+                _refuse(key, value, "it must be a finite number")
         if self.combination_lr < 0:
             _refuse("combination_lr", self.combination_lr, "a learning-rate multiplier is at least 0")
         if self.relu_leak < 0:
@@ -186,6 +212,19 @@ class SelectiveConfig:
             _refuse("protection.kind", kind, "it needs a second head; set model.n_heads to 2 or more")
         if self.protection.scale < 0:
             _refuse("protection.scale", self.protection.scale, "a protection is at least 0")
+
+
+def _numbers(config: SelectiveConfig) -> dict[str, float]:
+    """Every number of a configuration by its key."""
+    found: dict[str, float] = {}
+    for name, value in asdict(config).items():
+        parts = (
+            {f"{name}.{key}": part for key, part in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+        found |= {key: part for key, part in parts.items() if type(part) in (int, float)}
+    return found
 
 
 def _refuse(key: str, value: object, reason: str) -> None:

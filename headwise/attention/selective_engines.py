@@ -18,7 +18,7 @@ from headwise.attention.selective_config import (
 )
 from headwise.functional.dispatch import HAS_KERNELS, WIDEST_HEAD
 
-HEADS = 12
+HEADS, HEAD_DIM = 12, 64
 FUSED = "selective-fused"
 
 COMBINED = {"source": "linear_combo"}
@@ -67,6 +67,9 @@ SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
     | {
         "any other, a mask a head": LATENT | _protection(),
         "leaky_relu with latent_bias": LATENT | {"latent_bias": True} | _protection(kind="leaky_relu"),
+        "leaky_relu with combination_init=head_zero_and_bias": (
+            COMBINED | {"combination_init": "head_zero_and_bias"} | _protection(kind="leaky_relu")
+        ),
     },
     "protection.scale": {"any": _protection(scale=0.2)},
     "protection.bias": {"any": _protection(bias=-0.1)},
@@ -86,7 +89,7 @@ def engine_table() -> str:
         by_engine: dict[tuple[str, str, str], list[str]] = {}
         for value, switches in values.items():
             config = SelectiveConfig(**switches)
-            config.validate(n_heads=HEADS, head_dim=64)
+            config.validate(n_heads=HEADS, head_dim=HEAD_DIM)
             by_engine.setdefault(engines(config), []).append(value)
         for engine, same in by_engine.items():
             lines.append(f"| `{switch}` | {', '.join(same)} | {' | '.join(engine)} |")
@@ -99,7 +102,7 @@ def engines(config: SelectiveConfig, n_heads: int = HEADS) -> tuple[str, str, st
         return "none", "that of `flash`", "nothing"
     if config.plain_because() is not None:
         return "plain", "fused", "several T x T a mask"
-    if config.streams(n_heads):
+    if config.streams(n_heads, config.width(n_heads, HEAD_DIM)):
         return "fused", "fused", "nothing"
     if config.masks(n_heads) == n_heads:
         return "fused", "fused", "T x T a mask, some heads at a time"

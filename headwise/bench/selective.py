@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
         "masks": 2, "guard": True, "protection": {},
         "switches": {"protect_bos": False, "protect_self": False},
     },
+    "mask in plain PyTorch": {"accumulate": "torch"},
     "own masks": {"own": True},
     "own masks of latents, grouped heads": {
         "own": True, "shared_keys": True, "select_width": 48, "bias": True, "kv_heads": 2,
@@ -105,7 +106,7 @@ def run(case: dict[str, Any], leaves: list[Tensor], *, fused: bool) -> tuple[Ten
     switches = case.get("switches", {})
     taken = selection(
         select_q, select_k, scale=select_scale, bias=biases, protection=protection,
-        accumulate="fused" if fused else "torch", **switches,
+        accumulate=case.get("accumulate", "fused") if fused else "torch", **switches,
     )  # fmt: skip
     if case.get("own"):
         y = own_mask_attention(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headwise.storage.atomic import must_be_folder
+
 DEFAULT = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 def main(argv: list[str]) -> int:
     """Measure, print the table, write the report; returns the exit code."""
     args = _parser().parse_args(argv)
+
+    out = Path(args.out) if args.out else Path(args.runs[0]) / "budget"
+    must_be_folder(out)
 
     from headwise.lab.budget import Options, measure
 
@@ -27,7 +32,6 @@ def main(argv: list[str]) -> int:
     print("\n".join(statements(data)))
     for note in data["notes"]:
         print(f"note: {note}")
-    out = Path(args.out) if args.out else Path(args.runs[0]) / "budget"
     for path in write(data, out).values():
         print(path)
     return 0

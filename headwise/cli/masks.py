@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
+from headwise.storage.atomic import must_be_folder
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +14,9 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     source = "--prompt" if args.file is None else args.file
     text = args.prompt if args.file is None else _read(args.file)
+
+    out = Path(args.out) if args.out else Path(args.run) / "masks"
+    must_be_folder(out)
 
     from headwise.lab.masks import look
     from headwise.report.masks import statements, write
@@ -22,7 +26,6 @@ def main(argv: list[str]) -> int:
     )
     for line in [*found.data["notes"], *(line for _, lines in statements(found.data) for line in lines)]:
         print(line)
-    out = Path(args.out) if args.out else Path(args.run) / "masks"
     for path in write(found, out).values():
         print(path)
     return 0

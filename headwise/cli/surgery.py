@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwise import config as configuration
 from headwise.errors import HeadwiseError, one_of
+from headwise.storage.atomic import must_be_folder
 
 if TYPE_CHECKING:
     from headwise.config import Config
@@ -87,6 +88,7 @@ def _own(name: str, rest: list[str]) -> argparse.Namespace:
     for flag in ("add_head", "init", "out"):
         if getattr(known, flag) is None:
             raise HeadwiseError(f"--{flag.replace('_', '-')} is missing; usage: {USAGE}")
+    must_be_folder(known.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise HeadwiseError(
             "surgery runs in one process: leave the length of training out, then torchrun "

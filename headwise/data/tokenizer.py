@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,13 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         """The text of these bytes."""
-        return bytes(ids).decode(errors="replace")
+        return text_of_bytes(ids)
+
+
+def text_of_bytes(ids: Iterable[int]) -> str:
+    """Text of ids that are bytes; a model may know more ids than there are bytes."""
+    unknown = "\N{REPLACEMENT CHARACTER}".encode()
+    return b"".join(bytes([i]) if i < 256 else unknown for i in ids).decode(errors="replace")
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -228,7 +228,7 @@ def selective_attention(
     if fused and fits_kernel(q):
         from headwise.kernels.masked_attention import masked_attention
 
-        return masked_attention(q, k, v, mask.to(torch.float32), scale)[0]
+        return masked_attention(q, k, v, mask.to(torch.float32).contiguous(), scale)[0]
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-2, -1)).to(mask.dtype) * scale - per_head(mask, q.shape[1])

@@ -311,7 +311,7 @@ def spread(
         leak, BOS, OWN, LEAKY, AFTER, EDGE,
     )  # fmt: skip
     dq = tl.dot(tl.trans(k), d_logits.to(k.dtype), dq, input_precision="ieee")
-    dsq = tl.dot(tl.trans(select_k), d_select.to(k.dtype), dsq, input_precision="ieee")
+    dsq = tl.dot(tl.trans(select_k), d_select.to(select_k.dtype), dsq, input_precision="ieee")
     return dq, dsq
 
 

@@ -15,7 +15,7 @@ from headwise.analysis.parity import parity
 from headwise.analysis.statistics import paired, summarize
 from headwise.attention import Attention
 from headwise.attention.selective import SelectiveAttention
-from headwise.config import Config
+from headwise.config import Config, load
 from headwise.data import Batch, open_data
 from headwise.data.base import Data
 from headwise.errors import HeadwiseError
@@ -135,6 +135,8 @@ def measure(
     if not found:
         raise HeadwiseError(f"nothing to measure: {'; '.join(notes)}")
     measurements = _Measurements(options, notes, say)
+    for run in (run for group in found.values() for run in group):
+        measurements.check(run)
     for variant, group in found.items():
         for run in group:
             measurements.add(run, variant, with_full=variant == reference)
@@ -194,13 +196,17 @@ class _Measurements:
         self.series: dict[str, Series] = {}
         self.setting: dict[str, Any] = {}
 
+    def check(self, run: Run) -> None:
+        """Refuse a run that cannot be compared with those before, without reading its weights."""
+        config = load(RunFolder(run.path).config)
+        self._check_comparable(run, config, open_data(config.data, config.seed))
+
     def add(self, run: Run, variant: str, *, with_full: bool) -> None:
         """Measure one run; `with_full` adds the full context to the budgets."""
         began = time.perf_counter()
         world = World(0, 1, find_device(self.options.device))
         model, config = load_model(run.path, world.device)
         data = open_data(config.data, config.seed)
-        self._check_comparable(run, config, data)
         measured_on, calibration = self._sequences(data)
         length = config.data.seq_len
         room = SCORES["cuda" if world.device.type == "cuda" else "cpu"]

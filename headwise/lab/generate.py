@@ -62,11 +62,13 @@ def continue_text(
     Raises:
         HeadwiseError: a value out of range, no checkpoint, or a model that cannot go on token by token.
     """
-    _check(prompt, n_tokens, budget, temperature, top_k)
+    _check(prompt, n_tokens, budget, temperature, top_k, seed)
     world = World(0, 1, find_device(device))
     model, config = load_model(run, world.device)
     encode, decode = codec(config)
     ids = encode(prompt)
+    if not ids:
+        raise HeadwiseError(f"--prompt {prompt!r} has no token; give some to continue")
     if wrong := [i for i in ids if not 0 <= i < model.head.out_features]:
         raise HeadwiseError(
             f"--prompt has token {wrong[0]}, and the model of {run} knows {model.head.out_features}"
@@ -80,7 +82,13 @@ def continue_text(
     keys = keys_of_share(budget, length, protects_bos(model.attentions()[0]))
     autocast = world.autocast(config.training.precision)
     dtype = torch.bfloat16 if autocast._enabled else None
-    cache = make_cache(model, 1, length, keys, dtype)
+    try:
+        cache = make_cache(model, 1, length, keys, dtype)
+    except (RuntimeError, MemoryError) as error:  # RuntimeError: of a CPU's allocator, and what is too large
+        reason = str(error).splitlines()[0]
+        raise HeadwiseError(
+            f"no memory for a cache of {keys} keys a layer ({reason}); ask for fewer --tokens"
+        ) from error
     generator = torch.Generator(world.device).manual_seed(seed)
     with autocast:
         logits = read(model, cache, torch.tensor([ids], device=world.device))[:, -1]
@@ -95,7 +103,9 @@ def continue_text(
     )  # fmt: skip
 
 
-def _check(prompt: str, n_tokens: int, budget: float, temperature: float, top_k: int | None) -> None:
+def _check(
+    prompt: str, n_tokens: int, budget: float, temperature: float, top_k: int | None, seed: int
+) -> None:
     if not prompt:
         raise HeadwiseError("--prompt is empty; give some text to continue")
     if n_tokens < 1:
@@ -106,17 +116,37 @@ def _check(prompt: str, n_tokens: int, budget: float, temperature: float, top_k:
         raise HeadwiseError(f"--temperature is {temperature:g}; it must be at least 0")
     if top_k is not None and top_k < 1:
         raise HeadwiseError(f"--top-k is {top_k}; it must be at least 1")
+    if not 0 <= seed < 1 << 63:
+        raise HeadwiseError(f"--seed is {seed}; it must be at least 0 and below 2^63")
 
 
 def codec(config: Config) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """Text to token ids and back: a tokenizer, bytes, or the ids themselves where data is no text."""
-    if config.data.tokenizer:
-        from headwise.data.tokenizer import load_tokenizer
+    """Text to token ids and back: a tokenizer, bytes, or the ids themselves where data is no text.
 
+    The first raises HeadwiseError for what is no text, or no ids.
+    """
+    encode, decode = _codec(config)
+
+    def checked(text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise HeadwiseError(
+                f"the prompt is no UTF-8 text: {text[error.start]!r} at character {error.start}"
+            ) from None
+        return encode(text)
+
+    return checked, decode
+
+
+def _codec(config: Config) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    from headwise.data.tokenizer import load_tokenizer, text_of_bytes
+
+    if config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)
         return lambda text: tokenizer.encode([text])[0], tokenizer.decode
     if config.data.name in TEXT:
-        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
+        return lambda text: list(text.encode()), text_of_bytes
 
     def numbers(text: str) -> list[int]:
         try:

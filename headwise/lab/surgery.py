@@ -69,9 +69,11 @@ def model_of(source: Source, heads: int | None) -> ModelConfig:
         table = config.model.max_seq_len or config.data.seq_len
         learned = config.model.position == "learned"
         return dataclasses.replace(config.model, max_seq_len=table) if learned else config.model
-    n_heads = source.n_heads or heads
+    n_heads = heads if source.n_heads is None else source.n_heads
     if n_heads is None:
         raise HeadwiseError(f"{source.name} does not say how many heads it has; give --source-heads")
+    if n_heads < 1:
+        raise HeadwiseError(f"--source-heads is {n_heads}; a model has at least 1")
     shape = shape_of_nanogpt(source.weights, source.name)
     if shape["d_model"] % n_heads:
         raise HeadwiseError(

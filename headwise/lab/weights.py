@@ -160,6 +160,8 @@ def _read_pt(path: Path) -> tuple[dict[str, Tensor], int | None]:
         raise HeadwiseError(f"{path} holds no model: expected a dictionary of tensors, or one under 'model'")
     about = loaded.get("model_args")
     n_heads = about.get("n_head") if isinstance(about, dict) else None
+    if n_heads is not None and (type(n_heads) is not int or n_heads < 1):
+        raise HeadwiseError(f"{path} says n_head is {n_heads!r}; it must be a whole number of at least 1")
     return {name.removeprefix("_orig_mod."): value for name, value in state.items()}, n_heads
 
 

@@ -255,7 +255,8 @@ class LayerCache:
         assert self.selective is not None
         if handed is None or self.selective.residual is None:
             return 0.0
-        mixed = torch.einsum("nm,bmp->bnp", self.selective.residual.to(handed.dtype), handed)
+        with torch.autocast(handed.device.type, enabled=False):
+            mixed = torch.einsum("nm,bmp->bnp", self.selective.residual.to(handed.dtype), handed)
         at = self._column()[:, :, None].expand(-1, -1, self.masks.shape[1], -1)
         return mixed[:, self.masks].gather(-1, at)
 

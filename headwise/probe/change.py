@@ -1,6 +1,6 @@
 """Change what one attention layer computes with, for the length of a block: its queries, its heads' outputs.
 
-In a headwise model the layer's own `heads` and `core` are wrapped. In a Hugging Face model the
+In a headwise model the layer's own `heads` and `attend` are wrapped. In a Hugging Face model the
 function that transformers' attention interface gives to the layer is; queries are then seen after
 the rotation, which makes no difference to scaling one: `rope(s·q) = s·rope(q)`.
 
@@ -139,23 +139,23 @@ def copied_as_laid_out(x: Tensor) -> Tensor:
 
 @contextmanager
 def _in_headwise(module: Attention, changes: Changes) -> Iterator[None]:
-    heads, core = module.heads, module.core
+    heads, attend = module.heads, module.attend
 
     @wraps(heads)
     def changed_heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = heads(x)
         return q if changes.query is None else changes.query(q), k, v
 
-    @wraps(core)
-    def changed_core(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    @wraps(attend)
+    def changed_attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if changes.look is not None:
             changes.look(q, k, v)
-        y = core(q, k, v, **options)
+        y = attend(x, q, k, v, **options)
         return y if changes.output is None else changes.output(y)
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(module, "heads", changed_heads))
-        stack.enter_context(_replaced(module, "core", changed_core))
+        stack.enter_context(_replaced(module, "attend", changed_attend))
         yield
 
 

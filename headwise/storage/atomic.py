@@ -67,6 +67,19 @@ def refuse_full_disk(path: Path, error: OSError) -> None:
         ) from error
 
 
+def must_be_folder(path: str | Path, flag: str = "--out") -> None:
+    """Refuse a folder to write to that cannot be one, before any work is done for it.
+
+    Raises:
+        HeadwiseError: it, or what it would lie in, is a file.
+    """
+    for place in (Path(path), *Path(path).parents):
+        if place.exists():
+            if not place.is_dir():
+                raise HeadwiseError(f"{flag} {path} cannot be a folder: {place} is a file; give another")
+            return
+
+
 def sweep(folder: str | Path) -> None:
     """Delete what killed writers left below `folder`; for when nobody else writes there."""
     for draft in list(Path(folder).rglob(f".*{DRAFT}")):

@@ -110,6 +110,30 @@ def test_switched_off_it_is_flash() -> None:
     assert layer.engine == "sdpa"
 
 
+def test_switched_off_it_trains_nothing_but_flash() -> None:
+    layer = make(enabled=False, source="dedicated", protection=ProtectionConfig("linear_combo"))
+    trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in FlashAttention(shape()).named_parameters()}
+
+
+@every_switch
+def test_a_seed_gives_what_it_shares_with_flash_the_same_start(switches: dict[str, Any]) -> None:
+    """Or variants of one seed would be no pair."""
+
+    def model(kind: str) -> Decoder:
+        keys = {f"model.attention.selective.{name}": value for name, value in switches.items()
+                if not isinstance(value, PenaltyConfig | ProtectionConfig)}  # fmt: skip
+        if isinstance(protection := switches.get("protection"), ProtectionConfig):
+            keys["model.attention.selective.protection.kind"] = protection.kind
+        shapes = {"model.d_model": D_MODEL, "model.n_heads": HEADS, "model.vocab_size": 16}
+        torch.manual_seed(0)
+        config = from_dict({"model.attention.kind": kind, "training.max_steps": 1} | shapes | keys)
+        return Decoder(config.model, TOKENS)
+
+    other = dict(model("selective").named_parameters())
+    assert all(torch.equal(other[name], value) for name, value in model("flash").named_parameters())
+
+
 def test_head_zero_is_the_definition() -> None:
     layer, x = make(), inputs()
     q, k, v = layer.heads(x)
@@ -199,7 +223,7 @@ def test_heads_with_masks_of_their_own_may_be_taken_in_groups(
     layer, x = make(n_kv_heads=n_kv_heads, **switches), inputs()
     found = []
     for heads in (HEADS, step):
-        monkeypatch.setattr(SelectiveAttention, "masks_at_once", lambda self, selector, n=heads: n)
+        monkeypatch.setattr(SelectiveAttention, "masks_at_once", lambda self, selector, q, n=heads: n)
         carry = Carry()
         y = layer(x, carry=carry)
         gradients = torch.autograd.grad(y.square().sum() + carry.penalty, list(layer.parameters()))
@@ -295,6 +319,8 @@ def test_a_model_starts_its_combinations_as_asked() -> None:
         ({"protection.kind": "huge"}, "protection.kind"),
         ({"memory_penalty.epsilon": -1}, "must not be negative"),
         ({"memory_penalty.tau": 0}, "greater than 0"),
+        ({"memory_penalty.tau": float("inf")}, "memory_penalty.tau is inf: it must be a finite number"),
+        ({"relu_leak": float("nan")}, "relu_leak is nan: it must be a finite number"),
     ],
 )
 def test_meaningless_combinations_are_refused_when_the_configuration_is_read(

@@ -37,6 +37,12 @@ def test_what_is_fused_and_what_is_not() -> None:
     assert engines(SelectiveConfig())[:2] == ("fused", "fused")
     for plain in ({"residual_logits": True}, {"accumulate": "float64"}, {"accumulate": "sequential"}):
         assert engines(SelectiveConfig(**plain))[0] == "plain"  # type: ignore[arg-type]
+    biased = SelectiveConfig(source="linear_combo", combination_init="head_zero_and_bias")
+    assert engines(biased)[0] == "fused"
+    leaky = dataclasses.replace(biased, protection=ProtectionConfig("leaky_relu"))
+    assert engines(leaky)[0] == "plain"
+    wide = SelectiveConfig(source="latent", n_masks=4, mask_heads="one_each")
+    assert engines(wide)[2] == "T x T a mask, some heads at a time"
     latent = SelectiveConfig(source="latent", n_masks=4)
     assert engines(latent)[2] == "nothing"
     for more in ({"memory_penalty": PenaltyConfig(0.1)}, {"protection": ProtectionConfig("head_two")}):

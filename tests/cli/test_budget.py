@@ -50,6 +50,18 @@ def test_the_report_of_one_run(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Plotly" in page
 
 
+def test_a_file_is_no_folder_to_write_to(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/inside"):
+        assert main(["budget", str(run), "--out", str(tmp_path / out)]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""  # nothing was measured
+        assert said.err.count("\n") == 1
+        assert f"--out {tmp_path / out} cannot be a folder: {tmp_path / 'file'} is a file" in said.err
+
+
 @pytest.mark.parametrize("budget", ["1.5", "0", "-0.25"])
 def test_a_budget_outside_of_0_to_1_is_one_line_and_exit_code_2(
     run: Path, budget: str, capsys: pytest.CaptureFixture[str]

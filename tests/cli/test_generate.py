@@ -8,6 +8,7 @@ import pytest
 
 from headwise.cli.main import main
 from headwise.config import from_dict
+from headwise.data.tokenizer import text_of_bytes
 from headwise.lab.generate import continue_text
 from headwise.lab.train import train
 
@@ -54,6 +55,9 @@ def test_a_seed_repeats_a_text_and_a_temperature_varies_it(run: Path) -> None:
         (["--temperature", "-1"], "--temperature is -1"),
         (["--top-k", "0"], "--top-k is 0"),
         (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "\udcff"], "the prompt is no UTF-8 text: '\\udcff' at character 0"),
+        (["--seed", "99999999999999999999"], "--seed is 99999999999999999999; it must be at least 0"),
+        (["--tokens", "100000000000"], "no memory for a cache of 100000000002 keys"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(
@@ -63,6 +67,15 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert reason in said[0]
+
+
+def test_a_tiny_temperature_takes_the_likeliest_token(run: Path) -> None:
+    cold, greedy = (continue_text(run, "to", 20, temperature=t, device="cpu").text for t in (1e-320, 0.0))
+    assert cold == greedy
+
+
+def test_ids_beyond_bytes_are_written_as_unknown() -> None:
+    assert text_of_bytes([104, 105, 300]) == "hi\N{REPLACEMENT CHARACTER}"
 
 
 def test_data_without_text_takes_token_ids(tmp_path: Path) -> None:

@@ -250,6 +250,11 @@ def test_sources_and_folders_that_will_not_do(
     assert "'nowhere' is not there" in said("nowhere", *HEAD, "zero", *out)
     assert "has no checkpoint yet" in said(str(empty), *HEAD, "zero", *out)
     assert "does not say how many heads" in said(str(tmp_path / "ckpt.pt"), *HEAD, "zero", *out)
+    assert "--source-heads is 0" in said(str(tmp_path / "ckpt.pt"), *HEAD, "zero", "--source-heads=0", *out)
+    torch.save({"model": nanogpt(), "model_args": {"n_head": "three"}}, tmp_path / "odd.pt")
+    assert "says n_head is 'three'" in said(str(tmp_path / "odd.pt"), *HEAD, "zero", *out)
+    inside = str(tmp_path / "ckpt.pt" / "Y")
+    assert "is a file; give another" in said(source, *HEAD, "zero", "--out", inside)
     heads = "--source-heads=3"
     assert "says nothing of data" in said(str(tmp_path / "ckpt.pt"), *HEAD, "zero", heads, *out)
     assert "holds a run" in said(source, *HEAD, "zero", "--out", source)

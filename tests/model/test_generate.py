@@ -36,6 +36,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "relu moved": {"relu_leak": 1.0, "relu_after_cumsum": True},
     "residual": {"residual_logits": True},
     "residual, two masks": {"residual_logits": True, "source": "dedicated", "n_masks": 2},
+    "residual, leaky protection": {"residual_logits": True, "protection": ProtectionConfig("leaky_relu")},
     "float64": {"accumulate": "float64"},
     "disabled": {"enabled": False},
 } | {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headwise.attention.config import AttentionConfig
 from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
@@ -51,21 +52,24 @@ def output_projections(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor
         "bert": lambda: [layer.attention.output.dense for layer in model.encoder.layer],
         "gpt2": lambda: [block.attn.c_proj for block in model.transformer.h],
         "headwise": lambda: [block.attention.out for block in model.blocks],
+        "selective": lambda: [block.attention.out for block in model.blocks],
     }[name]()
     return [(m.weight.T if name == "gpt2" else m.weight, m.bias) for m in found]
 
 
-NAMES = ["llama", "gpt2", "gpt_neox", "phi3", "bert", "headwise"]
+NAMES = ["llama", "gpt2", "gpt_neox", "phi3", "bert", "headwise", "selective"]
 
 
 @pytest.fixture(params=NAMES)
 def case(request: pytest.FixtureRequest, hf_model: Callable[[str], nn.Module]) -> tuple[str, Speaker]:
     name = request.param
-    if name != "headwise":
+    if name not in ("headwise", "selective"):
         return name, speaker_of(copy.deepcopy(hf_model(name)), name)
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64}
-    model = Decoder(ModelConfig(**sizes, bias=True, init_std=0.3)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    attention = AttentionConfig("selective" if name == "selective" else "mha")
+    shape = ModelConfig(**sizes, bias=True, init_std=0.3, attention=attention)  # type: ignore[arg-type]
+    model = Decoder(shape).eval().requires_grad_(False)
     return name, Speaker(Loaded("own", model, None, model), True, True)
 
 
