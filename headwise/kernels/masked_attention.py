@@ -165,13 +165,13 @@ def delta_kernel(
     heads, tokens, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """`Σ_d y · dy` of each query."""
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = rows_of(out_ptr + b * stride_ob + h * stride_oh, stride_ot, rows, tokens, D, BLOCK_D)
     grad = rows_of(grad_ptr + b * stride_gb + h * stride_gh, stride_gt, rows, tokens, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * tokens + rows, delta, mask=rows < tokens)
+    tl.store(delta_ptr + tl.program_id(0).to(tl.int64) * tokens + rows, delta, mask=rows < tokens)
 
 
 @triton.jit
@@ -467,7 +467,7 @@ def masked_attention_backward(
     batch, heads, tokens, width = q.shape
     kv_heads, masks = k.shape[1], taken.shape[1]
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(tokens, 64), batch * heads)](
+    delta_kernel[(batch * heads, triton.cdiv(tokens, 64))](
         y, grad, delta, *y.stride()[:3], *grad.stride()[:3], heads, tokens,
         D=width, BLOCK_M=64, BLOCK_D=max(16, triton.next_power_of_2(width)),
     )  # fmt: skip

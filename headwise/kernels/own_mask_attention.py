@@ -474,7 +474,7 @@ def own_mask_attention_backward(
     batch, heads, tokens, width = q.shape
     kv_heads, blocks, select = k.shape[1], triton.cdiv(tokens, BLOCK), select_q.shape[-1]
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(tokens, 64), batch * heads)](
+    delta_kernel[(batch * heads, triton.cdiv(tokens, 64))](
         y, grad, delta, *y.stride()[:3], *grad.stride()[:3], heads, tokens,
         D=width, BLOCK_M=64, BLOCK_D=max(16, triton.next_power_of_2(width)),
     )  # fmt: skip
