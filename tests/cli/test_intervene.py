@@ -253,3 +253,37 @@ def test_a_folder_without_weights_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(HeadwiseError, match="holds no weights"):
         main(arguments(tmp_path, tmp_path / "out", *TARGET))
+
+
+def test_a_selective_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Head 0 also selects; scaling it is no sharpening alone, and removing heads goes past the mask."""
+    from headwise.config import from_dict
+    from headwise.lab.train import train
+
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
+    values = {
+        "model.d_model": 16, "model.n_layers": 2, "model.n_heads": 2, "model.init_std": 0.4,
+        "model.attention.kind": "selective", "data.name": "text", "data.path": str(tmp_path / "text.txt"),
+        "data.seq_len": 16, "data.batch_size": 4, "training.max_steps": 1, "measure.heads": False,
+        "measure.maps": 0, "device": "cpu", "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    train(from_dict(values))
+    common = [str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--tokenizer", "bytes"]
+    common += [
+        "--n-samples",
+        "4",
+        "--context-length",
+        "16",
+        "--device",
+        "cpu",
+        "--cache",
+        str(tmp_path / "c"),
+    ]
+    assert main([*common, "--remove", "0.0", "1.1", "--out", str(tmp_path / "removed")]) == 0
+    for row in json.loads((tmp_path / "removed" / "removed_heads.json").read_text())["removed"]:
+        assert row["kl"] > 0
+    assert (
+        main([*common, "--target-layer", "0", "--target-head", "0", "--out", str(tmp_path / "scaled")]) == 0
+    )
+    assert "check passed, L0 H0" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "scaled" / RESULTS)) == 5
