@@ -6,12 +6,8 @@ holds for bf16 and long sequences.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -23,22 +19,11 @@ CASES = (
 # Relative to 1 + |value|; k_eff is exact.
 TOLERANCE = 2e-6
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, dict[str, float]]:
+def errors(interpreted: Callable[[str], list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """Errors of every case, from one run of the interpreter."""
-    program = Path(__file__).with_name("interpreted_head_stats.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        env=environment | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line["case"]: line["errors"] for line in lines}
+    return {line["case"]: line["errors"] for line in interpreted("head_stats")}
 
 
 @pytest.mark.parametrize("case", CASES)

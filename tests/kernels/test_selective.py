@@ -5,34 +5,19 @@ What a GPU computes is checked by `python -m headwise.bench selective --device c
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 TOLERANCE = 2e-6
 """Relative error, of norms, in float32."""
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, dict[str, float]]:
+def errors(interpreted: Callable[[str], list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """Errors of every case, from one run of the interpreter."""
-    program = Path(__file__).with_name("interpreted_selective.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line["case"]: line["errors"] for line in lines}
+    return {line["case"]: line["errors"] for line in interpreted("selective")}
 
 
 def test_every_result_and_gradient_agrees_with_the_definition(errors: dict[str, dict[str, float]]) -> None:
