@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwise.report.collect import finite
-from headwise.report.figures import COLOURS, INK, _figure, _finish
+from headwise.report.drawing import COLOURS, INK, finish_axis, new_figure
 from headwise.report.html import embedded
 from headwise.report.markdown import _table, sentence
 from headwise.report.tables import Table
@@ -139,7 +139,7 @@ def figure(data: dict[str, Any]) -> Figure:
     """Every curve against the share of the context; bars are 95% intervals over seeds."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    drawn, axes = _figure(1, 1, 7.2, 4.4, left=0.75)
+    drawn, axes = new_figure(1, 1, 7.2, 4.4, left=0.75)
     axis = axes[0][0]
     variants = list(dict.fromkeys(one["variant"] for one in data["series"]))
     budgets = sorted({point["budget"] for one in data["series"] for point in one["points"]})
@@ -170,7 +170,7 @@ def figure(data: dict[str, Any]) -> Figure:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
     axis.set_xlim(max(budgets) * 1.12, min(budgets) / 1.12)
-    _finish(axis, "validation loss (nats per token)", "share of the context kept (log scale)")
+    finish_axis(axis, "validation loss (nats per token)", "share of the context kept (log scale)")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     return drawn
 

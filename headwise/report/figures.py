@@ -1,4 +1,4 @@
-"""The report's figures as PNG, through matplotlib. Colours are Okabe and Ito's, safe for all eyes."""
+"""The report's figures as PNG."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwise.report import selection, surgery
+from headwise.report.drawing import COLOURS, INK, finish_axis, mosaic_of, new_figure, picture
 from headwise.report.tables import METRICS, heading, measure_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#666666")
 MAX_SEEDS = 3  # rows of an atlas on paper; the page shows all
-INK, FAINT = "#222222", "#D8D8D8"
 
 
 def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) -> dict[str, str]:
     """Write all figures into `folder` and return title -> file name."""
-    from headwise.report import selection, surgery
-
     folder.mkdir(parents=True)
     made: dict[str, str] = {}
 
@@ -52,7 +50,7 @@ def loss_curves(data: dict[str, Any]) -> Figure | None:
     ]
     if not panels:
         return None
-    figure, axes = _figure(1, len(panels), 4.6 * len(panels), 3.4)
+    figure, axes = new_figure(1, len(panels), 4.6 * len(panels), 3.4)
     titles = {
         "train": "training loss, smoothed (nats)",
         "val": "validation loss (nats)",
@@ -63,7 +61,7 @@ def loss_curves(data: dict[str, Any]) -> Figure | None:
             series = data["curves"].get(variant["name"], {}).get(panel)
             if series:
                 _curve(axis, series, colour, variant["name"])
-        _finish(axis, titles[panel], "step")
+        finish_axis(axis, titles[panel], "step")
     axes[0][0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -75,7 +73,7 @@ def comparison(data: dict[str, Any]) -> Figure | None:
         return None
     names = list(dict.fromkeys(c["variant"] for c in data["comparisons"]))
     margin = _margin(names)
-    figure, axes = _figure(1, len(metrics), (3.8 + margin) * len(metrics), 1.2 + 0.4 * len(names), margin)
+    figure, axes = new_figure(1, len(metrics), (3.8 + margin) * len(metrics), 1.2 + 0.4 * len(names), margin)
     colours = {variant["name"]: colour for colour, variant in _coloured(data)}
     for axis, metric in zip(axes[0], metrics, strict=True):
         axis.axvline(0, color=INK, linewidth=0.8)
@@ -90,7 +88,7 @@ def comparison(data: dict[str, Any]) -> Figure | None:
             )  # fmt: skip
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
-        _finish(axis, f"{METRICS[metric].label}: difference to {data['baseline']}", "nats")
+        finish_axis(axis, f"{METRICS[metric].label}: difference to {data['baseline']}", "nats")
     return figure
 
 
@@ -102,7 +100,7 @@ def costs(data: dict[str, Any]) -> Figure | None:
         return None
     variants = [(colour, v) for colour, v in _coloured(data) if v["results"]]
     margin = _margin([v["name"] for _, v in variants])
-    figure, axes = _figure(1, len(shown), (2.6 + margin) * len(shown), 1.2 + 0.4 * len(variants), margin)
+    figure, axes = new_figure(1, len(shown), (2.6 + margin) * len(shown), 1.2 + 0.4 * len(variants), margin)
     for axis, metric in zip(axes[0], shown, strict=True):
         for row, (colour, variant) in enumerate(variants):
             found = variant["results"].get(metric)
@@ -110,7 +108,7 @@ def costs(data: dict[str, Any]) -> Figure | None:
                 axis.barh(row, found["mean"], xerr=found["ci95"], color=colour, height=0.6, capsize=3)
         axis.set_yticks(range(len(variants)), [v["name"] for _, v in variants])
         axis.invert_yaxis()
-        _finish(axis, heading(metric), "")
+        finish_axis(axis, heading(metric), "")
     return figure
 
 
@@ -129,13 +127,13 @@ def head_atlas(data: dict[str, Any], measure: dict[str, Any]) -> Figure | None:
     }
     if not any(np.isfinite(tile).any() for tile in tiles.values()):
         return None
-    mosaic, corners = _mosaic(tiles)
+    mosaic, corners = mosaic_of(tiles)
     labels = {
         at: f"{variant}, seed {seeds[at[0]]['seed']}{_unless_finished(seeds[at[0]])}"
         for column, (variant, seeds) in enumerate(columns.items())
         for at in corners if at[1] == column
     }  # fmt: skip
-    figure, axis = _picture(mosaic, corners, labels, "viridis", 0.26)
+    figure, axis = picture(mosaic, corners, labels, "viridis", 0.26)
     axis.images[0].set_clim(*colour_range(mosaic))
     bar = figure.colorbar(axis.images[0], ax=axis, fraction=0.03, pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=7)
@@ -163,45 +161,11 @@ def attention_maps(prompts: list[tuple[list[str], np.ndarray]]) -> Figure | None
         return None
     weights = np.sqrt(np.clip(prompts[0][1], 0, 1))
     tiles = {(layer, head): weights[layer, head] for layer, head in np.ndindex(*weights.shape[:2])}
-    mosaic, corners = _mosaic(tiles, gap=max(2, weights.shape[-1] // 8))
+    mosaic, corners = mosaic_of(tiles, gap=max(2, weights.shape[-1] // 8))
     labels = {(layer, head): f"{layer}.{head}" for layer, head in corners}
-    figure, axis = _picture(mosaic, corners, labels, "magma", 1.1 / weights.shape[-1])
+    figure, axis = picture(mosaic, corners, labels, "magma", 1.1 / weights.shape[-1])
     axis.set_xlabel("layer.head; rows are queries, columns are keys", fontsize=8)
     return figure
-
-
-def _mosaic(tiles: dict[tuple[int, int], np.ndarray], gap: int = 1) -> tuple[np.ndarray, dict]:
-    """One array of all tiles with NaN between them, and the upper left corner of each.
-
-    A single picture instead of an axis a tile: drawing dozens of axes takes seconds.
-    """
-    rows, columns = (1 + max(at[i] for at in tiles) for i in (0, 1))
-    heights = [max((t.shape[0] for at, t in tiles.items() if at[0] == r), default=0) for r in range(rows)]
-    widths = [max((t.shape[1] for at, t in tiles.items() if at[1] == c), default=0) for c in range(columns)]
-    tops = np.cumsum([0, *(h + gap for h in heights)])
-    lefts = np.cumsum([0, *(w + gap for w in widths)])
-    mosaic = np.full((int(tops[-1]) - gap, int(lefts[-1]) - gap), np.nan)
-    corners = {at: (int(tops[at[0]]), int(lefts[at[1]])) for at in tiles}
-    for at, tile in tiles.items():
-        top, left = corners[at]
-        mosaic[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    return mosaic, corners
-
-
-def _picture(
-    mosaic: np.ndarray, corners: dict, labels: dict, colours: str, inch: float
-) -> tuple[Figure, Axes]:
-    """A mosaic with a label above each tile; `inch` is the side of a cell."""
-    width, height = (max(2.5, min(14.0, inch * n)) for n in mosaic.shape[::-1])
-    figure, axes = _figure(1, 1, width + 1.8, height + 0.9, right=0.75)
-    axis = axes[0][0]
-    axis.imshow(mosaic, cmap=colours, interpolation="nearest", aspect="auto")
-    for at, (top, left) in corners.items():
-        axis.text(left - 0.5, top - 0.6, labels[at], fontsize=7, va="bottom", color=INK)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(False)
-    return figure, axis
 
 
 def _curve(axis: Axes, series: dict[str, Any], colour: str, label: str) -> None:
@@ -227,30 +191,6 @@ def _margin(names: list[str]) -> float:
 
 def _coloured(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(COLOURS[i % len(COLOURS)], variant) for i, variant in enumerate(data["variants"])]
-
-
-def _figure(
-    rows: int, columns: int, width: float, height: float, left: float = 0.6, right: float = 0.15
-) -> tuple[Figure, Any]:
-    """Axes with margins in inches; matplotlib's own layout engines take longer than the drawing."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(
-        left=left / width, right=1 - right / width, bottom=0.55 / height, top=1 - 0.35 / height,
-        wspace=(left + 0.1) * columns / (width - left),
-    )  # fmt: skip
-    return figure, axes
-
-
-def _finish(axis: Axes, title: str, xlabel: str) -> None:
-    axis.set_title(title, fontsize=9, loc="left")
-    axis.set_xlabel(xlabel, fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(color=FAINT, linewidth=0.5)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _array(values: list[list[float | None]]) -> np.ndarray:

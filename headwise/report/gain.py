@@ -12,7 +12,7 @@ import numpy as np
 from headwise.analysis.gain import FAILURE_RULE, MATHEMATICS, Gain, flat, gain_ratio, reading, rule_applied
 from headwise.analysis.statistics import summarize
 from headwise.analysis.sweep import DIRECTIONS, EXPECTATIONS, MEASURES, Sweep, monotonic
-from headwise.report.figures import COLOURS, INK
+from headwise.report.drawing import COLOURS, INK
 from headwise.storage.atomic import replacing
 
 if TYPE_CHECKING:

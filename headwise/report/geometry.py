@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwise.analysis.correlation import DYNAMICS, REGRESSORS, Heads, Interval, Report
-from headwise.report.figures import COLOURS, INK
+from headwise.report.drawing import COLOURS, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

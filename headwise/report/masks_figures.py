@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headwise.analysis.masking import EDGES
-from headwise.report.figures import FAINT, INK, _figure, _finish, _mosaic, _picture
+from headwise.report.drawing import FAINT, INK, finish_axis, mosaic_of, new_figure, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +69,8 @@ def maps(data: dict[str, Any], layers: list[Selection]) -> Figure:
                 tiles[at] = np.where(np.tri(len(f[mask]), dtype=bool), np.clip(f[mask], 0, 1), np.nan)
                 labels[at] = f"{one.layer}.{mask}{label}"
     size = len(data["tokens"])
-    mosaic, corners = _mosaic(tiles, gap=max(3, size // 8))
-    figure, axis = _picture(mosaic, corners, labels, "magma", min(2.6 / size, SIDE / max(mosaic.shape)))
+    mosaic, corners = mosaic_of(tiles, gap=max(3, size // 8))
+    figure, axis = picture(mosaic, corners, labels, "magma", min(2.6 / size, SIDE / max(mosaic.shape)))
     axis.images[0].set_clim(0, 1)
     bar = figure.colorbar(axis.images[0], ax=axis, fraction=0.03, pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=7)
@@ -83,7 +83,7 @@ def answers(data: dict[str, Any]) -> Figure:
     """How far back masking reaches, by layer, and what F tokens end with."""
     from matplotlib import colormaps
 
-    figure, axes = _figure(1, 3, 13.2, 3.4)
+    figure, axes = new_figure(1, 3, 13.2, 3.4)
     shades = colormaps["viridis"](np.linspace(0, 0.9, len(data["layers"])))
     for axis, kind, title in (
         (axes[0][0], "effect", "strength lost to queries within this distance"),
@@ -101,7 +101,7 @@ def answers(data: dict[str, Any]) -> Figure:
         axis.set_ylim(0, 1.02)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=7)
-        _finish(axis, title, "distance from query to key (tokens)")
+        finish_axis(axis, title, "distance from query to key (tokens)")
     axis = axes[0][2]
     bins = np.arange(len(EDGES))
     width = 0.8 / len(data["layers"])
@@ -109,7 +109,7 @@ def answers(data: dict[str, Any]) -> Figure:
         axis.bar(bins - 0.4 + width * (n + 0.5), one["all"]["histogram"] or 0, width, color=shade,
                  label=f"layer {one['layer']}")  # fmt: skip
     axis.set_xticks(bins, bin_labels(), rotation=40, ha="right")
-    _finish(axis, "share of tokens by F at the end", "")
+    finish_axis(axis, "share of tokens by F at the end", "")
     return figure
 
 

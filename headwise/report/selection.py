@@ -10,6 +10,7 @@ import numpy as np
 from headwise.analysis.statistics import summarize
 from headwise.lab.runs import Run, Unreadable
 from headwise.report.curves import rounded
+from headwise.report.drawing import COLOURS, finish_axis, new_figure
 from headwise.report.tables import Table
 
 if TYPE_CHECKING:
@@ -94,15 +95,13 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
     """
     from matplotlib import colormaps
 
-    from headwise.report.figures import COLOURS, _figure, _finish
-
     if not entries:
         return None
     penalised = [entry for entry in entries if entry["terms"]]
     count = len(entries) + bool(penalised)
     columns = min(3, count)
     rows = -(-count // columns)
-    drawn, axes = _figure(rows, columns, 3.9 * columns, 3.2 * rows)
+    drawn, axes = new_figure(rows, columns, 3.9 * columns, 3.2 * rows)
     drawn.subplots_adjust(hspace=0.42)
     top = max(max(map(max, entry["high"])) for entry in entries)
     for axis, entry in zip(axes.flat, entries, strict=False):
@@ -113,7 +112,7 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
             axis.fill_between(entry["steps"], low[layer], high[layer], color=shade, alpha=0.15, linewidth=0)
         axis.set_ylim(0, 1.05 * top)
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        _finish(axis, f"memory kept: {entry['variant']}", "step")
+        finish_axis(axis, f"memory kept: {entry['variant']}", "step")
         axis.legend(frameon=False, fontsize=7, title="layer", title_fontsize=7, ncols=-(-len(layers) // 6))
     if penalised:
         axis = axes.flat[len(entries)]
@@ -125,7 +124,7 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
                     axis.plot(line["steps"], line["mean"], dash, color=colour,
                               label=f"{entry['variant']}: {term}")  # fmt: skip
         axis.set_yscale("log")
-        _finish(axis, "loss terms (nats): training loss, penalty", "step")
+        finish_axis(axis, "loss terms (nats): training loss, penalty", "step")
         axis.legend(frameon=False, fontsize=7)
     for axis in axes.flat[count:]:
         axis.remove()

@@ -8,6 +8,7 @@ from headwise.errors import HeadwiseError
 from headwise.lab import new_head
 from headwise.lab.runs import Run
 from headwise.report.curves import MAX_POINTS, thin
+from headwise.report.drawing import COLOURS, INK, finish_axis, new_figure
 from headwise.report.tables import Table, plain
 
 if TYPE_CHECKING:
@@ -81,11 +82,10 @@ def moved(entries: list[dict[str, Any]]) -> Table:
 
 def figure(entries: list[dict[str, Any]]) -> Figure | None:
     """The curve from the operation on, and the norms of the first run's new head by layer."""
-    from headwise.report.figures import COLOURS, INK, _figure, _finish
 
     if not entries:
         return None
-    drawn, axes = _figure(1, 2, 9.6, 3.4)
+    drawn, axes = new_figure(1, 2, 9.6, 3.4)
     curve, norms = axes[0]
     for entry, colour in zip(entries, COLOURS * len(entries), strict=False):
         name = f"{entry['variant']}, {entry['init']} at the {entry['place']}"
@@ -97,7 +97,7 @@ def figure(entries: list[dict[str, Any]]) -> Figure | None:
             curve.axhline(losses["source"], color=INK, linewidth=0.8, linestyle="--")
     if curve.get_legend_handles_labels()[0]:
         curve.legend(frameon=False, fontsize=8)
-    _finish(curve, "validation loss (nats); dashed: the source, dot: operated", "step")
+    finish_axis(curve, "validation loss (nats); dashed: the source, dot: operated", "step")
     for part, colour in zip(NAMES, COLOURS, strict=False):
         rows = [row for row in entries[0]["movement"] if row["part"] == part]
         if rows:
@@ -107,5 +107,5 @@ def figure(entries: list[dict[str, Any]]) -> Figure | None:
     if norms.get_legend_handles_labels()[0]:
         norms.legend(frameon=False, fontsize=8)
     norms.xaxis.get_major_locator().set_params(integer=True)
-    _finish(norms, f"norm of the new head in {entries[0]['variant']}; dotted: at its start", "layer")
+    finish_axis(norms, f"norm of the new head in {entries[0]['variant']}; dotted: at its start", "layer")
     return drawn
