@@ -426,6 +426,22 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def room_like(x: Tensor) -> Tensor:
+    """Room for a tensor of the shape of `x (B, H, T, D)`, laid out `(B, T, H, D)`."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def delta_of(y: Tensor, grad: Tensor) -> Tensor:
+    """`Σ_d y · dy` of each query, `(B, H, T)` float32."""
+    batch, heads, tokens, width = y.shape
+    delta = y.new_empty((batch, heads, tokens), dtype=torch.float32)
+    delta_kernel[(batch * heads, triton.cdiv(tokens, 64))](
+        y, grad, delta, *y.stride()[:3], *grad.stride()[:3], heads, tokens,
+        D=width, BLOCK_M=64, BLOCK_D=max(16, triton.next_power_of_2(width)),
+    )  # fmt: skip
+    return delta
+
+
 @torch.library.custom_op("headwise::masked_attention", mutates_args=())
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention under F.
@@ -439,8 +455,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
         y `(B, H, T, D)`, laid out `(B, T, H, D)`; the log-sum-exp of each query in base 2, `(B, H, T)`.
     """
     q, k, v = packed(q), packed(k), packed(v)
-    batch, heads, tokens, width = q.shape
-    y = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+    batch, heads, tokens, _ = q.shape
+    y = room_like(q)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     options = blocks_for("forward", q, k, taken.shape[1])
     grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads // (1 + options["PAIR"]),)
@@ -453,9 +469,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
 
 @masked_attention.register_fake
 def _(q, k, v, taken, scale):
-    batch, heads, tokens, width = q.shape
-    y = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-    return y, q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    return room_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("headwise::masked_attention_backward", mutates_args=())
@@ -464,15 +478,10 @@ def masked_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and F (on and below the diagonal; above it they are undefined)."""
     grad, q, k, v = packed(grad), packed(q), packed(k), packed(v)
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     kv_heads, masks = k.shape[1], taken.shape[1]
-    delta = torch.empty_like(lse)
-    delta_kernel[(batch * heads, triton.cdiv(tokens, 64))](
-        y, grad, delta, *y.stride()[:3], *grad.stride()[:3], heads, tokens,
-        D=width, BLOCK_M=64, BLOCK_D=max(16, triton.next_power_of_2(width)),
-    )  # fmt: skip
-    dq = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-    dk, dv = (k.new_empty((batch, tokens, kv_heads, width)).transpose(1, 2) for _ in range(2))
+    delta = delta_of(y, grad)
+    dq, dk, dv = room_like(q), room_like(k), room_like(k)
     flipped = torch.empty_like(taken)
     blocks = triton.cdiv(tokens, 64)
     flip_kernel[(blocks, blocks, batch * masks)](taken, flipped, tokens, BLOCK=64, num_warps=8)
@@ -482,19 +491,9 @@ def masked_attention_backward(
     options = blocks_for("keys", q, k, masks)
     grid = (triton.cdiv(tokens, options["BLOCK_N"]) * batch * kv_heads // (1 + options["PAIR"]),)
     keys_kernel[grid](
-        q,
-        k,
-        v,
-        flipped,
-        *others,
-        dk,
-        dv,
-        *strides,
-        *dk.stride()[:3],
-        *sizes,
-        GROUP=heads // kv_heads,
-        **options,
-    )
+        q, k, v, flipped, *others, dk, dv, *strides, *dk.stride()[:3], *sizes,
+        GROUP=heads // kv_heads, **options,
+    )  # fmt: skip
     del flipped
     d_taken = torch.zeros_like(taken)
     options = blocks_for("queries", q, k, masks)
@@ -505,11 +504,7 @@ def masked_attention_backward(
 
 @masked_attention_backward.register_fake
 def _(grad, q, k, v, taken, y, lse, scale):
-    def laid_out(x: Tensor) -> Tensor:
-        batch, heads, tokens, width = x.shape
-        return x.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-
-    return laid_out(q), laid_out(k), laid_out(v), torch.empty_like(taken)
+    return room_like(q), room_like(k), room_like(v), torch.empty_like(taken)
 
 
 def _save(ctx, inputs, output):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headwise.kernels.masked_attention import LOG2E, delta_kernel, packed, rows_of
+from headwise.kernels.masked_attention import LOG2E, delta_of, packed, room_like, rows_of
 from headwise.kernels.tile_sums import along_rows
 
 BLOCK = 32
@@ -419,9 +419,9 @@ def own_mask_attention(
         of each block of queries.
     """
     q, k, v, select_q, select_k = (packed(x) for x in (q, k, v, select_q, select_k))
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     blocks = triton.cdiv(tokens, BLOCK)
-    y = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+    y = room_like(q)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     done = q.new_empty((batch, heads, blocks, tokens), dtype=torch.float32)
     options = _common(q, select_q, bias, (leak, bos, own, after))
@@ -442,9 +442,9 @@ def own_mask_attention(
 
 @own_mask_attention.register_fake
 def _(q, k, v, select_q, select_k, bias, *settings):
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     return (
-        q.new_empty((batch, tokens, heads, width)).transpose(1, 2),
+        room_like(q),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
         q.new_empty((batch, heads, -(-tokens // BLOCK), tokens), dtype=torch.float32),
     )
@@ -471,15 +471,10 @@ def own_mask_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, select_q, and by head of select_k `(B, H, T, E)` and of the bias `(B, H, T)`."""
     grad, q, k, v, select_q, select_k = (packed(x) for x in (grad, q, k, v, select_q, select_k))
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     kv_heads, blocks, select = k.shape[1], triton.cdiv(tokens, BLOCK), select_q.shape[-1]
-    delta = torch.empty_like(lse)
-    delta_kernel[(batch * heads, triton.cdiv(tokens, 64))](
-        y, grad, delta, *y.stride()[:3], *grad.stride()[:3], heads, tokens,
-        D=width, BLOCK_M=64, BLOCK_D=max(16, triton.next_power_of_2(width)),
-    )  # fmt: skip
-    dq = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-    dk, dv = (k.new_empty((batch, tokens, kv_heads, width)).transpose(1, 2) for _ in range(2))
+    delta = delta_of(y, grad)
+    dq, dk, dv = room_like(q), room_like(k), room_like(k)
     dsq = q.new_zeros((batch, heads, tokens, select))
     dsk = q.new_empty((batch, heads, tokens, select))
     d_bias = torch.empty_like(lse) if bias is not None else lse.new_empty(0)
@@ -511,13 +506,9 @@ def own_mask_attention_backward(
 
 @own_mask_attention_backward.register_fake
 def _(grad, q, k, v, select_q, select_k, bias, y, lse, done, *settings):
-    def laid_out(x: Tensor) -> Tensor:
-        batch, heads, tokens, width = x.shape
-        return x.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-
     dsq = q.new_empty((*q.shape[:3], select_q.shape[-1]))
     d_bias = torch.empty_like(lse) if bias is not None else lse.new_empty(0)
-    return laid_out(q), laid_out(k), laid_out(v), dsq, torch.empty_like(dsq), d_bias
+    return room_like(q), room_like(k), room_like(v), dsq, torch.empty_like(dsq), d_bias
 
 
 def _save(ctx, inputs, output):

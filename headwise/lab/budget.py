@@ -195,18 +195,20 @@ class _Measurements:
         self.options, self.notes, self.say = options, notes, say
         self.series: dict[str, Series] = {}
         self.setting: dict[str, Any] = {}
+        self.data: dict[Path, Data] = {}
 
     def check(self, run: Run) -> None:
         """Refuse a run that cannot be compared with those before, without reading its weights."""
         config = load(RunFolder(run.path).config)
-        self._check_comparable(run, config, open_data(config.data, config.seed))
+        self.data[run.path] = open_data(config.data, config.seed)
+        self._check_comparable(run, config, self.data[run.path])
 
     def add(self, run: Run, variant: str, *, with_full: bool) -> None:
-        """Measure one run; `with_full` adds the full context to the budgets."""
+        """Measure one run that was checked; `with_full` adds the full context to the budgets."""
         began = time.perf_counter()
         world = World(0, 1, find_device(self.options.device))
         model, config = load_model(run.path, world.device)
-        data = open_data(config.data, config.seed)
+        data = self.data[run.path]
         measured_on, calibration = self._sequences(data)
         length = config.data.seq_len
         room = SCORES["cuda" if world.device.type == "cuda" else "cpu"]

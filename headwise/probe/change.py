@@ -154,13 +154,13 @@ def _in_headwise(module: Attention, changes: Changes) -> Iterator[None]:
         return y if changes.output is None else changes.output(y)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(module, "heads", changed_heads))
-        stack.enter_context(_replaced(module, "attend", changed_attend))
+        stack.enter_context(replaced(module, "heads", changed_heads))
+        stack.enter_context(replaced(module, "attend", changed_attend))
         yield
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
     """Set `method` on this one instance."""
     before = module.__dict__.get(name)
     module.__dict__[name] = method

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headwise.attention.base import Carry
-from headwise.attention.observation import Observation
 from headwise.attention.selective import SelectiveAttention, Selector
 from headwise.attention.selective_config import SelectiveConfig
 from headwise.functional.selective import Protection, attacks, mask_of_head
 from headwise.model.budget import selects
 from headwise.model.decoder import Decoder
+from headwise.probe.change import replaced
+
+Make = Callable[[SelectiveAttention, int, Selector, Protection | None, Carry], Tensor]
+"""What makes a mask: of a layer, its index, and what the layer's `mask_of` takes."""
 
 
 @dataclass(frozen=True)
@@ -46,31 +50,17 @@ def selections(model: Decoder, tokens: Tensor) -> list[Selection]:
         tokens: `(1, T)` int64; a layer's arrays hold M·T² numbers each.
     """
     found: list[Selection] = []
-    with ExitStack() as stack:
-        for index, layer in enumerate(model.attentions()):
-            if isinstance(layer, SelectiveAttention) and selects(layer):
-                stack.enter_context(_kept(layer, index, found))
-        model.hidden(tokens)
-    return found
 
-
-def _attacks(logits: Tensor, config: SelectiveConfig) -> Tensor:
-    bos, own = config.protect_bos, config.protect_self
-    return attacks(logits, protect_bos=bos, protect_self=own, relu_leak=config.relu_leak)
-
-
-@contextmanager
-def _kept(layer: SelectiveAttention, index: int, found: list[Selection]) -> Iterator[None]:
-    make = type(layer).mask_of
-
-    def mask_of(selector: Selector, protection: Protection | None, carry: Carry) -> Tensor:
+    def keep(
+        layer: SelectiveAttention, index: int, selector: Selector, protection: Protection | None, carry: Carry
+    ) -> Tensor:
         handed = Carry(carry.logits)
-        taken = make(layer, selector, protection, carry)
+        taken = type(layer).mask_of(layer, selector, protection, carry)
         # with residual logits, what a layer hands on is what it selected by
         residual = layer.config.residual_logits
         logits = carry.logits if residual else selector.logits(layer.config.accumulate == "float64")
         assert logits is not None
-        bare = None if protection is None else make(layer, selector, None, handed)
+        bare = None if protection is None else type(layer).mask_of(layer, selector, None, handed)
         of_heads = mask_of_head(layer.shape.n_heads, taken.shape[1])
         heads = [[h for h, mask in enumerate(of_heads) if mask == m] for m in range(taken.shape[1])]
         found.append(
@@ -81,18 +71,39 @@ def _kept(layer: SelectiveAttention, index: int, found: list[Selection]) -> Iter
         )  # fmt: skip
         return taken
 
+    with masks_made_by(model, keep):
+        model.hidden(tokens)
+    return found
+
+
+@contextmanager
+def masks_made_by(model: Decoder, make: Make) -> Iterator[None]:
+    """Have `make` give the mask of every selecting layer, in place of the layer's `mask_of`.
+
+    Masks are made whole meanwhile, however many heads have one of their own.
+    """
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.attentions()):
+            if isinstance(layer, SelectiveAttention) and selects(layer):
+                stack.enter_context(replaced(layer, "mask_of", partial(make, layer, index)))
+                stack.enter_context(_observed(layer))
+        yield
+
+
+@contextmanager
+def _observed(layer: SelectiveAttention) -> Iterator[None]:
+    """An observed layer makes its mask whole."""
     previous = layer.observer
-    layer.observer = previous or _keep_whole
-    layer.mask_of = mask_of  # type: ignore[method-assign]
+    layer.observer = previous or (lambda seen: None)
     try:
         yield
     finally:
         layer.observer = previous
-        vars(layer).pop("mask_of", None)
 
 
-def _keep_whole(seen: Observation) -> None:
-    """An observed layer makes its mask whole, however many heads have one of their own."""
+def _attacks(logits: Tensor, config: SelectiveConfig) -> Tensor:
+    bos, own = config.protect_bos, config.protect_self
+    return attacks(logits, protect_bos=bos, protect_self=own, relu_leak=config.relu_leak)
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +11,8 @@ from torch import Tensor
 from headwise.attention.base import Carry
 from headwise.attention.selective import SelectiveAttention, Selector
 from headwise.functional.selective import Protection
-from headwise.model.budget import selects
 from headwise.model.decoder import Decoder
+from headwise.probe.selection import masks_made_by
 
 
 @dataclass(frozen=True)
@@ -53,30 +51,16 @@ def sum_errors(model: Decoder, tokens: Tensor) -> list[SumError]:
         tokens: `(1, T)` int64; a layer takes some M·T² numbers in float64.
     """
     found: list[SumError] = []
-    with ExitStack() as stack, torch.no_grad():
-        for index, layer in enumerate(model.attentions()):
-            if isinstance(layer, SelectiveAttention) and selects(layer):
-                stack.enter_context(_compared(layer, index, found))
+
+    def compare(
+        layer: SelectiveAttention, index: int, selector: Selector, protection: Protection | None, carry: Carry
+    ) -> Tensor:
+        found.append(_error(layer, index, selector, protection, carry.logits))
+        return type(layer).mask_of(layer, selector, protection, carry)
+
+    with torch.no_grad(), masks_made_by(model, compare):
         model.hidden(tokens)
     return found
-
-
-@contextmanager
-def _compared(layer: SelectiveAttention, index: int, found: list[SumError]) -> Iterator[None]:
-    make = type(layer).mask_of
-
-    def mask_of(selector: Selector, protection: Protection | None, carry: Carry) -> Tensor:
-        found.append(_error(layer, index, selector, protection, carry.logits))
-        return make(layer, selector, protection, carry)
-
-    previous = layer.observer
-    layer.observer = previous or (lambda seen: None)  # an observed layer makes its mask whole
-    layer.mask_of = mask_of  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        layer.observer = previous
-        vars(layer).pop("mask_of", None)
 
 
 def _error(
