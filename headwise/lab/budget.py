@@ -9,71 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from headwise.analysis.parity import parity
 from headwise.analysis.statistics import paired, summarize
-from headwise.attention import Attention
-from headwise.attention.selective import SelectiveAttention
-from headwise.config import Config, load
-from headwise.data import Batch, open_data
-from headwise.data.base import Data
 from headwise.errors import HeadwiseError
-from headwise.functional.budget import keys_of_share
-from headwise.lab.greedy_budget import greedy_shares
+from headwise.lab.budget_of_run import KEPT, WINDOW, Layers, Losses, Measurable, Options
 from headwise.lab.runs import Run, find_runs
-from headwise.lab.weights import find_checkpoint, load_model
-from headwise.model.budget import full_context_only, protects_bos, selects, within_budget
+from headwise.lab.weights import find_checkpoint
 from headwise.storage.run_folder import RunFolder
-from headwise.training.distributed import World, find_device
-from headwise.training.loss import TokenLoss, evaluate
-
-SCORES = {"cpu": 1 << 27, "cuda": 1 << 30}
-"""Scores `(B, H, T, T)` of one forward pass at most: half a gigabyte in float32, or four on a GPU."""
-
-KEPT, WINDOW, READMITTED, GREEDY = "kept", "window", "chosen afresh", "per layer"
-"""How keys are chosen."""
-
-Layers = dict[float, list[float]]
-"""Mean share -> share of each layer."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure.
-
-    Attributes:
-        shares: of the context, in (0, 1].
-        sequences: validation sequences to measure on, evenly spread over the split.
-        readmit: add the curve of document 002, in which every query chooses among all keys anew.
-        greedy: add the curve with a budget for each layer.
-        calibration: validation sequences that choose the budgets of layers.
-        device: where it computes.
-    """
-
-    shares: tuple[float, ...]
-    sequences: int = 128
-    readmit: bool = False
-    greedy: bool = False
-    calibration: int = 16
-    device: str = "auto"
-
-    def validate(self) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            HeadwiseError: a budget outside (0, 1], or no sequences.
-        """
-        if not self.shares:
-            raise HeadwiseError("--budgets is empty; give shares of the context, as 1.0 0.5 0.25")
-        for share in self.shares:
-            if not 0 < share <= 1:
-                raise HeadwiseError(
-                    f"a budget of {share:g} is no share of the context; it must be above 0 and at most 1"
-                )
-        for name in ("sequences", "calibration"):
-            if getattr(self, name) < 1:
-                raise HeadwiseError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass
@@ -89,7 +31,7 @@ class Series:
     variant: str
     kind: str
     method: str
-    points: dict[int, dict[float, float]] = field(default_factory=dict)
+    points: dict[int, Losses] = field(default_factory=dict)
     layers: dict[int, Layers] = field(default_factory=dict)
     keys: dict[float, int] = field(default_factory=dict)
 
@@ -134,16 +76,21 @@ def measure(
     found = {name: group for name, group in found.items() if group}
     if not found:
         raise HeadwiseError(f"nothing to measure: {'; '.join(notes)}")
-    measurements = _Measurements(options, notes, say)
-    for run in (run for group in found.values() for run in group):
-        measurements.check(run)
-    for variant, group in found.items():
-        for run in group:
-            measurements.add(run, variant, with_full=variant == reference)
-    series = list(measurements.series.values())
+    with_full = dataclasses.replace(options, shares=(*options.shares, 1.0))
+    measurable = [
+        (Measurable(run, with_full if variant == reference else options), variant)
+        for variant, group in found.items()
+        for run in group
+    ]
+    curves = _Curves(notes, say)
+    for run, _ in measurable:
+        curves.compare(run)
+    for run, variant in measurable:
+        curves.add(run, variant)
+    series = list(curves.series.values())
     if reference is None:
         reference = next((one.variant for one in series if one.kind == "flash"), None)
-    return _summary(series, options, reference, measurements.setting, notes)
+    return _summary(series, options, reference, curves.setting, notes)
 
 
 def variants(paths: Sequence[str | Path]) -> dict[str, list[Run]]:
@@ -188,117 +135,47 @@ def _with_checkpoint(runs: list[Run], notes: list[str]) -> list[Run]:
     return kept
 
 
-class _Measurements:
+class _Curves:
     """Curves of runs on the same sequences, and what is to be said about them."""
 
-    def __init__(self, options: Options, notes: list[str], say: Callable[[str], None]) -> None:
-        self.options, self.notes, self.say = options, notes, say
+    def __init__(self, notes: list[str], say: Callable[[str], None]) -> None:
+        self.notes, self.say = notes, say
         self.series: dict[str, Series] = {}
         self.setting: dict[str, Any] = {}
-        self.data: dict[Path, Data] = {}
+        self.first: Path | None = None
 
-    def check(self, run: Run) -> None:
-        """Refuse a run that cannot be compared with those before, without reading its weights."""
-        config = load(RunFolder(run.path).config)
-        self.data[run.path] = open_data(config.data, config.seed)
-        self._check_comparable(run, config, self.data[run.path])
-
-    def add(self, run: Run, variant: str, *, with_full: bool) -> None:
-        """Measure one run that was checked; `with_full` adds the full context to the budgets."""
-        began = time.perf_counter()
-        world = World(0, 1, find_device(self.options.device))
-        model, config = load_model(run.path, world.device)
-        data = self.data[run.path]
-        measured_on, calibration = self._sequences(data)
-        length = config.data.seq_len
-        room = SCORES["cuda" if world.device.type == "cuda" else "cpu"]
-        size = max(1, min(config.data.batch_size, room // (config.model.n_heads * length**2)))
-        batches, chosen_on = (_batches(data, indices, size) for indices in (measured_on, calibration))
-        attention = model.attentions()[0]
-        has_f = selects(attention)
-        shares = sorted({*self.options.shares, *([] if has_f and not with_full else [1.0])}, reverse=True)
-        if reason := full_context_only(attention):
-            shares = [1.0]
-            self.note(f"{variant} is measured with its full context alone: {reason}")
-
-        def loss(batches: Sequence[Batch], share: float | Sequence[float], readmit: bool = False) -> float:
-            autocast = world.autocast(config.training.precision)
-            with within_budget(model, share, readmit=readmit):
-                return evaluate(TokenLoss(model), batches, world, autocast).loss
-
-        def record(method: str, at: dict[float, float], layers: Layers | None = None) -> None:
-            series = Series(variant, config.model.attention.kind, method)
-            series = self.series.setdefault(series.name, series)
-            seed = config.seed if run.seed is None else run.seed
-            if seed in series.points:
-                raise HeadwiseError(f"{variant} has two runs of seed {seed}; {run.path} is the second")
-            series.points[seed] = at
-            series.keys |= {share: keys_of_share(share, length, protects_bos(attention)) for share in shares}
-            if layers is not None:
-                series.layers[seed] = layers
-
-        at = {share: loss(batches, share) for share in shares}
-        record(KEPT if has_f else WINDOW, at)
-        if has_f and self.options.readmit:
-            record(READMITTED, {share: loss(batches, share, readmit=True) for share in shares})
-        if has_f and self.options.greedy:
-            least = (1 + protects_bos(attention)) / length
-            layers = greedy_shares(config.model.n_layers, shares, least, lambda each: loss(chosen_on, each))
-            record(GREEDY, {share: loss(batches, each) for share, each in layers.items()}, layers)
-        self._note_switches(attention, variant)
-        losses = ", ".join(f"{at[share]:.4f} at {share:g}" for share in shares)
-        self.say(f"{run.path}: loss {losses} ({time.perf_counter() - began:.0f} s)")
-
-    def note(self, line: str) -> None:
-        """Say something once."""
-        if line not in self.notes:
-            self.notes.append(line)
-
-    def _check_comparable(self, run: Run, config: Config, data: Data) -> None:
-        """All runs read the same sequences, or their losses say nothing about each other."""
-        mine = {
-            "seq_len": config.data.seq_len, "data": str(data.identity.get("name")),
-            "checksum": str(data.identity.get("checksum"))[:16],
-        }  # fmt: skip
-        first = self.setting.setdefault("first", str(run.path))
-        for name, value in mine.items():
-            if self.setting.setdefault(name, value) != value:
+    def compare(self, run: Measurable) -> None:
+        """Refuse a run that reads other sequences than those before: its loss would say nothing."""
+        if self.first is None:
+            self.setting, self.first = run.setting, run.path
+        for name, value in run.setting.items():
+            if self.setting[name] != value:
                 raise HeadwiseError(
-                    f"{run.path} has {name} {value}, and {first} has {self.setting[name]}; "
+                    f"{run.path} has {name} {value}, and {self.first} has {self.setting[name]}; "
                     "budgets are compared on the same sequences"
                 )
 
-    def _sequences(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
-        """Validation sequences to measure on, and others to choose budgets of layers by."""
-        total = data.n_sequences("val")
-        assert total is not None
-        everything = np.arange(total, dtype=np.int64)
-        measured_on = _spread(everything, self.options.sequences)
-        self.setting["sequences"] = len(measured_on)
-        if not self.options.greedy:
-            return measured_on, measured_on[:0]
-        others = np.setdiff1d(everything, measured_on)
-        calibration = _spread(others if len(others) else everything, self.options.calibration)
-        self.setting["calibration"] = len(calibration)
-        if not len(others):
-            self.note("budgets of layers were chosen on sequences that are measured too: there are no others")
-        return measured_on, calibration
-
-    def _note_switches(self, attention: Attention, variant: str) -> None:
-        if isinstance(attention, SelectiveAttention) and attention.config.mask_layernorm:
-            self.note(
-                f"{variant} normalises F over all keys of a query (mask_layernorm), dropped ones too, and "
-                "by queries still to come: no cache can follow its curve"
-            )
-
-
-def _spread(indices: np.ndarray, count: int) -> np.ndarray:
-    count = min(count, len(indices))
-    return indices[np.arange(count) * len(indices) // count]
-
-
-def _batches(data: Data, indices: np.ndarray, size: int) -> list[Batch]:
-    return [data.batch("val", indices[at : at + size]) for at in range(0, len(indices), size)]
+    def add(self, run: Measurable, variant: str) -> None:
+        """Measure one run, or read what its folder remembers."""
+        began = time.perf_counter()
+        found, known = run.measured()
+        for method, at in found.losses.items():
+            series = Series(variant, found.kind, method)
+            series = self.series.setdefault(series.name, series)
+            if run.seed in series.points:
+                raise HeadwiseError(f"{variant} has two runs of seed {run.seed}; {run.path} is the second")
+            series.points[run.seed] = at
+            series.keys |= found.keys
+            if method in found.layers:
+                series.layers[run.seed] = found.layers[method]
+        for remark in found.remarks:
+            note = f"{variant} {remark}"
+            if note not in self.notes:
+                self.notes.append(note)
+        curve = next(iter(found.losses.values()))
+        losses = ", ".join(f"{loss:.4f} at {share:g}" for share, loss in curve.items())
+        spent = "measured before" if known else f"{time.perf_counter() - began:.0f} s"
+        self.say(f"{run.path}: loss {losses} ({spent})")
 
 
 def _summary(
@@ -318,7 +195,7 @@ def _summary(
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "budgets": sorted(set(options.shares), reverse=True),
         "data": setting["data"], "checksum": setting["checksum"], "seq_len": setting["seq_len"],
-        "sequences": setting["sequences"], "calibration": setting.get("calibration"),
+        "sequences": setting["sequences"], "calibration": setting["calibration"],
         "baseline": None if reference is None else _reference(reference, full),
         "series": rows,
         "notes": notes,

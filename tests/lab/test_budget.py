@@ -110,6 +110,26 @@ def test_a_budget_outside_of_0_to_1_is_refused(study: Path, share: float) -> Non
         measure([study], options(share))
 
 
+def test_a_run_remembers_its_measurement_and_needs_its_weights_only_for_another(tmp_path: Path) -> None:
+    out = {"model.attention.kind": "selective", "out": str(tmp_path / "run"), "training.checkpoint_every": 1}
+    train(from_dict(TINY | out))
+    asked = options(1.0, 0.5, greedy=True, readmit=True, calibration=2, sequences=4)
+    first = measure([tmp_path / "run"], asked, say=quiet)
+    weights = [*tmp_path.rglob("*.safetensors")]
+    assert weights
+    for path in weights:
+        path.unlink()
+    said: list[str] = []
+    again = measure([tmp_path / "run"], asked, say=said.append)
+    assert again["series"] == first["series"]
+    assert "measured before" in said[0]
+    with pytest.raises(HeadwiseError, match=r"safetensors|checkpoint"):
+        measure([tmp_path / "run"], options(0.25), say=quiet)
+    (tmp_path / "run" / "budget.json").write_text("[")
+    with pytest.raises(HeadwiseError, match=r"safetensors|checkpoint"):
+        measure([tmp_path / "run"], asked, say=quiet)
+
+
 def test_what_cannot_be_compared_is_refused(study: Path, tmp_path: Path) -> None:
     train(from_dict(TINY | {"out": str(tmp_path / "longer"), "data.seq_len": 32, "training.max_steps": 1}))
     with pytest.raises(HeadwiseError, match=r"has seq_len 32, and .* has 16"):
