@@ -399,8 +399,8 @@ def queries_kernel(
 
 
 BLOCKS = {
-    "forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "PAIR": True},
-    "keys": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "PAIR": True},
+    "forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "PAIR": False, "maxnreg": 128},
+    "keys": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "PAIR": False, "maxnreg": 168},
     "queries": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "PAIR": True},
 }
 """Tile shapes and launch options of the three passes up to a head width of 64; smaller ones above."""
@@ -411,7 +411,7 @@ def blocks_for(step: str, q: Tensor, k: Tensor, masks: int) -> dict[str, int]:
     found = dict(BLOCKS[step])
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     if block_d > 64 or q.dtype == torch.float32:
-        found |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PAIR": False}
+        found = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PAIR": False}
     found["PAIR"] = found["PAIR"] and in_pairs(step, q, k, masks)
     return found | {"BLOCK_D": block_d, "D": q.shape[-1]}
 
@@ -426,9 +426,15 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def room_like(x: Tensor) -> Tensor:
-    """Room for a tensor of the shape of `x (B, H, T, D)`, laid out `(B, T, H, D)`."""
-    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+def output_like(q: Tensor) -> Tensor:
+    """Room for an output of the shape of `q (B, H, T, D)`, laid out `(B, T, H, D)` for what follows."""
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def gradients_like(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of q, k and v, laid out as q and k: in another layout they would be copied."""
+    q, k = packed(q), packed(k)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
 
 
 def delta_of(y: Tensor, grad: Tensor) -> Tensor:
@@ -456,7 +462,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
     """
     q, k, v = packed(q), packed(k), packed(v)
     batch, heads, tokens, _ = q.shape
-    y = room_like(q)
+    y = output_like(q)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     options = blocks_for("forward", q, k, taken.shape[1])
     grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads // (1 + options["PAIR"]),)
@@ -469,7 +475,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
 
 @masked_attention.register_fake
 def _(q, k, v, taken, scale):
-    return room_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return output_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("headwise::masked_attention_backward", mutates_args=())
@@ -481,7 +487,7 @@ def masked_attention_backward(
     batch, heads, tokens, _ = q.shape
     kv_heads, masks = k.shape[1], taken.shape[1]
     delta = delta_of(y, grad)
-    dq, dk, dv = room_like(q), room_like(k), room_like(k)
+    dq, dk, dv = gradients_like(q, k)
     flipped = torch.empty_like(taken)
     blocks = triton.cdiv(tokens, 64)
     flip_kernel[(blocks, blocks, batch * masks)](taken, flipped, tokens, BLOCK=64, num_warps=8)
@@ -504,13 +510,14 @@ def masked_attention_backward(
 
 @masked_attention_backward.register_fake
 def _(grad, q, k, v, taken, y, lse, scale):
-    return room_like(q), room_like(k), room_like(v), torch.empty_like(taken)
+    return *gradients_like(q, k), torch.empty_like(taken)
 
 
 def _save(ctx, inputs, output):
     q, k, v, taken, ctx.scale = inputs
     y, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, taken, y, lse)
 
 

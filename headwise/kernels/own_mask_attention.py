@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headwise.kernels.masked_attention import LOG2E, delta_of, packed, room_like, rows_of
+from headwise.kernels.masked_attention import LOG2E, delta_of, gradients_like, output_like, packed, rows_of
 from headwise.kernels.tile_sums import along_rows
 
 BLOCK = 32
@@ -367,9 +367,9 @@ def queries_kernel(
 
 LAUNCH = {
     "states": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "forward": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "keys": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "queries": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "forward": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
+    "keys": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "queries": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
 """Keys of a tile and launch options of the passes; a tile has BLOCK queries."""
 
@@ -421,7 +421,7 @@ def own_mask_attention(
     q, k, v, select_q, select_k = (packed(x) for x in (q, k, v, select_q, select_k))
     batch, heads, tokens, _ = q.shape
     blocks = triton.cdiv(tokens, BLOCK)
-    y = room_like(q)
+    y = output_like(q)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     done = q.new_empty((batch, heads, blocks, tokens), dtype=torch.float32)
     options = _common(q, select_q, bias, (leak, bos, own, after))
@@ -444,7 +444,7 @@ def own_mask_attention(
 def _(q, k, v, select_q, select_k, bias, *settings):
     batch, heads, tokens, _ = q.shape
     return (
-        room_like(q),
+        output_like(q),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
         q.new_empty((batch, heads, -(-tokens // BLOCK), tokens), dtype=torch.float32),
     )
@@ -474,8 +474,9 @@ def own_mask_attention_backward(
     batch, heads, tokens, _ = q.shape
     kv_heads, blocks, select = k.shape[1], triton.cdiv(tokens, BLOCK), select_q.shape[-1]
     delta = delta_of(y, grad)
-    dq, dk, dv = room_like(q), room_like(k), room_like(k)
-    dsq = q.new_zeros((batch, heads, tokens, select))
+    dq, dk, dv = gradients_like(q, k)
+    dsq = q.new_empty((batch, heads, tokens, select))
+    dsq[:, :, -1] = 0  # the last query takes nothing that another would see
     dsk = q.new_empty((batch, heads, tokens, select))
     d_bias = torch.empty_like(lse) if bias is not None else lse.new_empty(0)
     later = torch.empty_like(done)
@@ -508,13 +509,14 @@ def own_mask_attention_backward(
 def _(grad, q, k, v, select_q, select_k, bias, y, lse, done, *settings):
     dsq = q.new_empty((*q.shape[:3], select_q.shape[-1]))
     d_bias = torch.empty_like(lse) if bias is not None else lse.new_empty(0)
-    return room_like(q), room_like(k), room_like(v), dsq, torch.empty_like(dsq), d_bias
+    return *gradients_like(q, k), dsq, torch.empty_like(dsq), d_bias
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.select_scale, ctx.leak, ctx.bos, ctx.own, ctx.after = inputs
     y, lse, done = output
     ctx.mark_non_differentiable(lse, done)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, y, lse, done)
 
 
