@@ -3,9 +3,9 @@
     y_i = Σ_j softmax_j(scale · q_i·k_j - F[i,j]) v_j
 
 Programs of the heads that share a mask are neighbours in the grid, so that a tile of F comes from
-memory once and from the cache for the other heads; a program may own two heads and read a tile once
-for both. The gradient takes two passes, over queries for each block of keys, and over keys for each
-block of queries; the second adds every head's share in the gradient of F to memory with atomics.
+memory once and from the cache for the other heads. The gradient takes two passes, over queries for each
+block of keys, and over keys for each block of queries. The second adds every head's share in the gradient
+of F to memory with atomics; there a program owns two heads, where it can, and adds them up first.
 """
 
 from __future__ import annotations
@@ -49,57 +49,25 @@ def tile_of_mask(taken_ptr, rows, cols, tokens, EDGE: tl.constexpr):
 
 
 @triton.jit
-def absorb(
-    acc, top, total, q, k_head, v_head, taken, stride_kt, stride_vt, cols, tokens, unit,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add a tile to the running softmax of a head."""
-    k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * unit - taken
-    highest = tl.maximum(top, tl.max(s, 1))
-    shrink = tl.exp2(top - highest)
-    p = tl.exp2(s - highest[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
-    acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, highest, total
-
-
-@triton.jit
 def absorb_range(
-    start, stop, states, queries, keys, values, taken_ptr, stride_kt, stride_vt, rows, tokens, unit,
-    EDGE: tl.constexpr, PAIR: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    start, stop, acc, top, total, q, k_head, v_head, taken_ptr, stride_kt, stride_vt, rows, tokens, unit,
+    EDGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Walk over keys start … stop; two heads read one tile of F where PAIR."""
-    acc0, top0, total0, acc1, top1, total1 = states
+    """Add keys start … stop to the running softmax of a block of queries."""
     for start_n in range(start, stop, BLOCK_N):
         cols = start_n + tl.arange(0, BLOCK_N)
         taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
-        acc0, top0, total0 = absorb(
-            acc0, top0, total0, queries[0], keys[0], values[0], taken, stride_kt, stride_vt, cols, tokens,
-            unit, D, BLOCK_D,
-        )  # fmt: skip
-        if PAIR:
-            acc1, top1, total1 = absorb(
-                acc1, top1, total1, queries[1], keys[1], values[1], taken, stride_kt, stride_vt, cols,
-                tokens, unit, D, BLOCK_D,
-            )  # fmt: skip
-    return acc0, top0, total0, acc1, top1, total1
-
-
-@triton.jit
-def write_head(
-    acc, top, total, out, lse_ptr, stride_ot, rows, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Store a head's result and log-sum-exp."""
-    ds = tl.arange(0, BLOCK_D)
-    here = rows < tokens
-    tl.store(
-        out + rows.to(tl.int64)[:, None] * stride_ot + ds[None, :], acc / total[:, None],
-        mask=here[:, None] & (ds < D)[None, :],
-    )  # fmt: skip
-    tl.store(lse_ptr + rows, top + tl.log2(total), mask=here)
+        k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * unit - taken
+        highest = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - highest)
+        p = tl.exp2(s - highest[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        v = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        top = highest
+    return acc, top, total
 
 
 @triton.jit
@@ -107,56 +75,34 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, taken_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, batch, heads, kv_heads, masks, tokens, scale,
-    PAIR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    each: tl.constexpr = 2 if PAIR else 1
-    units = heads // each
-    h = (tl.program_id(0) % units) * each
-    b = ((tl.program_id(0) // units) % batch).to(tl.int64)
-    start_m = (tl.cdiv(tokens, BLOCK_M) - 1 - tl.program_id(0) // (units * batch)) * BLOCK_M
-    group = heads // kv_heads
-    kv0 = (h // group).to(tl.int64)
-    kv1 = ((h + each - 1) // group).to(tl.int64)
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    b = ((tl.program_id(0) // heads) % batch).to(tl.int64)
+    start_m = (tl.cdiv(tokens, BLOCK_M) - 1 - tl.program_id(0) // (heads * batch)) * BLOCK_M
+    kv = h // (heads // kv_heads)
     rows = start_m + tl.arange(0, BLOCK_M)
-    h = h.to(tl.int64)
-    q_head = q_ptr + b * stride_qb + h * stride_qh
-    q0 = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
-    q1 = q0
-    if PAIR:
-        q1 = rows_of(q_head + stride_qh, stride_qt, rows, tokens, D, BLOCK_D)
-    k_batch = k_ptr + b * stride_kb
-    v_batch = v_ptr + b * stride_vb
-    keys = (k_batch + kv0 * stride_kh, k_batch + kv1 * stride_kh)
-    values = (v_batch + kv0 * stride_vh, v_batch + kv1 * stride_vh)
+    q = rows_of(q_ptr + b * stride_qb + h * stride_qh, stride_qt, rows, tokens, D, BLOCK_D)
+    k_head = k_ptr + b * stride_kb + kv * stride_kh
+    v_head = v_ptr + b * stride_vb + kv * stride_vh
     taken = taken_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
-    zero = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    none = tl.zeros((BLOCK_M,), tl.float32)
-    states = (zero, none - 1e30, none, zero, none - 1e30, none)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top = tl.zeros((BLOCK_M,), tl.float32) - 1e30
+    total = tl.zeros((BLOCK_M,), tl.float32)
     full = tl.where(start_m + BLOCK_M <= tokens, start_m // BLOCK_N * BLOCK_N, 0)
-    states = absorb_range(
-        0, full, states, (q0, q1), keys, values, taken, stride_kt, stride_vt, rows, tokens, scale * LOG2E,
-        False, PAIR, D, BLOCK_N, BLOCK_D,
+    acc, top, total = absorb_range(
+        0, full, acc, top, total, q, k_head, v_head, taken, stride_kt, stride_vt, rows, tokens,
+        scale * LOG2E, False, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    states = absorb_range(
-        full, tl.minimum(start_m + BLOCK_M, tokens), states, (q0, q1), keys, values, taken, stride_kt,
-        stride_vt, rows, tokens, scale * LOG2E, True, PAIR, D, BLOCK_N, BLOCK_D,
+    acc, top, total = absorb_range(
+        full, tl.minimum(start_m + BLOCK_M, tokens), acc, top, total, q, k_head, v_head, taken, stride_kt,
+        stride_vt, rows, tokens, scale * LOG2E, True, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    out = out_ptr + b * stride_ob + h * stride_oh
-    lse = lse_ptr + (b * heads + h) * tokens
-    write_head(states[0], states[1], states[2], out, lse, stride_ot, rows, tokens, D, BLOCK_D)
-    if PAIR:
-        write_head(
-            states[3],
-            states[4],
-            states[5],
-            out + stride_oh,
-            lse + tokens,
-            stride_ot,
-            rows,
-            tokens,
-            D,
-            BLOCK_D,
-        )
+    ds = tl.arange(0, BLOCK_D)
+    here = rows < tokens
+    at = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + ds[None, :]
+    tl.store(out_ptr + at, acc / total[:, None], mask=here[:, None] & (ds < D)[None, :])
+    tl.store(lse_ptr + (b * heads + h) * tokens + rows, top + tl.log2(total), mask=here)
 
 
 @triton.jit
@@ -192,50 +138,30 @@ def flip_kernel(taken_ptr, flipped_ptr, tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_queries(
-    dk, dv, k, v, q_head, grad_head, lse_ptr, delta_ptr, taken, stride_qt, stride_gt, rows, tokens, unit,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add a block of a head's queries to the gradients of keys and values; tiles lie keys by queries."""
-    here = rows < tokens
-    q = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
-    lse = tl.load(lse_ptr + rows, mask=here, other=float("inf"))
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * unit - taken - lse[None, :])
-    grad = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
-    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-    delta = tl.load(delta_ptr + rows, mask=here, other=0.0)
-    slope = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
-    dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
 def add_queries_range(
-    start, stop, sums, keys, values, q_head, grad_head, lse, delta, flipped_ptr,
-    stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, unit, EDGE: tl.constexpr, PAIR: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    start, stop, dk, dv, k, v, q_head, grad_head, lse_ptr, delta_ptr, flipped_ptr, stride_qt, stride_gt,
+    cols, tokens, unit, EDGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Walk over queries start … stop."""
-    dk0, dv0, dk1, dv1 = sums
+    """Add queries start … stop of a head to the gradients of keys and values; tiles lie keys by queries."""
     for start_m in range(start, stop, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
+        here = rows < tokens
         at = cols.to(tl.int64)[:, None] * tokens + rows[None, :]
         if EDGE:
-            seen = (rows[None, :] >= cols[:, None]) & (rows < tokens)[None, :]
+            seen = (rows[None, :] >= cols[:, None]) & here[None, :]
             taken = tl.load(flipped_ptr + at, mask=seen, other=0.0) * LOG2E
             taken = tl.where(seen, taken, float("inf"))
         else:
-            taken = tl.load(flipped_ptr + at, mask=(rows < tokens)[None, :], other=0.0) * LOG2E
-        dk0, dv0 = add_queries(
-            dk0, dv0, keys[0], values[0], q_head, grad_head, lse, delta, taken, stride_qt, stride_gt, rows,
-            tokens, unit, D, BLOCK_D,
-        )  # fmt: skip
-        if PAIR:
-            dk1, dv1 = add_queries(
-                dk1, dv1, keys[1], values[1], q_head + stride_qh, grad_head + stride_gh, lse + tokens,
-                delta + tokens, taken, stride_qt, stride_gt, rows, tokens, unit, D, BLOCK_D,
-            )  # fmt: skip
-    return dk0, dv0, dk1, dv1
+            taken = tl.load(flipped_ptr + at, mask=here[None, :], other=0.0) * LOG2E
+        q = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
+        lse = tl.load(lse_ptr + rows, mask=here, other=float("inf"))
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * unit - taken - lse[None, :])
+        grad = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+        delta = tl.load(delta_ptr + rows, mask=here, other=0.0)
+        slope = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
 
 
 @triton.jit
@@ -244,26 +170,17 @@ def keys_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     batch, heads, kv_heads, masks, tokens, scale, GROUP: tl.constexpr,
-    PAIR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_N keys and values; PAIR: of two key/value heads, each of one query head."""
-    each: tl.constexpr = 2 if PAIR else 1
-    units = kv_heads // each
-    kv = ((tl.program_id(0) % units) * each).to(tl.int64)
-    b = ((tl.program_id(0) // units) % batch).to(tl.int64)
-    start_n = tl.program_id(0) // (units * batch) * BLOCK_N
+    """Gradients of BLOCK_N keys and values."""
+    kv = (tl.program_id(0) % kv_heads).to(tl.int64)
+    b = ((tl.program_id(0) // kv_heads) % batch).to(tl.int64)
+    start_n = tl.program_id(0) // (kv_heads * batch) * BLOCK_N
     cols = start_n + tl.arange(0, BLOCK_N)
-    k_head = k_ptr + b * stride_kb + kv * stride_kh
-    v_head = v_ptr + b * stride_vb + kv * stride_vh
-    k0 = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
-    v0 = rows_of(v_head, stride_vt, cols, tokens, D, BLOCK_D)
-    k1 = k0
-    v1 = v0
-    if PAIR:
-        k1 = rows_of(k_head + stride_kh, stride_kt, cols, tokens, D, BLOCK_D)
-        v1 = rows_of(v_head + stride_vh, stride_vt, cols, tokens, D, BLOCK_D)
-    zero = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    sums = (zero, zero, zero, zero)
+    k = rows_of(k_ptr + b * stride_kb + kv * stride_kh, stride_kt, cols, tokens, D, BLOCK_D)
+    v = rows_of(v_ptr + b * stride_vb + kv * stride_vh, stride_vt, cols, tokens, D, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     first = start_n // BLOCK_M * BLOCK_M
     whole = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, tokens)
     for member in range(GROUP):
@@ -273,24 +190,19 @@ def keys_kernel(
         flipped = flipped_ptr + (b * masks + mask_of(h, heads, masks)) * tokens * tokens
         lse = lse_ptr + (b * heads + h) * tokens
         delta = delta_ptr + (b * heads + h) * tokens
-        sums = add_queries_range(
-            first, whole, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
-            stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, scale * LOG2E, True, PAIR,
-            D, BLOCK_M, BLOCK_D,
+        dk, dv = add_queries_range(
+            first, whole, dk, dv, k, v, q_head, grad_head, lse, delta, flipped, stride_qt, stride_gt,
+            cols, tokens, scale * LOG2E, True, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        sums = add_queries_range(
-            whole, tokens, sums, (k0, k1), (v0, v1), q_head, grad_head, lse, delta, flipped,
-            stride_qh, stride_qt, stride_gh, stride_gt, cols, tokens, scale * LOG2E, False, PAIR,
-            D, BLOCK_M, BLOCK_D,
+        dk, dv = add_queries_range(
+            whole, tokens, dk, dv, k, v, q_head, grad_head, lse, delta, flipped, stride_qt, stride_gt,
+            cols, tokens, scale * LOG2E, False, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     ds = tl.arange(0, BLOCK_D)
     at = b * stride_db + kv * stride_dh + cols.to(tl.int64)[:, None] * stride_dt + ds[None, :]
     inside = (cols < tokens)[:, None] & (ds < D)[None, :]
-    tl.store(dk_ptr + at, sums[0] * scale, mask=inside)
-    tl.store(dv_ptr + at, sums[1], mask=inside)
-    if PAIR:
-        tl.store(dk_ptr + at + stride_dh, sums[2] * scale, mask=inside)
-        tl.store(dv_ptr + at + stride_dh, sums[3], mask=inside)
+    tl.store(dk_ptr + at, dk * scale, mask=inside)
+    tl.store(dv_ptr + at, dv, mask=inside)
 
 
 @triton.jit
@@ -399,27 +311,24 @@ def queries_kernel(
 
 
 BLOCKS = {
-    "forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "PAIR": False, "maxnreg": 128},
-    "keys": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "PAIR": False, "maxnreg": 168},
-    "queries": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "PAIR": True},
+    "forward": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
+    "keys": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "queries": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
 }
-"""Tile shapes and launch options of the three passes up to a head width of 64; smaller ones above."""
+"""Tile shapes and launch options of the three passes up to a head width of 64; others above."""
 
 
-def blocks_for(step: str, q: Tensor, k: Tensor, masks: int) -> dict[str, int]:
+def blocks_for(step: str, q: Tensor) -> dict[str, int]:
     """The tile shapes of a pass."""
-    found = dict(BLOCKS[step])
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
-    if block_d > 64 or q.dtype == torch.float32:
-        found = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PAIR": False}
-    found["PAIR"] = found["PAIR"] and in_pairs(step, q, k, masks)
+    narrow = block_d <= 64 and q.dtype != torch.float32
+    found = BLOCKS[step] if narrow else {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     return found | {"BLOCK_D": block_d, "D": q.shape[-1]}
 
 
-def in_pairs(step: str, q: Tensor, k: Tensor, masks: int) -> bool:
-    """Whether heads can go in pairs: each pair must share a mask, and keys must be a head's own."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    return heads % (2 * masks) == 0 and (step != "keys" or kv_heads == heads)
+def in_pairs(q: Tensor, masks: int, block_d: int) -> bool:
+    """Whether two heads may share a program: each pair must share a mask, and registers must suffice."""
+    return q.shape[1] % (2 * masks) == 0 and block_d <= 64 and q.dtype != torch.float32
 
 
 def packed(x: Tensor) -> Tensor:
@@ -464,9 +373,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, scale: floa
     batch, heads, tokens, _ = q.shape
     y = output_like(q)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    options = blocks_for("forward", q, k, taken.shape[1])
-    grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads // (1 + options["PAIR"]),)
-    forward_kernel[grid](
+    options = blocks_for("forward", q)
+    forward_kernel[(triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads,)](
         q, k, v, taken, y, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
         batch, heads, k.shape[1], taken.shape[1], tokens, scale, **options,
     )  # fmt: skip
@@ -494,17 +402,19 @@ def masked_attention_backward(
     others = (grad, lse, delta)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     sizes = (batch, heads, kv_heads, masks, tokens, scale)
-    options = blocks_for("keys", q, k, masks)
-    grid = (triton.cdiv(tokens, options["BLOCK_N"]) * batch * kv_heads // (1 + options["PAIR"]),)
-    keys_kernel[grid](
+    options = blocks_for("keys", q)
+    keys_kernel[(triton.cdiv(tokens, options["BLOCK_N"]) * batch * kv_heads,)](
         q, k, v, flipped, *others, dk, dv, *strides, *dk.stride()[:3], *sizes,
         GROUP=heads // kv_heads, **options,
     )  # fmt: skip
     del flipped
     d_taken = torch.zeros_like(taken)
-    options = blocks_for("queries", q, k, masks)
-    grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads // (1 + options["PAIR"]),)
-    queries_kernel[grid](q, k, v, taken, *others, dq, d_taken, *strides, *dq.stride()[:3], *sizes, **options)
+    options = blocks_for("queries", q)
+    pair = in_pairs(q, masks, options["BLOCK_D"])
+    grid = (triton.cdiv(tokens, options["BLOCK_M"]) * batch * heads // (1 + pair),)
+    queries_kernel[grid](
+        q, k, v, taken, *others, dq, d_taken, *strides, *dq.stride()[:3], *sizes, PAIR=pair, **options
+    )
     return dq, dk, dv, d_taken
 
 
