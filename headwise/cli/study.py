@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
         override(study, key, value)
     study.workers = arguments.workers or study.workers
     study.device = arguments.device or study.device
-    study.seeds = arguments.seed or study.seeds
+    if arguments.seed:
+        study.use_seeds(arguments.seed)
     study.timeout_s = arguments.timeout_s or study.timeout_s
     study.command = "headwise study " + shlex.join(argv)
     study.validate()

@@ -235,8 +235,8 @@ def find_runs(root: str | Path) -> list[Run]:
 
 
 def _planned_runs(path: Path, plan: dict[str, Any]) -> Iterator[Run]:
-    seeds = plan.get("seeds") or []
     for variant, details in (plan.get("variants") or {}).items():
+        seeds = (details or {}).get("seeds") or plan.get("seeds") or []
         for seed in seeds:
             yield Run(path / variant / f"seed_{seed}", variant, seed, details)
         for folder in sorted((path / variant).glob("seed_*")):

@@ -47,11 +47,13 @@ class Variant:
         label: how the report calls it.
         expected_engine: fail the variant when its attention ran on another engine.
         overrides: dotted keys of the configuration and their values.
+        seeds: its own, where it needs others than the study's.
     """
 
     label: str = ""
     expected_engine: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -98,10 +100,18 @@ class Study:
         """
         if not self.variants:
             raise HeadwiseError(f"study {self.name!r} has no variants")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise HeadwiseError(f"study {self.name!r} has seeds {self.seeds}; give different ones")
         self.baseline = self.baseline or next(iter(self.variants))
         one_of("baseline", self.baseline, self.variants)
+        for name in self.variants:
+            seeds = self.seeds_of(name)
+            numbers = isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)
+            if not numbers or not seeds or len(set(seeds)) < len(seeds):
+                raise HeadwiseError(f"study {self.name!r} has seeds {seeds}; give a list of different ones")
+            if alone := sorted(set(seeds) - set(self.seeds_of(self.baseline))):
+                raise HeadwiseError(
+                    f"variant {name!r} has seeds {alone} and the baseline {self.baseline!r} has not: "
+                    "differences are paired by seed, so give it these too"
+                )
         if self.budget:
             one_of("budget.kind", str(self.budget.get("kind")), BUDGETS)
             value = self.budget.get("value")
@@ -109,6 +119,16 @@ class Study:
                 raise HeadwiseError(f"budget.value is {value!r}; give a number above 0")
         if self.workers < 1:
             raise HeadwiseError(f"workers is {self.workers}; it must be at least 1")
+
+    def seeds_of(self, variant: str) -> list[int]:
+        """The seeds of a variant."""
+        return self.variants[variant].seeds or self.seeds
+
+    def use_seeds(self, seeds: list[int]) -> None:
+        """Run every variant with these instead."""
+        self.seeds = seeds
+        for variant in self.variants.values():
+            variant.seeds = []
 
 
 @dataclass(frozen=True)
@@ -245,8 +265,10 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
         baseline = configs[next(name for name in configs if _origin(name) == study.baseline)]
         configs = {name: match_parameters(config, baseline) for name, config in configs.items()}
     runs = []
-    for seed in study.seeds:
+    for seed in dict.fromkeys([*study.seeds, *study.seeds_of(study.baseline)]):
         for name, config in configs.items():
+            if seed not in study.seeds_of(_origin(name)):
+                continue
             out = str(root / study.name / name / f"seed_{seed}")
             config = dataclasses.replace(config, seed=seed, out=out)
             try:
@@ -348,6 +370,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
             "expected_engine": origin.expected_engine,
             "params_total": count_parameters(run.config),
             "overrides": origin.overrides,
+            "seeds": study.seeds_of(_origin(run.variant)),
         }
     baseline = next(name for name in variants if _origin(name) == study.baseline)
     values = dataclasses.asdict(study) | {

@@ -51,7 +51,7 @@ def collect(study: Study) -> dict[str, Any]:
         "folder": shown(study.path),
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "device": plan.get("device") or most(run.get("device") for run in study.runs),
-        "seeds": plan.get("seeds") or sorted({run.seed for run in study.runs if run.seed is not None}),
+        "seeds": sorted({run.seed for run in study.runs if run.seed is not None}),
         "budget": plan.get("budget") or _budget(study.runs),
         "baseline": reference,
         "command": plan.get("command"),

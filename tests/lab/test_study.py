@@ -18,6 +18,7 @@ import yaml
 from headwise.cli.main import main
 from headwise.errors import HeadwiseError
 from headwise.lab.executors import state
+from headwise.lab.runs import Study as Planned
 from headwise.lab.study import (
     Study,
     Variant,
@@ -62,6 +63,19 @@ def test_every_variant_runs_at_every_combination_of_axes_and_seeds(tmp_path: Pat
         "flash@seq_len=32@n_layers=2", "mha@seq_len=32@n_layers=2",
     }  # fmt: skip
     assert [run.config.seed for run in runs] == [0] * 8 + [7] * 8
+
+
+def test_a_variant_may_have_more_seeds_than_the_rest_which_come_last(tmp_path: Path) -> None:
+    variants = {name: variant("flash") for name in ("a", "b", "c")}
+    variants["a"].seeds = variants["c"].seeds = [0, 1, 2]
+    made = study(variants=variants, seeds=[0])
+    runs = plan(made, tmp_path)
+    names = [f"{run.variant}{run.config.seed}" for run in runs]
+    assert names == ["a0", "b0", "c0", "a1", "c1", "a2", "c2"]
+    planned = Planned.read(write_plan(made, runs, tmp_path)).runs
+    assert [f"{run.variant}{run.seed}" for run in planned] == ["a0", "a1", "a2", "b0", "c0", "c1", "c2"]
+    made.use_seeds([4])
+    assert len(plan(made, tmp_path / "other")) == 3
 
 
 @pytest.mark.parametrize(
@@ -118,7 +132,13 @@ def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
         ("variants: {a: {}}\nseedz: [1]", "unknown key 'seedz' .did you mean 'seeds'"),
         ("variants: {a: {overides: {}}}", "unknown key 'overides' .did you mean 'overrides'"),
         ("seeds: [0]", "no variants"),
-        ("variants: {a: {}}\nseeds: [1, 1]", "give different ones"),
+        ("variants: {a: {}}\nseeds: [1, 1]", "a list of different ones"),
+        ("variants: {a: {}}\nseeds: 3", "a list of different ones"),
+        ("variants: {a: {seeds: [one]}}", "a list of different ones"),
+        (
+            "variants: {a: {}, b: {seeds: [0, 5]}}\nseeds: [0]",
+            r"'b' has seeds \[5\] and the baseline 'a' has not",
+        ),
         ("variants: {a: {}}\nbaseline: b", "'b' is not known"),
         ("variants: {a: {}}\nbudget: {kind: hours, value: 3}", "'hours' is not known"),
         ("variants: {a: {}}\nbudget: {kind: steps, value: many}", "'many'"),
