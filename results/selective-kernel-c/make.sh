@@ -24,4 +24,4 @@ if [ ! -e data/kernel-c/manifest.json ]; then
 fi
 $headwise study "$study" --device "$device" --workers "${WORKERS:-2}" --out "$out"
 $headwise budget "$out/selective-kernel-c" --baseline "$out/selective-kernel-c/flash" --device "$device" \
-    --budgets 1.0 0.5 0.25 0.125 0.0625 0.03125 --sequences "${SEQUENCES:-256}" --out "$out/selective-kernel-c/budget"
+    --budgets 1.0 0.5 0.25 0.125 0.0625 0.03125 --sequences "${SEQUENCES:-256}" --greedy --out "$out/selective-kernel-c/budget"
