@@ -18,7 +18,7 @@ from headwise.lab.runs import Run, Study, Unreadable
 from headwise.report import selection, surgery
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
 from headwise.report.compare import Material, comparisons, most, number, verdicts
-from headwise.report.curves import curves
+from headwise.report.curves import curves, gap
 
 RESULTS = ("final_loss", "val_loss", "train_loss", "val_bits_per_byte", "val_perplexity", "val_accuracy",
            "best_val_loss", "tokens_per_sec", "step_time_ms", "peak_vram_mb", "peak_rss_mb", "data_wait",
@@ -43,6 +43,7 @@ def collect(study: Study) -> dict[str, Any]:
     )
     plan = study.plan
     lines = {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))}
+    _add_gaps(lines, material, reference)
     return finite({
         "run_id": study.name,
         "title": plan.get("title") or study.name,
@@ -133,6 +134,16 @@ def _grids(by_variant: dict[str, list[Run]], used: set[int]) -> tuple[dict[str, 
             if found:
                 grids.setdefault(name, []).append((run, id(run) in used, found))
     return grids, damaged
+
+
+def _add_gaps(lines: dict[str, Any], material: Material, reference: str | None) -> None:
+    """Beside the validation loss of each variant how far it is from the baseline's, seed by seed."""
+    base = lines.get(str(reference), {}).get("val")
+    for name, found in lines.items():
+        if base and name != reference and "val" in found:
+            paired, _ = material.pair(str(reference), name, "val_loss")
+            if found_gap := gap(base, found["val"], paired):
+                found["gap"] = found_gap
 
 
 def _curves(runs: list[Run], used: set[int]) -> dict[str, Any]:

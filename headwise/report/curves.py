@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ SERIES = {
     "penalty": ("train", ("penalty",)),
 }
 """Name of a curve -> its split in `metrics.csv` and the columns that may hold it, best first."""
+COSTS = ("tokens", "flops")
 
 
 def curves(runs: list[Run], used: set[int]) -> dict[str, Any]:
@@ -38,6 +40,34 @@ def curves(runs: list[Run], used: set[int]) -> dict[str, Any]:
     return found
 
 
+def gap(baseline: dict[str, Any], series: dict[str, Any], seeds: Collection[int]) -> dict[str, Any] | None:
+    """How far a curve is from the baseline's of the same seed, itself a curve; None without pairs.
+
+    Args:
+        baseline, series: curves, as in `curves`.
+        seeds: those whose runs read the same data.
+    """
+    first, second = (
+        {line["seed"]: line for line in one["seeds"] if line["used"] and line["seed"] in seeds}
+        for one in (baseline, series)
+    )
+    lines = []
+    for seed, line in second.items():
+        if seed in first:
+            before = dict(zip(first[seed]["steps"], first[seed]["values"], strict=True))
+            at = [i for i, step in enumerate(line["steps"]) if step in before]
+            values = np.array([line["values"][i] - before[line["steps"][i]] for i in at])
+            costs = {cost: line[cost] and [line[cost][i] for i in at] for cost in COSTS}
+            steps = [line["steps"][i] for i in at]
+            lines.append(line | {"steps": steps, "values": rounded(values), **costs})
+    if not lines:
+        return None
+    band = _band(lines)
+    by_cost = {cost: dict(zip(lines[0]["steps"], lines[0][cost] or [], strict=False)) for cost in COSTS}
+    costs = {cost: [at[step] for step in band["steps"]] if at else None for cost, at in by_cost.items()}
+    return band | costs | {"seeds": lines}
+
+
 def _series(lines: list[tuple[Run, np.ndarray, np.ndarray]], split: str, used: set[int]) -> dict[str, Any]:
     grid = thin(np.unique(np.concatenate([steps for _, steps, _ in lines])), MAX_POINTS)
     seeds = []
@@ -47,7 +77,7 @@ def _series(lines: list[tuple[Run, np.ndarray, np.ndarray]], split: str, used: s
         seeds.append(line | {"steps": steps[keep].tolist(), "values": rounded(values[keep])})
     band = _band([line for line in seeds if line["used"]])
     source = next((run for run, _, _ in lines if id(run) in used), lines[0][0])
-    for cost in ("tokens", "flops"):
+    for cost in COSTS:
         band[cost] = _at(source, split, cost, band["steps"])
         for line in seeds:
             line[cost] = _at(source, split, cost, line["steps"])

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+EARLY = 0.2
+"""Share of training whose loss may leave the picture."""
 MAX_SEEDS = 3  # rows of an atlas on paper; the page shows all
 
 
@@ -44,26 +46,40 @@ def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) 
 
 
 def loss_curves(data: dict[str, Any]) -> Figure | None:
-    """Smoothed training loss and validation loss; the band spans the seeds."""
-    panels = [
-        name for name in ("train", "val", "accuracy") if any(name in c for c in data["curves"].values())
-    ]
+    """Losses, and how far they are from the baseline's; bands span the seeds."""
+    titles = {
+        "train": "training loss, smoothed (nats)", "val": "validation loss (nats)",
+        "gap": f"validation loss: difference to {data['baseline']} (nats)", "accuracy": "accuracy",
+    }  # fmt: skip
+    panels = [panel for panel in titles if any(panel in found for found in data["curves"].values())]
     if not panels:
         return None
-    figure, axes = new_figure(1, len(panels), 4.6 * len(panels), 3.4)
-    titles = {
-        "train": "training loss, smoothed (nats)",
-        "val": "validation loss (nats)",
-        "accuracy": "accuracy",
-    }
-    for axis, panel in zip(axes[0], panels, strict=True):
+    columns = 2 if len(panels) == 4 else len(panels)
+    rows = len(panels) // columns
+    figure, axes = new_figure(rows, columns, 4.6 * columns, 3.4 * rows)
+    figure.subplots_adjust(hspace=0.35)
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        if panel == "gap":
+            axis.axhline(0, color=INK, linewidth=0.8)
         for colour, variant in _coloured(data):
             series = data["curves"].get(variant["name"], {}).get(panel)
             if series:
-                _curve(axis, series, colour, variant["name"])
+                _curve(axis, series, colour, variant["name"], band=panel != "gap")
+        _leave_out_the_fall(axis)
         finish_axis(axis, titles[panel], "step")
     axes[0][0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _leave_out_the_fall(axis: Axes) -> None:
+    """Show the values from a fifth of training on: the first fall would dwarf all differences."""
+    lines = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata(), dtype=float)) for line in axis.lines]
+    lines = [(steps, values) for steps, values in lines if steps.size > 2]
+    last = max((steps[-1] for steps, _ in lines), default=0)
+    shown = np.concatenate([np.empty(0), *(values[steps >= EARLY * last] for steps, values in lines)])
+    if shown.size and np.ptp(shown) > 0:
+        pad = 0.08 * np.ptp(shown)
+        axis.set_ylim(shown.min() - pad, shown.max() + pad)
 
 
 def comparison(data: dict[str, Any]) -> Figure | None:
@@ -168,13 +184,17 @@ def attention_maps(prompts: list[tuple[list[str], np.ndarray]]) -> Figure | None
     return figure
 
 
-def _curve(axis: Axes, series: dict[str, Any], colour: str, label: str) -> None:
+def _curve(axis: Axes, series: dict[str, Any], colour: str, label: str, *, band: bool) -> None:
+    """The mean, with a band from the lowest to the highest seed or a thin line for each."""
     if series["steps"]:
         axis.plot(series["steps"], series["mean"], color=colour, label=label, linewidth=1.6)
+    if series["steps"] and band:
         axis.fill_between(
             series["steps"], series["low"], series["high"], color=colour, alpha=0.2, linewidth=0
         )
     for line in series["seeds"]:
+        if line["used"] and not band:
+            axis.plot(line["steps"], line["values"], color=colour, linewidth=0.7, alpha=0.6)
         if not line["used"]:
             name = None if series["steps"] else f"{label} ({line['state']})"
             axis.plot(line["steps"], line["values"], color=colour, ls=":", lw=1.2, label=name)

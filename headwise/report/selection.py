@@ -32,16 +32,16 @@ def collect(
         curves: variant -> its curves, of which the loss and the penalty are taken along.
 
     Returns:
-        per variant: steps; kept, the share of the memory by step and layer, mean over runs; low and high, the
-        same of the lowest and highest run; last, a summary over runs for each layer; all, the same over
-        layers; terms, `{loss, penalty}` where there was one.
+        per variant: lines, of each run the seed, the steps, and kept, the share of the memory by step and
+        layer; last, for each layer a summary over runs with the lowest and the highest; all, a summary of the
+        mean over layers; terms, `{loss, penalty}` where there was one.
     """
     found = []
     for name, runs in grids.items():
         having = [entry for entry in runs if "memory" in entry[2]["measures"]]
         averaged = [entry for entry in having if entry[1]]
-        shares = [(grid["steps"], _share(run, grid)) for run, _, grid in averaged or having]
-        lines = [(steps, share) for steps, share in shares if share is not None]
+        shares = [(run.seed, grid["steps"], _share(run, grid)) for run, _, grid in averaged or having]
+        lines = [(seed, steps, share) for seed, steps, share in shares if share is not None]
         if lines:
             penalty = curves.get(name, {}).get("penalty")
             terms = penalty and {"loss": curves[name].get("train"), "penalty": penalty}
@@ -62,15 +62,20 @@ def _configured(run: Run) -> Any:
         return None
 
 
-def _entry(name: str, lines: list[tuple[np.ndarray, np.ndarray]], averaged: bool) -> dict[str, Any]:
-    common = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in lines)))
-    at = np.stack([share[np.isin(steps, common)] for steps, share in lines])  # (runs, S, L)
-    last = [share[-1] for _, share in lines]
+def _entry(
+    name: str, lines: list[tuple[int | None, np.ndarray, np.ndarray]], averaged: bool
+) -> dict[str, Any]:
+    last = np.stack([share[-1] for _, _, share in lines])  # (runs, L)
     return {
-        "variant": name, "averaged": averaged, "n": len(lines), "steps": common,
-        "kept": rounded(at.mean(0)), "low": rounded(at.min(0)), "high": rounded(at.max(0)),
-        "last": [asdict(summarize(one[layer] for one in last)) for layer in range(at.shape[-1])],
-        "all": asdict(summarize(one.mean() for one in last)),
+        "variant": name, "averaged": averaged, "n": len(lines),
+        "lines": [
+            {"seed": seed, "steps": steps.tolist(), "kept": rounded(share)} for seed, steps, share in lines
+        ],
+        "last": [
+            asdict(summarize(layer)) | {"low": layer.min().item(), "high": layer.max().item()}
+            for layer in last.T
+        ],
+        "all": asdict(summarize(last.mean(1))),
     }  # fmt: skip
 
 
@@ -88,7 +93,7 @@ def table(entries: list[dict[str, Any]]) -> Table:
 
 
 def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
-    """A panel a variant with a line a layer, and one of both loss terms where there is a penalty.
+    """A panel a variant with a line a layer and run, and one of both loss terms where there is a penalty.
 
     Args:
         variants: the names of all variants, which decide the colours.
@@ -103,17 +108,19 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
     rows = -(-count // columns)
     drawn, axes = new_figure(rows, columns, 3.9 * columns, 3.2 * rows)
     drawn.subplots_adjust(hspace=0.42)
-    top = max(max(map(max, entry["high"])) for entry in entries)
+    top = max(share for entry in entries for line in entry["lines"] for row in line["kept"] for share in row)
     for axis, entry in zip(axes.flat, entries, strict=False):
-        layers, low, high = (list(zip(*entry[name], strict=True)) for name in ("kept", "low", "high"))
-        for layer, values in enumerate(layers):
-            shade = colormaps["viridis"](0.9 * layer / max(1, len(layers) - 1))
-            axis.plot(entry["steps"], values, color=shade, marker="o", markersize=2.5, label=str(layer))
-            axis.fill_between(entry["steps"], low[layer], high[layer], color=shade, alpha=0.15, linewidth=0)
+        layers = len(entry["last"])
+        for number, line in enumerate(entry["lines"]):  # a mean would hide that seeds differ in the layer
+            for layer, values in enumerate(zip(*line["kept"], strict=True)):
+                axis.plot(
+                    line["steps"], values, color=colormaps["viridis"](0.9 * layer / max(1, layers - 1)),
+                    marker="o", markersize=2.5, linewidth=1, label=None if number else str(layer),
+                )  # fmt: skip
         axis.set_ylim(0, 1.05 * top)
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         finish_axis(axis, f"memory kept: {entry['variant']}", "step")
-        axis.legend(frameon=False, fontsize=7, title="layer", title_fontsize=7, ncols=-(-len(layers) // 6))
+        axis.legend(frameon=False, fontsize=7, title="layer", title_fontsize=7, ncols=-(-layers // 6))
     if penalised:
         axis = axes.flat[len(entries)]
         for entry in penalised:
@@ -133,10 +140,9 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
 
 def _layers(entry: dict[str, Any]) -> list[str]:
     """What is left in each layer: seeds may differ in which layer keeps its context, so no interval."""
-    ranges = zip(entry["kept"][-1], entry["low"][-1], entry["high"][-1], strict=True)
     if entry["n"] == 1:
-        return [f"{mean:.1%}" for mean, _, _ in ranges]
-    return [f"{mean:.1%} ({low:.1%} – {high:.1%})" for mean, low, high in ranges]
+        return [f"{layer['mean']:.1%}" for layer in entry["last"]]
+    return [f"{layer['mean']:.1%} ({layer['low']:.1%} – {layer['high']:.1%})" for layer in entry["last"]]
 
 
 def _percent(summary: dict[str, Any]) -> str:

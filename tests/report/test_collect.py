@@ -130,6 +130,21 @@ def test_curves_keep_their_ends_and_their_order(of_demo: dict[str, Any]) -> None
     assert len(series["seeds"]) == 3
 
 
+def test_the_difference_to_the_baseline_is_of_the_same_seed_at_every_evaluation(
+    of_demo: dict[str, Any],
+) -> None:
+    curves = of_demo["curves"]
+    assert "gap" not in curves[of_demo["baseline"]]
+    gap, mine, base = curves["mha"]["gap"], curves["mha"]["val"], curves[of_demo["baseline"]]["val"]
+    assert gap["steps"] == mine["steps"]
+    for line, first, second in zip(gap["seeds"], base["seeds"], mine["seeds"], strict=True):
+        assert line["seed"] == first["seed"] == second["seed"]
+        apart = [b - a for a, b in zip(first["values"], second["values"], strict=True)]
+        assert line["values"] == pytest.approx(apart, rel=1e-4, abs=1e-9)
+    assert gap["mean"][-1] == pytest.approx(sum(line["values"][-1] for line in gap["seeds"]) / 3, rel=1e-4)
+    assert gap["tokens"] == mine["tokens"]
+
+
 def test_a_diverged_run_has_its_own_line_and_is_not_in_the_band(of_demo: dict[str, Any]) -> None:
     series = of_demo["curves"]["tropical"]["train"]
     diverged = series["seeds"][2]

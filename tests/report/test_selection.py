@@ -22,8 +22,10 @@ def test_memory_per_layer_and_both_loss_terms(tmp_path: Path, make) -> None:
     plain, paid = found.values()
     assert [layer["mean"] for layer in plain["last"]] == pytest.approx([0.1, 0.5])  # T = 128
     assert plain["all"]["mean"] == pytest.approx(0.3)
-    assert plain["steps"] == [10, 20, 30, 40, 50, 60]
-    assert plain["kept"][2] == pytest.approx([0.55, 0.75])
+    assert [line["seed"] for line in plain["lines"]] == [0, 1]
+    for line in plain["lines"]:
+        assert line["steps"] == [10, 20, 30, 40, 50, 60]
+        assert line["kept"][2] == pytest.approx([0.55, 0.75])
     assert plain["terms"] is None
     assert set(paid["terms"]["penalty"]["mean"]) == {0.01}
     assert paid["terms"]["loss"]["steps"] == paid["terms"]["penalty"]["steps"]

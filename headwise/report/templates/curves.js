@@ -7,11 +7,12 @@ const LABELS = {
 };
 
 (() => {
-  const panels = [["train", "Training loss, smoothed (nats)"], ["val", "Validation loss (nats)"], ["accuracy", "Accuracy"]]
+  const panels = [["train", "Training loss, smoothed (nats)"], ["val", "Validation loss (nats)"],
+    ["gap", `Validation loss: difference to ${report.baseline} (nats)`], ["accuracy", "Accuracy"]]
     .filter(([name]) => Object.values(report.curves).some((found) => found[name]));
   if (!panels.length) return;
   const names = Object.keys(report.curves);
-  const chosen = { x: "steps", range: "whole", seeds: false, hidden: new Set() };
+  const chosen = { x: "steps", range: "late", seeds: false, hidden: new Set() };
   const targets = panels.map(([, title]) => box("curve-plots", title));
   const xs = (line) => line[chosen.x] ?? line.steps;
 
@@ -45,20 +46,21 @@ const LABELS = {
     return drawn;
   }
 
-  // The range of the second half of training, where the early fall of the loss no longer dwarfs differences.
+  // Without the first fifth of training, whose fall would dwarf all differences, or the second half alone.
   function ranges(drawn) {
     const last = Math.max(...drawn.flatMap((trace) => trace.x));
-    const late = drawn.flatMap((trace) => trace.y.filter((_, i) => trace.x[i] >= last / 2));
-    if (chosen.range === "whole" || !late.length) return [undefined, undefined];
+    const from = { late: last / 5, half: last / 2 }[chosen.range];
+    const late = drawn.flatMap((trace) => trace.y.filter((_, i) => trace.x[i] >= from));
+    if (chosen.range === "whole" || late.length < 2) return [undefined, undefined];
     const [low, high] = [Math.min(...late), Math.max(...late)];
     const pad = 0.06 * (high - low || 1);
-    return [[last / 2, last], [low - pad, high + pad]];
+    return [chosen.range === "half" ? [from, last] : undefined, [low - pad, high + pad]];
   }
 
   show(() => panels.forEach(([panel], i) => {
     const drawn = traces(panel);
     const [x, y] = ranges(drawn);
-    const chance = panel !== "accuracy" && chosen.range === "whole" ? report.chance_loss : null;
+    const chance = ["train", "val"].includes(panel) && chosen.range === "whole" ? report.chance_loss : null;
     const shapes = chance ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: chance, y1: chance, line: { color: css("--muted"), width: 1, dash: "dot" } }] : [];
     const annotations = chance ? [{ xref: "paper", x: 1, y: chance, xanchor: "right", yanchor: "bottom", showarrow: false, text: "chance: ln(vocabulary)", font: { size: 11, color: css("--muted") } }] : [];
     plot(targets[i], drawn, {

@@ -1,22 +1,19 @@
 // What masks leave of the context over training, layer by layer, and both terms of the loss.
 (() => {
   const found = report.selection;
-  const top = 1.05 * Math.max(...found.flatMap((entry) => entry.high.flat()));
+  const top = 1.05 * Math.max(...found.flatMap((entry) => entry.lines.flatMap((line) => line.kept.flat())));
   const tone = (layer, layers) => `hsl(${265 - 200 * layer / Math.max(1, layers - 1)} 60% 50%)`;
   for (const entry of found) {
     const target = box("selection-plots", `Memory kept: ${entry.variant}${entry.averaged ? "" : " (not finished)"}`);
     const layers = entry.last.length;
-    const bands = entry.n < 2 ? [] : entry.last.map((_, layer) => ({
-      x: [...entry.steps, ...entry.steps.slice().reverse()],
-      y: [...entry.high.map((row) => row[layer]), ...entry.low.map((row) => row[layer]).reverse()],
-      fill: "toself", fillcolor: tone(layer, layers).replace(")", " / 0.13)"), line: { width: 0 }, mode: "lines",
-      hoverinfo: "skip", showlegend: false,
-    }));
-    show(() => plot(target, bands.concat(entry.last.map((_, layer) => ({
-      x: entry.steps, y: entry.kept.map((row) => row[layer]), name: `layer ${layer}`, mode: "lines+markers",
-      line: { color: tone(layer, layers), width: 2 }, marker: { size: 5 }, hovertemplate: "%{y:.1%}",
+    show(() => plot(target, entry.lines.flatMap((line, number) => entry.last.map((_, layer) => ({
+      x: line.steps, y: line.kept.map((row) => row[layer]), mode: "lines+markers",
+      name: String(layer), legendgroup: String(layer), showlegend: number === 0,
+      line: { color: tone(layer, layers), width: entry.n > 1 ? 1.2 : 2 }, marker: { size: 4 },
+      hovertemplate: `layer ${layer}${line.seed === null ? "" : `, seed ${line.seed}`}, step %{x:,d}: %{y:.1%}<extra></extra>`,
     }))), {
-      showlegend: layers <= 12, legend: { orientation: "h", y: 1.18, x: 0 }, hovermode: "x unified",
+      showlegend: layers <= 12, hovermode: "closest",
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", title: { text: "layer" }, entrywidth: 24 },
       x: { title: "step", hoverformat: ",d" }, y: { range: [0, top], tickformat: ".0%" },
     }));
   }
