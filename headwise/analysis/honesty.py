@@ -95,6 +95,7 @@ def check(runs: Sequence[RunFacts], baseline: str | None = None) -> list[Flag]:
         *_identical_variants(runs),
         *_different_data(runs),
         *_parameters(runs, baseline),
+        *_other_seeds(runs, baseline),
         *_different_machines(runs),
     ]
     return sorted(flags, key=lambda flag: SEVERITIES.index(flag.severity))
@@ -181,6 +182,21 @@ def _few_seeds(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
         yield Flag("warning", "one_seed", f"{name}: n = 1, so there is no interval.", name)
     elif n == 0 and any(run.state == "finished" for run in runs):
         yield Flag("error", "no_usable_run", f"{name}: no run may be averaged (n = 0).", name)
+
+
+def _other_seeds(runs: Sequence[RunFacts], baseline: str | None) -> Iterable[Flag]:
+    """Variants whose averages are over other seeds than the baseline's."""
+    averaged: dict[str, set[int | None]] = {}
+    for run in runs:
+        if run.usable and run.seed is not None:
+            averaged.setdefault(run.variant, set()).add(run.seed)
+    names = [name for name, seeds in averaged.items() if seeds != averaged.get(str(baseline), seeds)]
+    if names:
+        yield Flag(
+            "note", "other_seeds",
+            f"{', '.join(names)} and {baseline} were not averaged over the same seeds: compare them by their "
+            "paired differences, not by their means.",
+        )  # fmt: skip
 
 
 def _short(name: str, runs: list[RunFacts]) -> Iterable[Flag]:

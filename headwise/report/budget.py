@@ -16,9 +16,15 @@ from headwise.report.tables import Table
 from headwise.storage.atomic import replacing, write_json, write_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STROKES = {"kept": "-", "window": "-", "chosen afresh": ":", "per layer": "--"}
+FAR = 0.15
+"""Share of the baseline's loss by which a curve may rise above it within the picture."""
+TITLES = {
+    "kept": "one budget for all layers", "per layer": "a budget for each layer",
+    "chosen afresh": "keys chosen afresh", "window": "a window",
+}  # fmt: skip
 ABOUT = {
     "kept": "a key is dropped for good when there are more than the budget: the one with the largest F",
     "window": "the last keys are held; there is no F",
@@ -125,7 +131,12 @@ def html(data: dict[str, Any]) -> str:
     environment.filters["json"] = embedded
     variants = list(dict.fromkeys(one["variant"] for one in data["series"]))
     return environment.get_template("budget.html.j2").render(
-        data=data | {"variants": [{"name": name} for name in variants]},
+        data=data
+        | {
+            "variants": [{"name": name} for name in variants],
+            "panels": panels(data),
+            "shown": shown(data),
+        },
         facts=_facts(data),
         statements=statements(data),
         sentence=sentence,
@@ -135,44 +146,86 @@ def html(data: dict[str, Any]) -> str:
     )
 
 
+def panels(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Title -> curves, by how keys are chosen; windows beside all of them."""
+    methods = dict.fromkeys(one["method"] for one in data["series"])
+    windows = [one for one in data["series"] if one["method"] == "window"]
+    found = {
+        TITLES[method]: windows + [one for one in data["series"] if one["method"] == method]
+        for method in methods
+        if method != "window"
+    }
+    return found or {TITLES["window"]: windows}
+
+
+def height(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What a picture shows of a point: its difference to the baseline, or its loss where there is none."""
+    return point["difference"] if data["baseline"] else point
+
+
+def shown(data: dict[str, Any]) -> tuple[float, float] | None:
+    """Lowest and highest difference of a picture; None where losses are shown."""
+    if not data["baseline"]:
+        return None
+    points = [point["difference"] for one in data["series"] for point in one["points"]]
+    ends = [
+        (p["mean"] - (p["ci95"] or 0), p["mean"] + (p["ci95"] or 0)) for p in points if p["mean"] is not None
+    ]
+    low, high = min((end[0] for end in ends), default=0.0), max((end[1] for end in ends), default=0.0)
+    low, high = min(low, 0.0), max(0.0, min(high, FAR * data["baseline"]["mean"]))
+    pad = 0.06 * (high - low) or 1e-3
+    return low - pad, high + pad
+
+
 def figure(data: dict[str, Any]) -> Figure:
-    """Every curve against the share of the context; bars are 95% intervals over seeds."""
+    """Every curve against the share of the context, a panel for each way to choose keys."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    drawn, axes = new_figure(1, 1, 7.2, 4.4, left=0.75)
-    axis = axes[0][0]
     variants = list(dict.fromkeys(one["variant"] for one in data["series"]))
     budgets = sorted({point["budget"] for one in data["series"] for point in one["points"]})
-    if data["baseline"]:
-        axis.axhline(data["baseline"]["mean"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axis.annotate(
-            f"{data['baseline']['name']}, full context", (1, data["baseline"]["mean"]),
-            xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right",
-            fontsize=8, color=INK,
-        )  # fmt: skip
-    for one in data["series"]:
-        colour = COLOURS[variants.index(one["variant"]) % len(COLOURS)]
-        shares, means = ([point[name] for point in one["points"]] for name in ("budget", "mean"))
-        axis.errorbar(
-            shares, means, yerr=[point["ci95"] or 0 for point in one["points"]], label=one["name"],
-            color=colour, linestyle=STROKES[one["method"]], marker="o", markersize=4, lw=1.6, capsize=3,
-        )  # fmt: skip
-        parity = one["parity"]
-        if parity and parity["share"] is not None:
-            share = parity["share"]
-            low, high = parity["low"] or share, parity["high"] or share
-            axis.errorbar(
-                share, data["baseline"]["mean"], xerr=[[share - low], [high - share]], color=colour,
-                marker="D", markersize=6, markerfacecolor="white", capsize=3, zorder=5,
-            )  # fmt: skip
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(budgets))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
-    axis.set_xlim(max(budgets) * 1.12, min(budgets) / 1.12)
-    finish_axis(axis, "validation loss (nats per token)", "share of the context kept (log scale)")
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    name = data["baseline"] and data["baseline"]["name"]
+    ylabel = (
+        f"validation loss: difference to {name}, full context (nats)" if name else "validation loss (nats)"
+    )
+    drawn, axes = new_figure(1, len(panels(data)), 5.2 * len(panels(data)), 4.2, left=0.75)
+    for axis, (title, series) in zip(axes[0], panels(data).items(), strict=True):
+        if name:
+            axis.axhline(0, color=INK, linewidth=0.8)
+        for one in series:
+            at = variants.index(one["variant"])
+            _draw(axis, one, data, COLOURS[at % len(COLOURS)], 1.012 ** (at - len(variants) / 2))
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(budgets))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
+        axis.set_xlim(max(budgets) * 1.12, min(budgets) / 1.12)
+        axis.set_ylim(shown(data))
+        finish_axis(axis, f"{ylabel}\n{title}", "share of the context kept (log scale)")
+    lines = axes[0][0].get_legend_handles_labels()
+    rows = -(-len(lines[0]) // (4 * len(axes[0])))
+    drawn.legend(*lines, frameon=False, fontsize=8, loc="lower center", ncols=4 * len(axes[0]))
+    drawn.subplots_adjust(top=0.88, bottom=0.14 + 0.05 * rows)
     return drawn
+
+
+def _draw(axis: Axes, one: dict[str, Any], data: dict[str, Any], colour: str, aside: float) -> None:
+    """A curve with its intervals and its point of parity; `aside` keeps intervals apart."""
+    found = [(point["budget"] * aside, height(point, data)) for point in one["points"]]
+    found = [(share, value) for share, value in found if value["mean"] is not None]
+    axis.errorbar(
+        [share for share, _ in found], [value["mean"] for _, value in found],
+        yerr=[value["ci95"] or 0 for _, value in found], color=colour, label=one["name"],
+        linestyle=":" if one["method"] == "window" else "-", marker="o", markersize=3.5, lw=1.4, capsize=2.5,
+        elinewidth=0.9,
+    )  # fmt: skip
+    parity = one["parity"]
+    if parity and parity["share"] is not None:
+        share = parity["share"]
+        low, high = parity["low"] or share, parity["high"] or share
+        axis.errorbar(
+            share, 0, xerr=[[share - low], [high - share]], color=colour, marker="D", markersize=6,
+            markerfacecolor="white", capsize=3, zorder=5,
+        )  # fmt: skip
 
 
 def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -44,6 +44,12 @@ def test_document_000_is_at_chance_and_identical() -> None:
     assert "identical loss 10.82584" in found["identical_losses"]
 
 
+def test_averages_over_other_seeds_than_the_baselines_are_said() -> None:
+    text = flags(SOUND[:2] + SOUND[3:])["other_seeds"]
+    assert text.startswith("mha and flash were not averaged over the same seeds")
+    assert "other_seeds" not in flags(SOUND[:3])
+
+
 @pytest.mark.parametrize(("ratio", "flagged"), [(0.985, False), (0.995, True), (1.5, True)])
 def test_chance_margin(ratio: float, flagged: bool) -> None:
     assert ("at_chance" in flags(changed(0, loss=ratio * math.log(256)))) == flagged
