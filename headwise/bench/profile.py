@@ -28,7 +28,8 @@ from headwise.bench import harness
 from headwise.errors import HeadwiseError
 from headwise.probe.export import NEEDED
 from headwise.probe.load import Loaded
-from headwise.probe.profile import Profile, ProfileConfig
+from headwise.probe.profile import Profile
+from headwise.probe.profile_config import ProfileConfig
 from headwise.probe.samples import Samples
 from headwise.training.distributed import find_device
 

@@ -15,7 +15,7 @@ from headwise.errors import HeadwiseError
 from headwise.storage.head_table import MEASURES
 
 if TYPE_CHECKING:
-    from headwise.probe.profile import ProfileConfig
+    from headwise.probe.profile_config import ProfileConfig
 
 PART_TOKENS = 2048
 """Of a part, unless asked for otherwise: small ones are written while the model goes on."""
@@ -70,7 +70,7 @@ def config_of(args: argparse.Namespace) -> ProfileConfig:
         HeadwiseError: a value that cannot be used.
     """
     from headwise.probe.export import NEEDED
-    from headwise.probe.profile import ProfileConfig
+    from headwise.probe.profile_config import ProfileConfig
 
     part = args.samples_per_part
     if part is None:

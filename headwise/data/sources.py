@@ -8,8 +8,9 @@ from typing import Any
 from headwise.data.base import SPLITS, Data
 from headwise.data.config import SYNTHETIC, DataConfig
 from headwise.data.corpus import Corpus
+from headwise.data.open_text import open_text
 from headwise.data.synthetic import TASKS
-from headwise.data.text import Text, open_text
+from headwise.data.text import Text
 
 
 def open_data(config: DataConfig, seed: int) -> Data:

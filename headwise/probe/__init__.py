@@ -1,5 +1,6 @@
 """Watch a running model: measure every head, capture its tensors, profile a checkpoint."""
 
-from headwise.probe.observe import Collector, Watch, measure, watch
+from headwise.probe.collector import Collector, measure
+from headwise.probe.observe import Watch, watch
 
 __all__ = ["Collector", "Watch", "measure", "watch"]

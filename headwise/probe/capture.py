@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.observation import Observation, Scores
-from headwise.probe.observe import ScoresFrom
+from headwise.probe.collector import ScoresFrom
 
 
 @dataclass

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from headwise.attention.observation import Observation, Scores, Unmeasured
 from headwise.errors import HeadwiseError
 from headwise.probe.capture import Capture
-from headwise.probe.observe import Collector
+from headwise.probe.collector import Collector
 from headwise.probe.rotation import Rotations
 
 Attend = Callable[..., Any]

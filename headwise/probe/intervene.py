@@ -25,7 +25,8 @@ from headwise.attention.observation import Observation, Scores, Unmeasured
 from headwise.errors import HeadwiseError
 from headwise.functional.head_stats import HeadStats, head_stats
 from headwise.probe.change import Changes, Layer, changed, scale_head
-from headwise.probe.observe import IGNORE_FIRST, Collector, ScoresFrom, attached
+from headwise.probe.collector import IGNORE_FIRST, Collector, ScoresFrom
+from headwise.probe.observe import attached
 from headwise.probe.output import Effect, Speaker
 
 SELECTING = ("selective",)

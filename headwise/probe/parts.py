@@ -18,8 +18,8 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.probe import moments
+from headwise.probe.collector import Collector
 from headwise.probe.moments import Moments
-from headwise.probe.observe import Collector
 from headwise.storage import head_table
 from headwise.storage.atomic import replacing
 

@@ -8,7 +8,6 @@ read back from the table. Both are the same values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from headwise.probe import moments
 from headwise.probe.parts import Block, Folders, read_moments, read_table
-
-if TYPE_CHECKING:
-    from headwise.probe.profile import ProfileConfig
+from headwise.probe.profile_config import ProfileConfig
 
 _RANKED_AT_ONCE = 1 << 27
 _KEPT_BYTES = 1 << 31

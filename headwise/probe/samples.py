@@ -162,7 +162,8 @@ def _holds_records(path: Path) -> bool:
 
 def _text(config: DataConfig, source: Source, loaded: Loaded) -> tuple[np.ndarray, dict[str, Any]]:
     """The whole text as one row."""
-    from headwise.data.text import Text, open_text
+    from headwise.data.open_text import open_text
+    from headwise.data.text import Text
 
     parts = open_text(config)
     text = Text({"all": np.concatenate(list(parts.splits.values()))}, parts.facts)

@@ -22,7 +22,8 @@ from headwise.model.decoder import Decoder
 from headwise.probe import watch
 from headwise.probe.load import Loaded, load
 from headwise.probe.moments import AGAINST, Moments, gather, merge, spearman
-from headwise.probe.profile import Profile, ProfileConfig, Share
+from headwise.probe.profile import Profile, Share
+from headwise.probe.profile_config import ProfileConfig
 from headwise.probe.samples import Samples, Source, open_samples
 
 CONFIG = ProfileConfig(n_samples=7, context_length=12, samples_per_part=2)
