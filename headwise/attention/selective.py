@@ -344,10 +344,10 @@ def combined(q: Tensor, k: Tensor, weights: Tensor, scale: float, bias: Tensor |
         weights: `(M, H)`.
     """
     grouped = weights.to(q.dtype).unflatten(1, (k.shape[1], -1))
-    ones, width = torch.eye(k.shape[1], dtype=q.dtype, device=q.device), q.shape[-1]
+    same_key, same_entry = (torch.eye(n, dtype=q.dtype, device=q.device) for n in (k.shape[1], q.shape[-1]))
     with torch.autocast(q.device.type, enabled=False):
-        # (K, G, E) -> (M, K, E), as one product: broadcasts and their sums took a GPU five times as long.
-        mixing = torch.einsum("mkg,kl,ef->kgemlf", grouped, ones, torch.eye(width).to(q))
+        # (K, G, E) -> (M, K, E) as one product instead of broadcasts and their sums.
+        mixing = torch.einsum("mkg,kl,ef->kgemlf", grouped, same_key, same_entry)
         queries = q.transpose(1, 2).flatten(2) @ mixing.flatten(3).flatten(0, 2)
     queries = queries.unflatten(-1, (len(weights), -1)).transpose(1, 2)
     return Selector(queries, k.transpose(1, 2).flatten(-2)[:, None], scale, bias)
