@@ -27,7 +27,8 @@ CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error",
 class RunFacts:
     """What the checks need of one run; None = not recorded.
 
-    `loss` is the final one, `start_loss` the same measured before the first step.
+    `loss` is the final one, `start_loss` the same measured before the first step; `time` is when it
+    began and ended, in seconds.
     """
 
     variant: str
@@ -47,6 +48,8 @@ class RunFacts:
     spike_share: float | None = None
     device: str | None = None
     version: str | None = None
+    host: str | None = None
+    time: tuple[float, float] | None = None
 
     @property
     def usable(self) -> bool:
@@ -97,6 +100,7 @@ def check(runs: Sequence[RunFacts], baseline: str | None = None) -> list[Flag]:
         *_parameters(runs, baseline),
         *_other_seeds(runs, baseline),
         *_different_machines(runs),
+        *_at_a_time(runs),
     ]
     return sorted(flags, key=lambda flag: SEVERITIES.index(flag.severity))
 
@@ -294,6 +298,20 @@ def _different_machines(runs: Sequence[RunFacts]) -> Iterable[Flag]:
         yield Flag(
             "note", "different_versions",
             f"The runs come from different versions of the code ({', '.join(versions)}).",
+        )  # fmt: skip
+
+
+def _at_a_time(runs: Sequence[RunFacts]) -> Iterable[Flag]:
+    """Runs of one machine that overlap in time: each took from the others what it ran on."""
+    most = 0
+    for host in {run.host for run in runs if run.host}:
+        times = [run.time for run in runs if run.host == host and run.time]
+        most = max([most, *(sum(began <= start < ended for began, ended in times) for start, _ in times)])
+    if most > 1:
+        yield Flag(
+            "note", "at_a_time",
+            f"Up to {most} runs ran at a time on one machine: tokens per second and step times compare what "
+            "else ran beside them too.",
         )  # fmt: skip
 
 

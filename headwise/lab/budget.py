@@ -13,7 +13,7 @@ from headwise.analysis.parity import parity
 from headwise.analysis.statistics import paired, summarize
 from headwise.errors import HeadwiseError
 from headwise.lab.budget_of_run import KEPT, WINDOW, Layers, Losses, Measurable, Options
-from headwise.lab.runs import Run, find_runs
+from headwise.lab.runs import Run, Study, find_runs
 from headwise.lab.weights import find_checkpoint
 from headwise.storage.run_folder import RunFolder
 
@@ -96,16 +96,17 @@ def measure(
 def variants(paths: Sequence[str | Path]) -> dict[str, list[Run]]:
     """Runs by the name of their variant: the folder above `seed_<n>`, or the run's own.
 
+    A study's variants come in its plan's order, other runs by path.
+
     Raises:
-        HeadwiseError: a path is no folder, or holds no run.
+        HeadwiseError: a path is no folder, or holds no run, or a study's plan is damaged.
     """
     folders: dict[Path, list[Run]] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise HeadwiseError(f"no folder {str(path)!r}: give a run folder, or a folder with runs below it")
-        runs = find_runs(path)
-        if not runs and RunFolder(path).holds_run():
-            runs = [Run(path)]
+        runs = Study.read(path).runs if (path / "study.yaml").is_file() else find_runs(path) or [Run(path)]
+        runs = [run for run in runs if RunFolder(run.path).holds_run()]
         if not runs:
             raise HeadwiseError(f"no runs below {str(path)!r}: a run is a folder with a config.yaml")
         for run in runs:

@@ -103,8 +103,16 @@ def _facts(run: Run) -> RunFacts:
         params_total=None if params is None else int(params), step=None if step is None else int(step),
         data_wait=number(run, "data_wait"), nonfinite_share=number(run, "nonfinite_share"),
         spike_share=number(run, "spike_share"), device=device if started else None,
-        version=version or None,
+        version=version or None, **_when(run),
     )  # fmt: skip
+
+
+def _when(run: Run) -> dict[str, Any]:
+    """On which machine a run was made, and from when to when in seconds since the epoch."""
+    if run.problem:
+        return {}
+    host, began, ended = (run.status.get(name) for name in ("host", "started", "finished"))
+    return {"host": host, "time": (float(began), float(ended)) if began and ended else None}
 
 
 def _start_loss(run: Run) -> float | None:

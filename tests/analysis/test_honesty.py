@@ -44,6 +44,16 @@ def test_document_000_is_at_chance_and_identical() -> None:
     assert "identical loss 10.82584" in found["identical_losses"]
 
 
+def test_runs_beside_each_other_are_said() -> None:
+    one_by_one = [replace(run, host="lab", time=(10.0 * i, 10.0 * i + 10)) for i, run in enumerate(SOUND)]
+    assert flags(one_by_one) == {}
+    assert flags([replace(run, host=f"lab{i}", time=(0.0, 10.0)) for i, run in enumerate(SOUND)]) == {}
+    pairs = [
+        replace(run, host="lab", time=(10.0 * (i // 2), 10.0 * (i // 2) + 10)) for i, run in enumerate(SOUND)
+    ]
+    assert "Up to 2 runs ran at a time" in flags(pairs)["at_a_time"]
+
+
 def test_averages_over_other_seeds_than_the_baselines_are_said() -> None:
     text = flags(SOUND[:2] + SOUND[3:])["other_seeds"]
     assert text.startswith("mha and flash were not averaged over the same seeds")

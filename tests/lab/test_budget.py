@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def test_seeds_are_averaged_and_paired_with_the_baselines(study: Path) -> None:
     assert full["losses"] != quarter["losses"]
     assert selective["parity"]["seeds"] == 2
     assert flash["parity"] is None
+
+
+def test_variants_of_a_study_come_in_its_plans_order(study: Path, tmp_path: Path) -> None:
+    assert list(variants([study])) == ["flash", "selective"]
+    shutil.copytree(study, tmp_path / "planned")
+    (tmp_path / "planned/study.yaml").write_text(
+        "variants: {selective: {}, other: {}, flash: {seeds: [1]}}\nseeds: [1, 2]\n"
+    )
+    found = variants([tmp_path / "planned"])
+    assert {name: [run.seed for run in runs] for name, runs in found.items()} == {
+        "selective": [1, 2],
+        "flash": [1, 2],
+    }
 
 
 def test_the_full_context_is_the_loss_of_the_run(study: Path) -> None:

@@ -85,6 +85,19 @@ def test_runs_on_other_data_are_not_paired(tmp_path: Path, make) -> None:
     assert data["verdicts"][0]["verdict"] == "INCONCLUSIVE"
 
 
+def test_runs_that_overlapped_on_a_machine_are_said(tmp_path: Path, make) -> None:
+    folder = make.study(tmp_path, {"flash": make.Variant("flash")}, seeds=(0, 1, 2), shape=make.SMALL)
+    for number, path in enumerate(sorted(folder.glob("*/*/status.json"))):
+        status = json.loads(path.read_text()) | {
+            "host": "lab",
+            "started": 6.0 * number,
+            "finished": 6.0 * number + 10,
+        }
+        path.write_text(json.dumps(status))
+    texts = {flag["code"]: flag["text"] for flag in collected(folder)["flags"]}
+    assert "Up to 2 runs ran at a time" in texts["at_a_time"]
+
+
 def test_verdicts_of_the_demo(of_demo: dict[str, Any]) -> None:
     found = {v["variant"]: v for v in of_demo["verdicts"]}
     assert set(found) == {"mha", "flex", "tropical"}
