@@ -6,7 +6,6 @@ Checks every case against the definition in float64 first, in the same command.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import multiprocessing
 import os
@@ -21,11 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwise.attention.base import AttentionShape, Carry
-from headwise.attention.config import AttentionConfig
 from headwise.attention.selective import SelectiveAttention
 from headwise.attention.selective_config import SelectiveConfig
 from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
-from headwise.bench.train_step import GPT2, ours
 from headwise.functional.selective import (
     Protection,
     own_mask_attention,
@@ -267,26 +264,12 @@ TIMED: dict[str, dict[str, Any]] = {
 }
 
 
-def time_training(device: torch.device) -> list[dict[str, Any]]:
-    """Whole training steps of the 124M shape: `flash`, and `selective` beside it."""
-    found = {
-        kind: ours(dataclasses.replace(GPT2, attention=AttentionConfig(kind)), 32, 1024, device)
-        for kind in ("flash", "selective")
-    }
-    return [
-        {"step of": kind, "step_ms": speed["step_ms"], "tokens_per_sec": speed["tokens_per_sec"],
-         "flash_x": speed["step_ms"] / found["flash"]["step_ms"]}
-        for kind, speed in found.items()
-    ]  # fmt: skip
-
-
 def main(argv: list[str]) -> int:
     """`headwise bench selective`."""
     parser = argparse.ArgumentParser(prog="headwise bench selective", description=__doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096])
-    parser.add_argument("--no-steps", action="store_true", help="leave out whole training steps")
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
     checks = check(device) if device.type == "cuda" else []
@@ -305,8 +288,4 @@ def main(argv: list[str]) -> int:
     errors_of_sums = sums(device)
     print_table(errors_of_sums)
     save("selective", [*checks, *rows, *errors_of_sums], arguments.out, device=str(device))
-    if device.type == "cuda" and not arguments.no_steps:
-        steps = time_training(device)
-        print_table(steps)
-        save("selective", [*checks, *rows, *errors_of_sums, *steps], arguments.out, device=str(device))
     return 0

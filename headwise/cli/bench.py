@@ -6,7 +6,9 @@ import importlib
 
 from headwise.errors import one_of
 
-BENCHMARKS = ("train-step", "head-stats", "selective", "decode", "profile", "copy", "observe", "page")
+BENCHMARKS = (
+    "train-step", "head-stats", "selective", "selective-step", "decode", "profile", "copy", "observe", "page",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
