@@ -12,10 +12,14 @@ def main(argv: list[str]) -> int:
         description="Write report.md, report.html, report.json and figures/ from what the run folders hold.",
     )
     parser.add_argument("folder", help="a study folder, a run folder, or a folder with runs below it")
+    parser.add_argument(
+        "--baseline", metavar="VARIANT", help="compare with this variant, not the study's own"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of the report (default: the folder read)")
     arguments = parser.parse_args(argv)
 
     from headwise.report import build
 
-    for name, path in build(arguments.folder).items():
+    for name, path in build(arguments.folder, baseline=arguments.baseline, out=arguments.out).items():
         print(f"{name:<9} {path}")
     return 0

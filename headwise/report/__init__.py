@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+from headwise.errors import one_of
 from headwise.lab.runs import Run, Study
 from headwise.report import figures, html, maps, markdown
 from headwise.report.collect import collect
-from headwise.storage.atomic import replacing, write_text
+from headwise.storage.atomic import must_be_folder, replacing, write_text
 
 
-def build(folder: str | Path) -> dict[str, Path]:
+def build(
+    folder: str | Path, *, baseline: str | None = None, out: str | Path | None = None
+) -> dict[str, Path]:
     """Write the report of a study, of a single run, or of any folder with runs below it.
 
     Each file appears whole or not at all; an earlier report is replaced.
+
+    Args:
+        baseline: the variant that the others are compared with; otherwise the plan's.
+        out: the report's folder; otherwise `folder` itself.
 
     Returns:
         the paths written: `markdown`, `html`, `json`, and `figures`, a folder.
 
     Raises:
-        HeadwiseError: there is no such folder, no run in it, or the disk is full.
+        HeadwiseError: there is no such folder, no run or no such variant in it, `out` is a file, or the
+            disk is full.
     """
+    root = Path(folder)
+    if out is not None:
+        must_be_folder(root := Path(out))
     study = Study.read(folder)
+    if baseline is not None:
+        plan = study.plan | {"baseline": one_of("variant", baseline, tuple(study.variants))}
+        study = dataclasses.replace(study, plan=plan)
     data = collect(study)
     prompts = _prompts(study, [variant["name"] for variant in data["variants"]])
-    root = Path(folder)
     paths = {
         "markdown": root / "report.md", "html": root / "report.html", "json": root / "report.json",
         "figures": root / "figures",

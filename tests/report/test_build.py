@@ -41,6 +41,20 @@ def test_building_again_replaces_the_report(tmp_path: Path, make) -> None:
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def test_another_baseline_and_folder_leave_the_studys_own_report(tmp_path: Path, make) -> None:
+    variants = {name: make.Variant("flash") for name in ("flash", "mha")}
+    folder = make.study(tmp_path / "s", variants, seeds=(0, 1), shape=make.SMALL)
+    own = report.build(folder)["json"].read_bytes()
+    other = report.build(folder, baseline="mha", out=tmp_path / "reports" / "other")
+    rows = json.loads(other["json"].read_text())["comparisons"]
+    assert {(row["variant"], row["baseline"]) for row in rows} == {("flash", "mha")}
+    assert (folder / "report.json").read_bytes() == own
+    with pytest.raises(HeadwiseError, match="variant 'mhaa' is not known"):
+        report.build(folder, baseline="mhaa")
+    with pytest.raises(HeadwiseError, match="is a file"):
+        report.build(folder, out=other["json"])
+
+
 def test_a_single_run(tmp_path: Path, make) -> None:
     paths = report.build(make.run(tmp_path / "copy", make.Variant("mha"), 0, make.SMALL))
     data = json.loads(paths["json"].read_text())
