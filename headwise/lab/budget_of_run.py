@@ -26,6 +26,7 @@ from headwise.lab.weights import find_checkpoint, load_model
 from headwise.model.budget import full_context_only, protects_bos, selects, within_budget
 from headwise.storage.atomic import write_json
 from headwise.storage.run_folder import RunFolder
+from headwise.training.checkpoint import weights_digest
 from headwise.training.distributed import World, find_device
 from headwise.training.loss import TokenLoss, evaluate
 
@@ -127,7 +128,7 @@ class Measurable:
         self.path, self.options = run.path, options
         self.config: Config = load(RunFolder(run.path).config)
         self.seed = self.config.seed if run.seed is None else run.seed
-        self.checkpoint = find_checkpoint(RunFolder(run.path)).name
+        self.weights = weights_digest(find_checkpoint(RunFolder(run.path)))
 
     @cached_property
     def data(self) -> Data:
@@ -161,13 +162,13 @@ class Measurable:
         """All that a measurement depends on."""
         asked = dataclasses.asdict(self.options) | {"shares": sorted(set(self.options.shares), reverse=True)}
         del asked["device"]
-        return asked | {"checkpoint": self.checkpoint, "version": __version__}
+        return asked | {"weights": self.weights, "version": __version__}
 
     @cached_property
     def _memory(self) -> dict[str, Any] | None:
         try:
             memory = json.loads((self.path / MEMORY).read_text())
-            return memory if memory["asked"] == self._asked else None
+            return memory if self.weights and memory["asked"] == self._asked else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
 

@@ -100,6 +100,14 @@ def load(path: Path) -> Checkpoint:
         ) from error
 
 
+def weights_digest(path: Path) -> str | None:
+    """SHA-256 of a checkpoint's weights, by its manifest; None where there is none to read."""
+    try:
+        return str(json.loads((path / "manifest.json").read_text())["sha256"]["model.safetensors"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
 def latest(folder: Path) -> Path | None:
     """The checkpoint of the highest step below `folder`, or None."""
     return max(_all(folder), default=None)

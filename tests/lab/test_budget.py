@@ -144,6 +144,20 @@ def test_a_run_remembers_its_measurement_and_needs_its_weights_only_for_another(
         measure([tmp_path / "run"], asked, say=quiet)
 
 
+def test_a_run_made_again_is_measured_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(from_dict(TINY | {"out": str(folder)}))
+    first = measure([folder], options(1.0), say=quiet)
+    remembered = (folder / "budget.json").read_bytes()
+    shutil.rmtree(folder)
+    train(from_dict(TINY | {"out": str(folder), "training.lr": 0.02}))
+    (folder / "budget.json").write_bytes(remembered)
+    said: list[str] = []
+    again = measure([folder], options(1.0), say=said.append)
+    assert "measured before" not in said[0]
+    assert again["series"] != first["series"]
+
+
 def test_what_cannot_be_compared_is_refused(study: Path, tmp_path: Path) -> None:
     train(from_dict(TINY | {"out": str(tmp_path / "longer"), "data.seq_len": 32, "training.max_steps": 1}))
     with pytest.raises(HeadwiseError, match=r"has seq_len 32, and .* has 16"):
