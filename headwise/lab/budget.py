@@ -96,7 +96,7 @@ def measure(
 def variants(paths: Sequence[str | Path]) -> dict[str, list[Run]]:
     """Runs by the name of their variant: the folder above `seed_<n>`, or the run's own.
 
-    A study's variants come in its plan's order, other runs by path.
+    A study's variants come in its plan's order, then other runs by path.
 
     Raises:
         HeadwiseError: a path is no folder, or holds no run, or a study's plan is damaged.
@@ -105,11 +105,14 @@ def variants(paths: Sequence[str | Path]) -> dict[str, list[Run]]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise HeadwiseError(f"no folder {str(path)!r}: give a run folder, or a folder with runs below it")
-        runs = Study.read(path).runs if (path / "study.yaml").is_file() else find_runs(path) or [Run(path)]
-        runs = [run for run in runs if RunFolder(run.path).holds_run()]
+        runs = find_runs(path)
+        if not runs and RunFolder(path).holds_run():
+            runs = [Run(path)]
         if not runs:
             raise HeadwiseError(f"no runs below {str(path)!r}: a run is a folder with a config.yaml")
-        for run in runs:
+        planned = Study.read(path).variants if (path / "study.yaml").is_file() else {}
+        place_of = {name: place for place, name in enumerate(planned)}
+        for run in sorted(runs, key=lambda run: place_of.get(str(run.variant), len(place_of))):
             place = run.path.resolve()
             folder = place.parent if place.name.startswith("seed_") else place
             known = folders.setdefault(folder, [])

@@ -31,9 +31,9 @@ def build(
         HeadwiseError: there is no such folder, no run or no such variant in it, `out` is a file, or the
             disk is full.
     """
-    root = Path(folder)
+    root = Path(folder if out is None else out)
     if out is not None:
-        must_be_folder(root := Path(out))
+        must_be_folder(root)
     study = Study.read(folder)
     if baseline is not None:
         plan = study.plan | {"baseline": one_of("variant", baseline, tuple(study.variants))}

@@ -187,8 +187,9 @@ def figure(data: dict[str, Any]) -> Figure:
     ylabel = (
         f"validation loss: difference to {name}, full context (nats)" if name else "validation loss (nats)"
     )
-    drawn, axes = new_figure(1, len(panels(data)), 5.2 * len(panels(data)), 4.2, left=0.75)
-    for axis, (title, series) in zip(axes[0], panels(data).items(), strict=True):
+    beside, heights = panels(data), shown(data)
+    drawn, axes = new_figure(1, len(beside), 5.2 * len(beside), 4.2, left=0.75)
+    for axis, (title, series) in zip(axes[0], beside.items(), strict=True):
         if name:
             axis.axhline(0, color=INK, linewidth=0.8)
         for one in series:
@@ -199,7 +200,7 @@ def figure(data: dict[str, Any]) -> Figure:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
         axis.set_xlim(max(budgets) * 1.12, min(budgets) / 1.12)
-        axis.set_ylim(shown(data))
+        axis.set_ylim(heights)
         finish_axis(axis, f"{ylabel}\n{title}", "share of the context kept (log scale)")
     lines = axes[0][0].get_legend_handles_labels()
     rows = -(-len(lines[0]) // (4 * len(axes[0])))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the finding of this folder again: about 40 minutes on one H200, half on two. Interrupted, it goes on.
+# Make the finding of this folder again: 20 minutes on two H200s with WORKERS=8. Interrupted, it goes on.
 #
 #   results/selective-kernel-c/make.sh [PICKED]     from the repository's root, headwise installed
 #

@@ -71,6 +71,8 @@ def test_variants_of_a_study_come_in_its_plans_order(study: Path, tmp_path: Path
         "selective": [1, 2],
         "flash": [1, 2],
     }
+    shutil.copytree(study / "flash", tmp_path / "planned/added_by_hand")
+    assert list(variants([tmp_path / "planned"])) == ["selective", "flash", "added_by_hand"]
 
 
 def test_the_full_context_is_the_loss_of_the_run(study: Path) -> None:
