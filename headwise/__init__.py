@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`headwise.watch`, imported when it is used: torch takes seconds."""
     if name == "watch":
-        from headwise.probe import watch
+        from headwise.watch import watch
 
         return watch
     raise AttributeError(f"module 'headwise' has no attribute {name!r}")

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from headwise.cli.main import main
-from headwise.storage import head_table
+from headwise.measures import table as head_table
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text(encoding="utf-8")
 OWN_MODEL, PRETRAINED = PAGE.split("\n## A real pretrained model\n")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headwise.attention.base import attention_kind
-from headwise.attention.selective_config import SelectiveConfig
+from headwise.attention.selective.config import SelectiveConfig
 from headwise.errors import HeadwiseError
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from headwise.bench import harness
-from headwise.config import load
-from headwise.lab.train import train
-from headwise.storage.run_folder import RunFolder
+from headwise.config.run import load
+from headwise.runs.folder import RunFolder
 from headwise.training.progress import for_terminal
+from headwise.training.run import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from headwise.storage.atomic import write_json
-from headwise.storage.environment import environment
+from headwise.files import write_json
+from headwise.runs.environment import environment
 
 
 def measure(

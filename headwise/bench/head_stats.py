@@ -207,8 +207,8 @@ def device_ms(function: Callable[[], Any], device: torch.device) -> float:
 
 def sweep(tokens: int, device: torch.device) -> list[dict[str, Any]]:
     """Ratios against SDPA for tile shapes beside the ones that `block_sizes` chose (GPU only)."""
-    from headwise.kernels.head_stats import block_sizes
-    from headwise.kernels.head_stats import head_stats as kernel
+    from headwise.functional.head_stats.kernel import block_sizes
+    from headwise.functional.head_stats.kernel import head_stats as kernel
 
     heads, width, dtype = SHAPES["cuda"]
     q, k, v = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))

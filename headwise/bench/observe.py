@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from headwise.bench import harness
-from headwise.config import from_dict
-from headwise.lab.train import train
-from headwise.training.config import TrainingConfig
+from headwise.config.run import from_dict
+from headwise.config.training import TrainingConfig
+from headwise.training.run import train
 
 STEPS = 300
 

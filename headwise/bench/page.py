@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from headwise.storage.atomic import write_text
+from headwise.files import write_text
 
 HEADING = """# Performance
 

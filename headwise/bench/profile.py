@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from headwise.bench import harness
 from headwise.errors import HeadwiseError
-from headwise.probe.export import NEEDED
-from headwise.probe.load import Loaded
-from headwise.probe.profile import Profile
-from headwise.probe.profile_config import ProfileConfig
-from headwise.probe.samples import Samples
+from headwise.questions.profile.config import ProfileConfig
+from headwise.questions.profile.export import NEEDED
+from headwise.questions.profile.measure import Profile
 from headwise.training.distributed import find_device
+from headwise.watch.load import Loaded
+from headwise.watch.samples import Samples
 
 
 @dataclass(frozen=True)

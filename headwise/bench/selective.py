@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwise.attention.base import AttentionShape, Carry
-from headwise.attention.selective import SelectiveAttention
-from headwise.attention.selective_config import SelectiveConfig
+from headwise.attention.selective.config import SelectiveConfig
+from headwise.attention.selective.layer import SelectiveAttention
 from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
 from headwise.functional.selective import (
     Protection,

@@ -19,14 +19,14 @@ import torch
 
 from headwise.attention.config import AttentionConfig
 from headwise.bench import harness
-from headwise.config import Config
+from headwise.config.run import Config
+from headwise.config.training import TrainingConfig
 from headwise.data.config import DataConfig
 from headwise.data.corpus import Corpus
 from headwise.model.config import ModelConfig
 from headwise.model.count import training_flops_per_token
 from headwise.model.decoder import Decoder
-from headwise.storage.run_folder import RunFolder
-from headwise.training.config import TrainingConfig
+from headwise.runs.folder import RunFolder
 from headwise.training.distributed import World, find_device
 from headwise.training.trainer import Trainer
 

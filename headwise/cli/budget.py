@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headwise.storage.atomic import must_be_folder
+from headwise.files import must_be_folder
 
 DEFAULT = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     out = Path(args.out) if args.out else Path(args.runs[0]) / "budget"
     must_be_folder(out)
 
-    from headwise.lab.budget import Options, measure
+    from headwise.questions.budget.measure import Options, measure
 
     options = Options(
         tuple(args.budgets), args.sequences, args.readmit, args.greedy, args.calibration, args.device
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     data = measure(args.runs, options, baseline=args.baseline)
 
     from headwise.bench.harness import print_table
-    from headwise.report.budget import statements, table, write
+    from headwise.questions.budget.page import statements, table, write
 
     found = table(data)
     print_table([dict(zip(found.headers, row, strict=True)) for row in found.rows])

@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     args = parser.parse_args(argv)
 
-    from headwise.lab.weights import load_model
     from headwise.model.export import export, family_of
+    from headwise.runs.weights import load_model
 
     model, config = load_model(args.run)
     family = family_of(model, args.run)

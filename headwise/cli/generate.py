@@ -9,7 +9,7 @@ def main(argv: list[str]) -> int:
     """Print the text, its speed, and the cache's bytes; returns the exit code."""
     args = _parser().parse_args(argv)
 
-    from headwise.lab.generate import continue_text
+    from headwise.questions.generate.measure import continue_text
 
     found = continue_text(
         args.run, args.prompt, args.tokens, budget=args.budget, temperature=args.temperature,

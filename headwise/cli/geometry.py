@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from headwise.analysis import correlation, geometry
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import write_json, write_text
+from headwise.files import write_json, write_text
+from headwise.questions.geometry import correlation
+from headwise.questions.geometry import numbers as geometry
 
 if TYPE_CHECKING:
-    from headwise.probe.weights import HeadWeights
+    from headwise.questions.geometry.projections import HeadWeights
 
 CIRCUITS = {"query_key": "query-key circuit W_Kᵀ W_Q", "value_output": "value-output circuit W_O W_V"}
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
         raise HeadwiseError("--profile gives the dynamics of the file that --json writes; name that file too")
     dynamics = _dynamics(Path(args.profile)) if args.profile else None
 
-    from headwise.probe.weights import read_weights
+    from headwise.questions.geometry.projections import read_weights
 
     weights = read_weights(args.model, fold_norm=args.fold_norm, stack=args.stack)
     singular = _singular_values(weights, args.matrix)
@@ -77,7 +78,7 @@ def _correlate(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap over layers (default: 0)")
     args = parser.parse_args(argv)
 
-    from headwise.report.geometry import document_tables, draw_correlation, further_tables
+    from headwise.questions.geometry.page import document_tables, draw_correlation, further_tables
 
     heads = correlation.parse_heads(_read_json(Path(args.file)), args.file)
     report = correlation.correlate(heads, seed=args.seed)
@@ -150,7 +151,7 @@ def _print_layers(title: str, layers: list[int], values: dict[str, np.ndarray]) 
 
 
 def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], weights: HeadWeights) -> None:
-    from headwise.report.geometry import draw_descriptors
+    from headwise.questions.geometry.page import draw_descriptors
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -14,18 +14,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwise.analysis.gain import Gain, gain_of, summary_row
-from headwise.analysis.sweep import SCALES, Sweep, parse_sweeps, sample_rows, sweep_rows, with_samples
 from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError, one_of
-from headwise.storage.atomic import write_json, write_text
+from headwise.files import write_json, write_text
+from headwise.questions.intervene.gain import Gain, gain_of, summary_row
+from headwise.questions.intervene.sweep import (
+    SCALES,
+    Sweep,
+    parse_sweeps,
+    sample_rows,
+    sweep_rows,
+    with_samples,
+)
 
 if TYPE_CHECKING:
-    from headwise.probe.change import Layer
-    from headwise.probe.intervene import Setting, Target
-    from headwise.probe.output import Speaker
-    from headwise.probe.samples import Samples
+    from headwise.questions.intervene.measure import Setting, Target
+    from headwise.watch.effect import Speaker
+    from headwise.watch.hooks import Layer
+    from headwise.watch.samples import Samples
 
 RESULTS = "q_scale_intervention_results.csv"
 SAMPLES = "q_scale_intervention_samples.csv"
@@ -39,10 +46,10 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     scales = _check(args)
 
-    from headwise.probe.change import attention_layers
-    from headwise.probe.output import load_speaker
-    from headwise.probe.samples import open_samples
     from headwise.training.distributed import find_device
+    from headwise.watch.effect import load_speaker
+    from headwise.watch.hooks import attention_layers
+    from headwise.watch.samples import open_samples
 
     quiet_transformers()
     speaker = load_speaker(args.model, dtype=args.dtype, device=find_device(args.device))
@@ -145,8 +152,15 @@ def _scale(
     scales: tuple[float, ...],
 ) -> int:
     from headwise.data.progress import progress
-    from headwise.probe.intervene import Setting, all_heads, check_baseline, check_isolation, selects, sweep
-    from headwise.report.gain import expectations, sweep_table
+    from headwise.questions.intervene.measure import (
+        Setting,
+        all_heads,
+        check_baseline,
+        check_isolation,
+        selects,
+        sweep,
+    )
+    from headwise.questions.intervene.page import expectations, sweep_table
 
     targets = _targets(args, layers)
     tokens = samples.batch(0, 1)[:, :CHECK_TOKENS]
@@ -192,7 +206,7 @@ def _scale(
 
 def _write(out: Path, sweeps: list[Sweep], everyone: list[Sweep], about: dict[str, Any] | None) -> None:
     """Save what was measured, then conclude from it."""
-    from headwise.report.gain import all_heads_table, draw_all_heads, draw_sweeps
+    from headwise.questions.intervene.page import all_heads_table, draw_all_heads, draw_sweeps
 
     if about is not None:
         write_json(out / "intervene.json", about)
@@ -218,7 +232,7 @@ def _write(out: Path, sweeps: list[Sweep], everyone: list[Sweep], about: dict[st
 
 def _conclude(out: Path, sweeps: list[Sweep], everyone: list[Gain]) -> None:
     """Gains of the sweeps, their comparison, and the verdict."""
-    from headwise.report.gain import draw_comparison, draw_fit, gain_table, verdict
+    from headwise.questions.intervene.page import draw_comparison, draw_fit, gain_table, verdict
 
     gains = [gain_of(s) for s in sweeps]
     if gains:
@@ -254,9 +268,9 @@ def _gains_of_files(argv: list[str]) -> int:
 
 def _remove(args: argparse.Namespace, speaker: Speaker, samples: Samples, layers: list[Layer]) -> int:
     from headwise.data.progress import progress
-    from headwise.probe.ablate import remove
-    from headwise.probe.change import find_layer
-    from headwise.report.gain import draw_removals, removal_table
+    from headwise.questions.intervene.ablate import remove
+    from headwise.questions.intervene.page import draw_removals, removal_table
+    from headwise.watch.hooks import find_layer
 
     heads = []
     for text in dict.fromkeys(args.remove):
@@ -285,8 +299,8 @@ def _remove(args: argparse.Namespace, speaker: Speaker, samples: Samples, layers
 
 
 def _targets(args: argparse.Namespace, layers: list[Layer]) -> list[Target]:
-    from headwise.probe.change import find_layer
-    from headwise.probe.intervene import Target
+    from headwise.questions.intervene.measure import Target
+    from headwise.watch.hooks import find_layer
 
     if args.target_layer is None:
         return []

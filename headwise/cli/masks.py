@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import must_be_folder
+from headwise.files import must_be_folder
 
 
 def main(argv: list[str]) -> int:
@@ -18,8 +18,8 @@ def main(argv: list[str]) -> int:
     out = Path(args.out) if args.out else Path(args.run) / "masks"
     must_be_folder(out)
 
-    from headwise.lab.masks import look
-    from headwise.report.masks import statements, write
+    from headwise.questions.masks.measure import look
+    from headwise.questions.masks.page import statements, write
 
     found = look(
         args.run, text, layers=args.layers, max_tokens=args.max_tokens, device=args.device, source=source

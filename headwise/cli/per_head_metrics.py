@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 def make_study(arguments: argparse.Namespace, command: str):  # type: ignore[no-untyped-def]
     """The suite as a study."""
-    from headwise.lab.study import Study, Variant, supported_variants
+    from headwise.study.plan import Study, Variant, supported_variants
 
     variants = {
         "standard": Variant("standard (SDPA)", "sdpa", {"model.attention.kind": "flash"}),

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError
-from headwise.storage.head_table import MEASURES
+from headwise.measures.table import MEASURES
 
 if TYPE_CHECKING:
-    from headwise.probe.profile_config import ProfileConfig
+    from headwise.questions.profile.config import ProfileConfig
 
 PART_TOKENS = 2048
 """Of a part, unless asked for otherwise: small ones are written while the model goes on."""
@@ -69,8 +69,8 @@ def config_of(args: argparse.Namespace) -> ProfileConfig:
     Raises:
         HeadwiseError: a value that cannot be used.
     """
-    from headwise.probe.export import NEEDED
-    from headwise.probe.profile_config import ProfileConfig
+    from headwise.questions.profile.config import ProfileConfig
+    from headwise.questions.profile.export import NEEDED
 
     part = args.samples_per_part
     if part is None:
@@ -92,10 +92,10 @@ def config_of(args: argparse.Namespace) -> ProfileConfig:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the options say."""
-    from headwise.probe.load import load
-    from headwise.probe.profile import Profile, Share
-    from headwise.probe.samples import open_samples
+    from headwise.questions.profile.measure import Profile, Share
     from headwise.training.distributed import join, leave
+    from headwise.watch.load import load
+    from headwise.watch.samples import open_samples
 
     config = config_of(args)
     world = join(args.device)
@@ -127,7 +127,7 @@ def _conclude(args: argparse.Namespace, summary: dict[str, Any], rotates: bool) 
         print(f"headwise: measures are NaN in layer {layers}; are there NaN weights?", file=sys.stderr)
     lines.append(f"table: {out / 'heads'}  per head: {out / 'per_head.csv'}")
     if args.export:
-        from headwise.probe.export import export_csv
+        from headwise.questions.profile.export import export_csv
 
         lines.append(f"csv: {export_csv(out)}")
     if not args.no_atlas:
@@ -136,7 +136,7 @@ def _conclude(args: argparse.Namespace, summary: dict[str, Any], rotates: bool) 
 
 
 def _atlas(out: Path, rotates: bool) -> str:
-    from headwise.report.profile import atlas
+    from headwise.questions.profile.page import atlas
 
     try:
         return f"atlas: {atlas(out, rotates=rotates)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError, did_you_mean
-from headwise.lab.runs import Run, Unreadable, find_runs
+from headwise.runs.read import Run, Unreadable, find_runs
 
 COLUMNS = {
     "run": "run", "kind": "kind", "seed": "seed", "state": "state", "step": "step",

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from headwise.cli.profile import config_of, make_parser
-from headwise.storage.head_table import MEASURES
+from headwise.measures.table import MEASURES
 
 
 def main(argv: list[str]) -> int:
     """Print what `headwise profile` with the same options would do."""
     if "--engines" in argv:
-        from headwise.attention.selective_engines import engine_table
+        from headwise.attention.selective.engines import engine_table
 
         print(engine_table(), end="")
         return 0
@@ -146,7 +146,7 @@ def _shape(model: str) -> dict[str, str]:
     """Layers and heads, where a configuration on this machine tells them."""
     folder = Path(model).expanduser()
     if (folder / "config.yaml").is_file():
-        from headwise.config import load
+        from headwise.config.run import load
 
         own = load(folder / "config.yaml").model
         return {"layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head())}

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     overrides = list(_pairs(rest))
 
-    from headwise.lab.study import override, read_study
+    from headwise.study.plan import override, read_study
 
     study = read_study(arguments.file)
     for key, value in overrides:
@@ -64,9 +64,9 @@ def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
 def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ignore[no-untyped-def]
     """Run a study and print where its report is; 1 when no run came to a result."""
     from headwise import report
-    from headwise.lab.display import StudyDisplay
-    from headwise.lab.executors import ENDED, run_all, state
-    from headwise.lab.study import plan, write_plan
+    from headwise.study.display import StudyDisplay
+    from headwise.study.local import ENDED, run_all, state
+    from headwise.study.plan import plan, write_plan
 
     runs = plan(study, root)
     if only_plan:

@@ -9,14 +9,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwise import config as configuration
+from headwise.config import run as configuration
 from headwise.errors import HeadwiseError, one_of
-from headwise.storage.atomic import must_be_folder
+from headwise.files import must_be_folder
 
 if TYPE_CHECKING:
-    from headwise.config import Config
-    from headwise.lab.weights import Source
+    from headwise.config.run import Config
     from headwise.model.config import ModelConfig
+    from headwise.runs.weights import Source
 
 LENGTHS = ("training.max_steps", "training.max_tokens", "training.max_flops")
 USAGE = (
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int:
     name, *rest = argv
     own = _own(name, rest)
 
-    from headwise.lab.surgery import arguments, model_of, operate, with_new_head
-    from headwise.lab.weights import read_source
     from headwise.model.surgery import INITS, PLACES, refuse
+    from headwise.questions.surgery.operate import arguments, model_of, operate, with_new_head
+    from headwise.runs.weights import read_source
 
     one_of("--add-head", own.add_head, PLACES)
     one_of("--init", own.init, INITS)
@@ -128,7 +128,7 @@ def _written(out: str) -> int:
 
 def _train(out: str) -> int:
     from headwise.cli.train import main as train
-    from headwise.lab.new_head import movement, statement
+    from headwise.runs.operation import movement, statement
 
     code = train(["--resume", "--out", out])
     print(statement(*movement(Path(out))))

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headwise.probe.samples import Source
+    from headwise.watch.samples import Source
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 def source_of(args: argparse.Namespace) -> Source:
     """Where the tokens come from."""
-    from headwise.probe.samples import Source
+    from headwise.watch.samples import Source
 
     return Source(
         args.data,

@@ -9,10 +9,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from headwise import config as configuration
-from headwise.config import Config
+from headwise.config import run as configuration
+from headwise.config.run import Config
 from headwise.errors import HeadwiseError
-from headwise.storage.run_folder import RunFolder
+from headwise.runs.folder import RunFolder
 
 
 def main(argv: list[str]) -> int:
@@ -69,8 +69,8 @@ def _new_folder(config: Config, flags: Any) -> Path:
 
 
 def _train(config: Config, *, resume: bool) -> int:
-    from headwise.lab.train import train
     from headwise.training.progress import for_terminal
+    from headwise.training.run import train
 
     leads = os.environ.get("RANK", "0") == "0"
     summary = train(config, resume=resume, progress=for_terminal())
@@ -102,7 +102,7 @@ def _conclusion(summary: dict[str, Any], config: Config) -> str:
 
 
 def _evaluate(config: Config) -> int:
-    from headwise.lab.evaluate import evaluate_run
+    from headwise.training.evaluate import evaluate_run
 
     for split, result in evaluate_run(config).items():
         extra = "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits/byte"

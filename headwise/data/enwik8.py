@@ -11,7 +11,7 @@ from pathlib import Path
 from headwise.data.progress import progress
 from headwise.data.text import only_one
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import replacing
+from headwise.files import replacing
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"
 SIZE = 100_000_000

@@ -23,7 +23,7 @@ from headwise.data.text import (
 )
 from headwise.data.wikitext import open_wikitext
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import replacing
+from headwise.files import replacing
 
 
 def open_text(config: DataConfig) -> Text:

@@ -28,7 +28,7 @@ from headwise.data.shards import MANIFEST, read_shard
 from headwise.data.text import files_checksum
 from headwise.data.tokenizer import Tokenizer, load_tokenizer
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import replacing, write_json
+from headwise.files import replacing, write_json
 
 KEEP = ("CommonCrawl", "C4", "Wikipedia", "StackExchange")
 _UNFINISHED = ".unfinished.npz"

@@ -19,7 +19,7 @@ import numpy as np
 from headwise.data.progress import progress
 from headwise.data.text import files_checksum, only_one
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import replacing, write_json
+from headwise.files import replacing, write_json
 
 KEYS = ("input_ids", "tokens", "ids", "arr_0")
 MANIFEST = "manifest.json"

@@ -15,7 +15,7 @@ from headwise.data.hub import ask_for, reason
 from headwise.data.progress import progress
 from headwise.data.text import Text, character_start, only_one
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import replacing, write_json
+from headwise.files import replacing, write_json
 
 BYTES = "bytes"
 """Names the tokenizer that leaves bytes as they are."""

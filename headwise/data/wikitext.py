@@ -27,7 +27,7 @@ from headwise.data.text import (
     split_90_5_5,
 )
 from headwise.errors import HeadwiseError
-from headwise.storage.atomic import replacing
+from headwise.files import replacing
 
 HUB_NAME, HUB_CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 _SPLIT_NAMES = {"train": "train", "valid": "val", "validation": "val", "val": "val", "test": "test"}

@@ -1,11 +1,10 @@
 """What attention is: pure functions on tensors, each with its definition in plain PyTorch.
 
 Needs torch and numpy alone. Where Triton and a GPU are present a function hands over to the kernel
-of the same name in `headwise.kernels`.
+of the same name beside it.
 """
 
 from headwise.functional.head_stats import HeadStats, head_stats, weights_stats
-from headwise.functional.scan import attack_and_protect
 from headwise.functional.selective import (
     own_mask_attention,
     selection,
@@ -13,6 +12,7 @@ from headwise.functional.selective import (
     selection_mask,
     selective_attention,
 )
+from headwise.functional.selective.scan import attack_and_protect
 
 __all__ = [
     "HeadStats", "attack_and_protect", "head_stats", "own_mask_attention", "selection",

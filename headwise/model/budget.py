@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention import Attention, Carry
-from headwise.attention.selective import SelectiveAttention
+from headwise.attention.selective.layer import SelectiveAttention
 from headwise.errors import HeadwiseError
 from headwise.functional import budget
 from headwise.model.decoder import Decoder

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.base import Attention, Rope
-from headwise.attention.selective import SelectiveAttention, Selector
+from headwise.attention.selective.layer import SelectiveAttention, Selector
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import GONE, slot_attention
 from headwise.functional.selective import mask_of_head

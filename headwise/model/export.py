@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.files import replacing
 from headwise.model.config import ModelConfig
 from headwise.model.convert import NANOGPT
 from headwise.model.decoder import Decoder
-from headwise.storage.atomic import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from headwise.attention.selective_config import SelectiveConfig
+from headwise.attention.selective.config import SelectiveConfig
 from headwise.functional.selective import mask_of_head
 from headwise.model.config import ModelConfig
 from headwise.model.surgery import Operation

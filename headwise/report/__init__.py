@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from headwise.errors import one_of
-from headwise.lab.runs import Run, Study
+from headwise.files import must_be_folder, replacing, write_text
 from headwise.report import figures, html, maps, markdown
 from headwise.report.collect import collect
-from headwise.storage.atomic import must_be_folder, replacing, write_text
+from headwise.runs.read import Run, Study
 
 
 def build(

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from headwise.analysis.statistics import summarize
-from headwise.lab.runs import Run, Unreadable
+from headwise.measures.table import MEASURES
 from headwise.report.curves import rounded, thin
-from headwise.storage.head_table import MEASURES
+from headwise.runs.read import Run, Unreadable
 
 MAX_STEPS = 40
 NAMES = {

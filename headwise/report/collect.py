@@ -14,11 +14,12 @@ from typing import Any
 
 from headwise.analysis.honesty import Flag, RunFacts, check
 from headwise.analysis.statistics import Summary, summarize
-from headwise.lab.runs import Run, Study, Unreadable
-from headwise.report import selection, surgery
+from headwise.attention.selective import section as selection
+from headwise.questions.surgery import section as surgery
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
 from headwise.report.compare import Material, comparisons, most, number, verdicts
 from headwise.report.curves import curves, gap
+from headwise.runs.read import Run, Study, Unreadable
 
 RESULTS = ("final_loss", "val_loss", "train_loss", "val_bits_per_byte", "val_perplexity", "val_accuracy",
            "best_val_loss", "tokens_per_sec", "step_time_ms", "peak_vram_mb", "peak_rss_mb", "data_wait",

@@ -11,7 +11,7 @@ from typing import Any
 from headwise.analysis.honesty import RunFacts
 from headwise.analysis.statistics import holm, paired, relative
 from headwise.analysis.verdict import Evidence, judge
-from headwise.lab.runs import Run
+from headwise.runs.read import Run
 
 COMPARED = ("val_loss", "train_loss", "val_accuracy", "tokens_per_sec", "peak_vram_mb")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from headwise.lab.runs import Run
+from headwise.runs.read import Run
 
 MAX_POINTS = 300
 SERIES = {

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headwise.report import selection, surgery
+from headwise.attention.selective import section as selection
+from headwise.questions.surgery import section as surgery
 from headwise.report.drawing import COLOURS, INK, finish_axis, mosaic_of, new_figure, picture
 from headwise.report.tables import METRICS, heading, measure_label
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from headwise.report import selection, surgery, tables
+from headwise.attention.selective import section as selection
+from headwise.questions.surgery import section as surgery
+from headwise.report import tables
 from headwise.report.markdown import PER_HEAD, budget, sentence
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from headwise.lab.runs import Run
+from headwise.runs.read import Run
 
 MAX_BYTES = 3_000_000  # of packed maps in one page
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headwise.report import selection, surgery, tables
+from headwise.attention.selective import section as selection
+from headwise.questions.surgery import section as surgery
+from headwise.report import tables
 from headwise.report.tables import Table
 
 BUDGETS = {

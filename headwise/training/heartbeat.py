@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from headwise.errors import HeadwiseError
-from headwise.storage.run_folder import HEARTBEAT_S, RunFolder
+from headwise.runs.folder import HEARTBEAT_S, RunFolder
 
 
 @contextmanager

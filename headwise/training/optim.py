@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from headwise.attention import Attention
-from headwise.training.config import TrainingConfig
+from headwise.config.training import TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from headwise.storage.atomic import replacing, write_text
+from headwise.files import replacing, write_text
 from headwise.training.distributed import World
 
 WARMUP = 2

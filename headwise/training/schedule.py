@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from headwise.training.config import TrainingConfig
+from headwise.config.training import TrainingConfig
 
 
 def learning_rate(step: int, max_steps: int, config: TrainingConfig) -> float:

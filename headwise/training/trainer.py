@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headwise.config import Config
+from headwise.config.run import Config
 from headwise.data.base import Batch, Data
 from headwise.data.loader import eval_batches, train_loader
 from headwise.errors import HeadwiseError
 from headwise.model.count import training_flops_per_token
 from headwise.model.decoder import Decoder
-from headwise.storage.run_folder import RunFolder
-from headwise.training import checkpoint
+from headwise.runs import checkpoint
+from headwise.runs.folder import RunFolder
 from headwise.training.debug import NonFiniteOutput, checked_outputs
 from headwise.training.distributed import World
 from headwise.training.feed import Feed

@@ -17,11 +17,11 @@ from headwise.attention import KINDS, Attention, AttentionConfig, AttentionShape
 from headwise.attention.base import FEATURES
 from headwise.attention.mha import VanillaAttention
 from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
-from headwise.config import Config
+from headwise.config.run import Config
 from headwise.errors import HeadwiseError
-from headwise.lab.train import refuse_device
 from headwise.model.config import ModelConfig
 from headwise.model.rope import Rope
+from headwise.training.run import refuse_device
 
 BATCH, LENGTH = 3, 9
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from headwise.cli.main import main
-from headwise.config import from_dict
-from headwise.lab.train import train
-from headwise.report.budget import markdown, statements, write
+from headwise.config.run import from_dict
+from headwise.questions.budget.page import markdown, statements, write
+from headwise.training.run import train
 
 TINY = {
     "model.d_model": 16, "model.n_layers": 2, "model.n_heads": 2, "model.attention.kind": "selective",

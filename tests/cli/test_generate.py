@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from headwise.cli.main import main
-from headwise.config import from_dict
+from headwise.config.run import from_dict
 from headwise.data.tokenizer import text_of_bytes
-from headwise.lab.generate import continue_text
-from headwise.lab.train import train
+from headwise.questions.generate.measure import continue_text
+from headwise.training.run import train
 
 TINY = {
     "model.d_model": 16, "model.n_layers": 2, "model.n_heads": 2, "model.attention.kind": "selective",

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from headwise.analysis import geometry
 from headwise.cli.geometry import main
 from headwise.errors import HeadwiseError
-from headwise.storage.head_table import write_part
+from headwise.measures.table import write_part
+from headwise.questions.geometry import numbers as geometry
 
 LAYERS, HEADS, KV_HEADS, D, WIDTH, TOKENS = 4, 4, 2, 24, 6, 5
 
@@ -126,9 +126,9 @@ def test_weights_that_are_not_finite_are_said_once(model: Path, capsys: pytest.C
 
 
 def test_a_headwise_run_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from headwise.config import Config, to_yaml
+    from headwise.config.run import Config, to_yaml
     from headwise.model.decoder import Decoder
-    from headwise.training.checkpoint import Checkpoint, save
+    from headwise.runs.checkpoint import Checkpoint, save
 
     config = Config(out=str(tmp_path))
     config.model.vocab_size, config.training.max_steps = 16, 1

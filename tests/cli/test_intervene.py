@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headwise.analysis.gain import fit
 from headwise.cli.intervene import RESULTS, SAMPLES, main
 from headwise.errors import HeadwiseError
+from headwise.questions.intervene.gain import fit
 
 DOCUMENT_004 = [
     "scale",
@@ -257,8 +257,8 @@ def test_a_folder_without_weights_is_said(tmp_path: Path) -> None:
 
 def test_a_selective_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Head 0 also selects; scaling it is no sharpening alone, and removing heads goes past the mask."""
-    from headwise.config import from_dict
-    from headwise.lab.train import train
+    from headwise.config.run import from_dict
+    from headwise.training.run import train
 
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
     values = {

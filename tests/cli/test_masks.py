@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from headwise.cli.main import main
-from headwise.config import from_dict
-from headwise.lab.masks import look
-from headwise.lab.train import train
-from headwise.report.masks import statements
+from headwise.config.run import from_dict
+from headwise.questions.masks.measure import look
+from headwise.questions.masks.page import statements
+from headwise.training.run import train
 
 TINY = {
     "model.d_model": 16, "model.n_layers": 2, "model.n_heads": 2, "model.attention.kind": "selective",
@@ -110,7 +110,7 @@ def test_a_long_file_is_cut_and_that_is_said(folder: Path, capsys: pytest.Captur
 
 
 def test_bytes_that_are_no_character_have_numbers() -> None:
-    from headwise.lab.masks import _characters
+    from headwise.questions.masks.measure import _characters
 
     assert _characters("a ⟂".encode()[:-1] + b"b") == ["a", "␣", "\\xe2", "\\x9f", "b"]
 

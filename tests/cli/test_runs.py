@@ -9,7 +9,7 @@ import pytest
 
 from headwise.cli.runs import main
 from headwise.errors import HeadwiseError
-from headwise.storage.run_folder import RunFolder
+from headwise.runs.folder import RunFolder
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from headwise import report
 from headwise.cli.main import main
-from headwise.config import load
-from headwise.lab import new_head
-from headwise.lab.weights import load_model
-from headwise.storage.run_folder import RunFolder
-from headwise.training import checkpoint
+from headwise.config.run import load
+from headwise.runs import checkpoint
+from headwise.runs import operation as new_head
+from headwise.runs.folder import RunFolder
+from headwise.runs.weights import load_model
 
 TINY = """
 model: {d_model: 32, n_layers: 2, n_heads: 4, attention: {kind: flash}}

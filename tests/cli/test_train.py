@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from headwise.cli.main import main
-from headwise.training import checkpoint
+from headwise.runs import checkpoint
 
 TINY = """
 model: {d_model: 32, n_layers: 1, n_heads: 2, dropout: 0.1, attention: {kind: mha, dropout: 0.1}}

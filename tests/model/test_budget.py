@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwise.attention.config import AttentionConfig
 from headwise.attention.observation import Observation, Scores
-from headwise.attention.selective_config import ProtectionConfig, SelectiveConfig
+from headwise.attention.selective.config import ProtectionConfig, SelectiveConfig
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import GONE
 from headwise.functional.selective import mask_of_head

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from headwise.attention import AttentionConfig
 from headwise.errors import HeadwiseError
-from headwise.lab.weights import initialise_from
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
+from headwise.runs.weights import initialise_from
 
 VOCAB, WIDTH, HEADS, LAYERS, LENGTH = 17, 12, 3, 2, 10
 

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.attention import AttentionConfig
-from headwise.config import Config, to_yaml
+from headwise.config.run import Config, to_yaml
 from headwise.data.tokenizer import load_tokenizer
 from headwise.errors import HeadwiseError
+from headwise.files import write_json
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.model.export import byte_tokenizer, export
-from headwise.probe.load import load
-from headwise.probe.samples import Source, open_samples
-from headwise.storage.atomic import write_json
-from headwise.training import checkpoint
+from headwise.runs import checkpoint
+from headwise.watch.load import load
+from headwise.watch.samples import Source, open_samples
 
 BYTES = byte_tokenizer()
 LENGTH = 24

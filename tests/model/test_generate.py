@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwise.attention.config import AttentionConfig
-from headwise.attention.selective_config import ProtectionConfig, SelectiveConfig
+from headwise.attention.selective.config import ProtectionConfig, SelectiveConfig
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
 from headwise.model.budget import within_budget

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from headwise.attention.config import AttentionConfig
-from headwise.attention.selective_config import PenaltyConfig, ProtectionConfig, SelectiveConfig
+from headwise.attention.selective.config import PenaltyConfig, ProtectionConfig, SelectiveConfig
+from headwise.config.training import TrainingConfig
 from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.model.preservation import learns, preserved
 from headwise.model.surgery import INITS, PLACES, Operation, grow, grown, initial, refuse
-from headwise.training.config import TrainingConfig
 from headwise.training.optim import make_optimizer
 
 VOCAB, LENGTH = 11, 7

@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 
 from headwise.analysis.statistics import summarize
-from headwise.lab.runs import Run, Study
 from headwise.report.collect import collect
 from headwise.report.curves import rounded, thin
+from headwise.runs.read import Run, Study
 
 
 def variant(data: dict[str, Any], name: str) -> dict[str, Any]:

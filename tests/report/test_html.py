@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from headwise import report
-from headwise.lab.runs import Run
 from headwise.report import maps
+from headwise.runs.read import Run
 
 TEMPLATES = Path(report.__file__).parent / "templates"
 

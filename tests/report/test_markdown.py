@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from headwise.lab.runs import Study
 from headwise.report import markdown
 from headwise.report.collect import collect
+from headwise.runs.read import Study
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from headwise.config import Config, from_dict, to_yaml
+from headwise.config.run import Config, from_dict, to_yaml
 from headwise.data import Data, open_data
-from headwise.lab.train import with_vocabulary
 from headwise.model.decoder import Decoder
-from headwise.storage.run_folder import RunFolder
+from headwise.runs.folder import RunFolder
 from headwise.training.distributed import World
+from headwise.training.run import with_vocabulary
 from headwise.training.trainer import Trainer
 
 TINY = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from headwise.training.config import TrainingConfig
+from headwise.config.training import TrainingConfig
 from headwise.training.optim import make_optimizer, step_if_finite
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.training.config import SCHEDULES, TrainingConfig
+from headwise.config.training import SCHEDULES, TrainingConfig
 from headwise.training.schedule import learning_rate
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from headwise.data.corpus import Corpus
 from headwise.errors import HeadwiseError
-from headwise.storage.run_folder import RunFolder
-from headwise.training import checkpoint
+from headwise.runs import checkpoint
+from headwise.runs.folder import RunFolder
 from headwise.training.distributed import World
 from headwise.training.heartbeat import beating
 from headwise.training.trainer import Trainer

@@ -1,0 +1,1 @@
+"""`selective`: attention whose queries mask keys for later queries."""

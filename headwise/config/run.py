@@ -1,0 +1,240 @@
+"""The configuration of a run: typed dataclasses, filled from YAML and dotted overrides.
+
+    headwise train --config configs/exp.copy.mha.yaml --model.attention.kind=flash --seed 1337
+
+Everything is checked before anything starts; a wrong key names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import yaml
+
+from headwise.config.training import MeasureConfig, TrainingConfig
+from headwise.data.config import DataConfig
+from headwise.errors import HeadwiseError, did_you_mean
+from headwise.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+@dataclass
+class Config:
+    """One run, complete.
+
+    Attributes:
+        model: the decoder and its attention.
+        data: what it reads.
+        training: how it learns.
+        measure: what is recorded of its heads.
+        seed: of initialisation, data order and dropout.
+        device: cpu, cuda, cuda:1, …, or auto: a GPU where there is one.
+        out: the run folder; a new one below `runs/` where not given.
+        expected_engine: fail unless this attention engine ran (eager, sdpa, flex); any where not given.
+        init_from: first weights: a run folder, a nanoGPT-layout .pt file, or hf://owner/name/file.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    seed: int = 0
+    device: str = "auto"
+    out: str | None = None
+    expected_engine: str | None = None
+    init_from: str | None = None
+
+    def validate(self) -> None:
+        """Refuse what cannot run, whichever section is at fault.
+
+        Raises:
+            HeadwiseError: one line with the value received and what to do.
+        """
+        for section in (self.model, self.data, self.training, self.measure):
+            section.validate()
+        tokens = self.training.total_batch_tokens
+        per_pass = self.data.batch_size * self.data.seq_len
+        if tokens is not None and tokens % per_pass:
+            raise HeadwiseError(
+                f"training.total_batch_tokens is {tokens}, no multiple of the {per_pass} tokens of one pass "
+                f"(data.batch_size {self.data.batch_size} x data.seq_len {self.data.seq_len})"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise HeadwiseError(f"seed is {self.seed}; it must be at least 0 and less than 2**63")
+        if self.model.position == "learned":
+            table = self.model.max_seq_len or self.data.seq_len
+            for length in (self.data.seq_len, *self.data.eval_seq_lens):
+                if length > table:
+                    raise HeadwiseError(
+                        f"sequences of {length} tokens exceed the {table} learned positions of the model; "
+                        "set model.max_seq_len, or choose another model.position"
+                    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """`config` as nested plain values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as YAML that `parse` reads back to the same value."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested dictionary."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+KEYS = [key for key, _ in flatten(to_dict(Config()))]
+"""Every dotted key of the configuration."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Give a jsonargparse parser `--config` and every key of `Config`."""
+    from jsonargparse import ActionConfigFile
+
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; later flags override it")
+    types = get_type_hints(Config)
+    for key in dataclasses.fields(Config):
+        flags = dict.fromkeys((f"--{key.name}", f"--{key.name.replace('_', '-')}"))
+        parser.add_argument(
+            *flags, type=types[key.name], default=getattr(Config(), key.name), help=_explanation(key.name)
+        )
+
+
+def _explanation(key: str) -> str | None:
+    """What the docstring of `Config` says of a top-level key; a section's is its own docstring."""
+    if key in ("model", "data", "training", "measure"):
+        return None
+    found = re.search(rf"^        {key}: (.+(?:\n         +.+)*)", Config.__doc__ or "", re.MULTILINE)
+    return " ".join(found[1].split()) if found else None
+
+
+def make_parser(**kwargs: Any) -> ArgumentParser:
+    """A parser of run configurations that raises instead of printing and leaving."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+
+
+@functools.cache  # building one takes longer than parsing with it
+def _plain_parser() -> ArgumentParser:
+    parser = make_parser()
+    add_arguments(parser)
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespace]:
+    """Read the command line and the files it names.
+
+    Returns:
+        The configuration, validated, and the namespace with the parser's further flags.
+
+    Raises:
+        HeadwiseError: one line: the key or value at fault and the nearest right key.
+    """
+    try:
+        namespace = parser.parse_args(list(argv))
+        for path in namespace.config or []:
+            _refuse_scalar_sections(yaml.safe_load(path.read_text()) or {}, to_dict(Config()))
+        namespace = parser.instantiate(namespace)
+    except UnicodeDecodeError as error:
+        raise HeadwiseError(f"--config is no text: {error}") from None
+    except (argparse.ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise HeadwiseError(explain(str(error), _flags(parser))) from None
+    names = [f.name for f in dataclasses.fields(Config)]
+    config = Config(**{name: getattr(namespace, name) for name in names})
+    config.validate()
+    return config, namespace
+
+
+def _refuse_scalar_sections(values: dict[str, Any], sections: dict[str, Any], prefix: str = "") -> None:
+    """Refuse `training: 5` in a file: the parser reads past it. A string names a file with the section."""
+    for key, value in values.items():
+        section = sections.get(key)
+        if isinstance(section, dict) and isinstance(value, dict):
+            _refuse_scalar_sections(value, section, f"{prefix}{key}.")
+        elif isinstance(section, dict) and not isinstance(value, str):
+            raise HeadwiseError(
+                f"{prefix}{key}: got {value}, expected keys below it, such as {next(iter(section))}"
+            )
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The configuration with the nested (or dotted) `values` over its defaults.
+
+    Raises:
+        HeadwiseError: as `parse`.
+    """
+    import json
+
+    arguments = []
+    for key, value in flatten(values):
+        if key not in KEYS:
+            raise HeadwiseError(f"unknown key {key!r}{did_you_mean(key, KEYS)}")
+        if value is not None:
+            arguments.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return parse(_plain_parser(), arguments)[0]
+
+
+def load(path: str | Path) -> Config:
+    """Read a configuration file.
+
+    Raises:
+        HeadwiseError: it is missing, unreadable, or not a configuration.
+    """
+    return parse(_plain_parser(), ["--config", str(path)])[0]
+
+
+def explain(message: str, keys: Sequence[str]) -> str:
+    """A parser's message as one line that names the nearest right key."""
+    message = " ".join(message.split())
+    for pattern in (r"arguments?: --([\w.\-]+)", r"[Oo]ption '([\w.]+)'", r"Key '([\w.]+)'"):
+        found = re.search(pattern, message)
+        if found:
+            group = re.search(r"Group '([\w.]+)'", message)
+            key = f"{group[1]}.{found[1]}" if group else found[1]
+            return f"unknown key {key!r}{did_you_mean(key, keys)}; `headwise train --help` lists them all"
+    found = re.match(r"(Unexpected config|Problems parsing config): ?(.*)", message)
+    if found:
+        return f"--config is no YAML of keys and values: {found[2][:200] or 'it is empty'}"
+    found = re.match(r"Parser key \"?([\w.]+)\"?: (.*)", message)
+    if found and found[1] == "config":
+        return f"--config: {found[2]}"
+    if found:
+        return f"{found[1]}: {_expectation(found[2])}"
+    return message
+
+
+def _expectation(message: str) -> str:
+    """`got 1e3, expected int or null` of what jsonargparse says of a value."""
+    section = re.match(r"Unable to load config '(.*?)'", message)
+    if section:
+        return f"got {section[1]}, expected a section of keys, or a YAML file with one"
+    subtypes = re.search(r"Subtypes: \[(.*?)\] Errors", message)
+    types = re.findall(r"<class '(\w+)'>", subtypes[1] if subtypes else message.partition("Got value")[0])
+    value = re.search(r"Given value: (.*)$", message) or re.search(r"Got value: (.*)$", message)
+    if not types or not value:
+        return message
+    wanted = " or ".join(dict.fromkeys("null" if t == "NoneType" else t for t in types))
+    example = f", such as [{value[1]}]" if wanted == "list" else ""
+    return f"got {value[1]}, expected {wanted}{example}"
+
+
+def _flags(parser: ArgumentParser) -> list[str]:
+    flags = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    return KEYS + [flag for flag in flags if flag not in KEYS]

@@ -1,0 +1,172 @@
+"""How a head attends, per query: entropy, sharpness, reach and the logits behind them.
+
+`head_stats` takes queries and keys and never forms a (T, T) tensor: plain PyTorch works through
+tiles of a bounded number of scores (`head_stats_plain`), a GPU with Triton through the fused kernel
+of `headwise.functional.head_stats.kernel`. `weights_stats` gives the same measures of explicit weights.
+
+With `s = softcap(scale · q_scale · q·k)` over the visible keys of query i and
+`p = softmax(s + bias)`:
+
+    entropy          -Σ p ln p                                          nats
+    max_weight       max p
+    k_eff            fewest keys whose weights sum to at least `mass`   keys
+    query_norm       |q_scale| · ‖q_i‖
+    logit_mean/std   of s, without the bias; std of the population (divided by n)
+    sink_weight      p on key 0
+    self_weight      p on key i
+    previous_weight  p on key i - 1; 0 for i = 0
+    mean_distance    Σ p_j |i - j|                                      tokens
+
+A key that is not visible has weight 0. A query that sees no key has no distribution: every
+measure but `query_norm` is NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headwise.functional.dispatch import fits_kernel
+from headwise.functional.head_stats import reference as head_stats_plain
+
+
+@dataclass(frozen=True)
+class HeadStats:
+    """Measures per query, each `(B, H, T)`, or `(S, B, H, T)` with S query scales; None = not asked
+    for, or not defined for explicit weights. float32 (float64 for float64 inputs)."""
+
+    entropy: Tensor
+    max_weight: Tensor
+    sink_weight: Tensor
+    self_weight: Tensor
+    previous_weight: Tensor
+    mean_distance: Tensor
+    k_eff: Tensor | None = None
+    query_norm: Tensor | None = None
+    logit_mean: Tensor | None = None
+    logit_std: Tensor | None = None
+
+    def columns(self) -> dict[str, Tensor]:
+        """The measures present, by the names of the head table's columns."""
+        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in pairs if value is not None}
+
+
+@torch.no_grad()
+def head_stats(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    q_scales: Sequence[float] | Tensor | None = None,
+    bias: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    key_mask: Tensor | None = None,
+    mass: float = 0.9,
+    k_eff: bool = True,
+) -> HeadStats:
+    """Measure the softmax attention of every query; extra memory O(T), no gradients.
+
+    Args:
+        q: queries `(B, H, T, D)`.
+        k: keys `(B, K, T, D)` with `H % K == 0`; query head h reads key head `h // (H // K)`.
+        causal: query i sees keys j <= i only.
+        scale: factor on q·k, default `D ** -0.5`.
+        q_scales: S factors on the queries; measures become `(S, B, H, T)`.
+        bias: added to the (soft-capped) logits, `(B or 1, H or 1, T, T)`. -inf, or half the lowest
+            finite number of its dtype and below, hides a key.
+        window: query i sees keys `j > i - window` only (and `j < i + window` when not causal).
+        softcap: logits become `softcap · tanh(logits / softcap)`.
+        key_mask: bool `(B, T)`, True where a key is real.
+        mass: share of the weight that `k_eff` counts keys for, in (0, 1). The count is exact; where
+            some keys' sum meets `mass` within 1e-6 it may be that number of keys.
+        k_eff: whether to measure `k_eff`, the costliest of the measures.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a parameter outside its range.
+    """
+    _check(q, k, bias=bias, key_mask=key_mask, window=window, softcap=softcap, mass=mass)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    factors = [1.0] if q_scales is None else [float(x) for x in q_scales]
+    measure = head_stats_plain.of_scores
+    if fits_kernel(q, 256) and k.dtype == q.dtype and scale > 0 and min(factors) >= 0:
+        from headwise.functional.head_stats.kernel import head_stats as fused
+
+        measure = fused
+    with torch.autocast(q.device.type, enabled=False):
+        stats = measure(
+            q, k, scale, factors, bias, key_mask,
+            causal=causal, window=window, softcap=softcap, mass=mass, k_eff=k_eff,
+        )  # fmt: skip
+    if q_scales is None:
+        stats = {name: value[0] for name, value in stats.items()}
+    return HeadStats(**stats)
+
+
+@torch.no_grad()
+def weights_stats(weights: Tensor, *, mass: float = 0.9, k_eff: bool = True) -> HeadStats:
+    """Measure explicit weights, as they are given (rows are not normalised); extra memory O(T).
+
+    Args:
+        weights: `(B, H, T, T)`, not negative. A row of zeros is a query that sees no key.
+
+    Returns:
+        HeadStats without `query_norm`, `logit_mean` and `logit_std`.
+    """
+    if weights.dim() != 4 or weights.shape[-1] != weights.shape[-2]:
+        raise ValueError(f"weights must be (B, H, T, T), got {tuple(weights.shape)}")
+    _check_mass(mass)
+    return HeadStats(**head_stats_plain.of_weights(weights, mass=mass, k_eff=k_eff))
+
+
+def _check_mass(mass: float) -> None:
+    if not 0.0 < mass < 1.0:
+        raise ValueError(f"mass must lie in (0, 1), got {mass}")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    mass: float,
+) -> None:
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}"
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q must be (B, H, T, D) and k (B, K, T, D), {shapes}")
+    batch, heads, tokens, width = q.shape
+    if k.shape[0] != batch or k.shape[2:] != (tokens, width):
+        raise ValueError(f"q and k must agree in B, T and D, {shapes}")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"query heads must be divisible by key heads, {shapes}")
+    if bias is not None and (
+        bias.dim() != 4
+        or bias.shape[0] not in (1, batch)
+        or bias.shape[1] not in (1, heads)
+        or bias.shape[2:] != (tokens, tokens)
+        or not bias.dtype.is_floating_point
+    ):
+        raise ValueError(
+            f"bias must be a float tensor (B or 1, H or 1, T, T), got {bias.dtype} "
+            f"{tuple(bias.shape)} for q {tuple(q.shape)}"
+        )
+    if key_mask is not None and (key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_mask must be bool (B, T), got {key_mask.dtype} {tuple(key_mask.shape)} "
+            f"for q {tuple(q.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    _check_mass(mass)

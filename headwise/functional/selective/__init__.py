@@ -1,0 +1,305 @@
+"""Selective attention (Leviathan, Kalman, Matias 2024, arXiv 2410.02703; document 002): the definition.
+
+    L[i,j] = selection logits, 0 for j > i
+    S = act(L), 0 where a key is protected             what query i takes from key j, for later queries
+    F[i,j] = Σ_{l<i} S[l,j]                             or the game of attack and protection
+    y_i = Σ_j softmax_j(scale · q_i·k_j - F[i,j]) v_j
+
+Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `D` head width, `M` masks, shared
+by groups of heads, `E` width of a selection query.
+
+`selection` and `selective_attention` hand over to the kernels of this folder where these fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.functional.dispatch import fits_kernel
+from headwise.functional.selective.scan import after_the_query, attack_and_protect, running_sum
+
+WIDEST_SELECTION = 1 << 14
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Protection of keys, `p = relu(scale · relu(slope · x + offset) + bias)`.
+
+    Attributes:
+        q: queries of the protecting logits x, `(B, M or 1, T, E)`; x = 0 where not given.
+        k: their keys, `(B, M or 1, T, E)`.
+        qk_scale: factor on q·k.
+        qk_bias: added to it, `(M,)`; the kernel takes none.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    qk_scale: float = 1.0
+    qk_bias: Tensor | None = None
+    slope: float = 1.0
+    offset: float = 0.0
+    scale: float = 1.0
+    bias: float = 0.0
+
+    def of(self, like: Tensor) -> Tensor:
+        """p, `(B, M or 1, T, T)` in the precision of `like (B, M, T, T)`, 0 above the diagonal."""
+        x = torch.zeros_like(like[:, :1])
+        if self.q is not None and self.k is not None:
+            q, k = (self.q.double(), self.k.double()) if like.dtype == torch.float64 else (self.q, self.k)
+            x = selection_logits(q, k, scale=self.qk_scale, bias=self.qk_bias)
+        return self.strength(x).tril()
+
+    def strength(self, x: Tensor) -> Tensor:
+        """p of protecting logits of any shape."""
+        return (self.scale * (self.slope * x + self.offset).relu() + self.bias).relu()
+
+
+def selection(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    protection: Protection | None = None,
+    protect_bos: bool = True,
+    protect_self: bool = True,
+    relu_leak: float = 0.0,
+    relu_after_cumsum: bool = False,
+    accumulate: str = "fused",
+) -> Tensor:
+    """F of selection queries and keys: `selection_logits`, then `selection_mask`.
+
+    Args:
+        q, k, scale, bias: as `selection_logits` takes them.
+        protection: a game against the attacks; None for the plain running sum.
+        accumulate: `fused` (the kernel where it fits, otherwise torch), `torch`, `sequential`, or
+            `float64`, in which logits are computed too.
+
+    Returns:
+        `(B, M, T, T)` float32 or better; of the kernel's, only what lies on and below the diagonal counts.
+    """
+    switches: dict[str, Any] = {
+        "protect_bos": protect_bos, "protect_self": protect_self, "relu_leak": relu_leak,
+    }  # fmt: skip
+    biased = protection is not None and protection.qk_bias is not None
+    if accumulate == "fused" and not biased and fits_kernel(q, WIDEST_SELECTION):
+        return _fused(q, k, scale, bias, protection, relu_after_cumsum, **switches)
+    if accumulate == "float64":
+        q, k = q.double(), k.double()
+    logits = selection_logits(q, k, scale=scale, bias=bias)
+    return selection_mask(
+        logits,
+        protection.of(logits) if protection else None,
+        relu_after_cumsum=relu_after_cumsum,
+        accumulate="torch" if accumulate == "fused" else accumulate,
+        **switches,
+    )
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    protection: Protection | None,
+    after: bool,
+    *,
+    protect_bos: bool,
+    protect_self: bool,
+    relu_leak: float,
+) -> Tensor:
+    from headwise.functional.selective.kernel_mask import selection_mask as kernel
+
+    guard: list[float] = []
+    guard_q = guard_k = None
+    guard_scale = 1.0
+    if protection is not None:
+        guard_q, guard_k, guard_scale = protection.q, protection.k, protection.qk_scale
+        guard = [protection.slope, protection.offset, protection.scale, protection.bias]
+        if guard_q is None:
+            guard[0] = 0.0  # x = 0, whatever the kernel reads in its place
+    return kernel(
+        q, k, bias, guard_q, guard_k, scale, guard_scale, relu_leak, guard, protect_bos, protect_self, after
+    )[0]
+
+
+def selection_logits(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    """`scale · q_i·k_j + bias`, and 0 for j > i, in float32 or better.
+
+    Args:
+        q: selection queries `(B, M, T, E)`.
+        k: selection keys `(B, M or 1, T, E)`.
+        bias: `(M,)`.
+
+    Returns:
+        `(B, M, T, T)`.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q.to(precise) @ k.to(precise).transpose(-2, -1) * scale
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    return logits.tril()
+
+
+def attacks(
+    logits: Tensor, *, protect_bos: bool = True, protect_self: bool = True, relu_leak: float = 0.0
+) -> Tensor:
+    """S: what each query takes from each key; arguments and shapes as in `selection_mask`."""
+    attack = torch.where(logits > 0, logits, relu_leak * logits) if relu_leak else logits.relu()
+    attack = attack.tril(-1 if protect_self else 0)
+    if protect_bos:
+        attack = torch.cat((torch.zeros_like(attack[..., :1]), attack[..., 1:]), dim=-1)
+    return attack
+
+
+def selection_mask(
+    logits: Tensor,
+    protection: Tensor | None = None,
+    *,
+    protect_bos: bool = True,
+    protect_self: bool = True,
+    relu_leak: float = 0.0,
+    relu_after_cumsum: bool = False,
+    accumulate: str = "torch",
+) -> Tensor:
+    """F: how much of key j was taken before query i came.
+
+    Args:
+        logits: `(B, M, T, T)`, 0 above the diagonal (`selection_logits`).
+        protection: p >= 0, `(B, M or 1, T, T)`, 0 above the diagonal; None for the plain running sum.
+        protect_bos: no query takes anything from key 0.
+        protect_self: no query takes anything from its own key.
+        relu_leak: slope of the activation below 0.
+        relu_after_cumsum: apply another ReLU to F.
+        accumulate: `torch`, `float64` or `sequential` (`running_sum`).
+
+    Returns:
+        `(B, M, T, T)`, 0 in row 0, on the diagonal and above.
+    """
+    attack = attacks(logits, protect_bos=protect_bos, protect_self=protect_self, relu_leak=relu_leak)
+    if protection is None:
+        damage = running_sum(attack, accumulate)
+    else:
+        damage = attack_and_protect(attack, protection, accumulate)
+    taken = after_the_query(damage)
+    return taken.relu() if relu_after_cumsum else taken
+
+
+def mask_of_head(n_heads: int, n_masks: int) -> list[int]:
+    """Which mask each head uses: contiguous groups of ⌊H/M⌋; heads left over wrap to masks 0, 1, …
+
+    Raises:
+        ValueError: more masks than heads, or none.
+    """
+    if not 1 <= n_masks <= n_heads:
+        raise ValueError(f"{n_masks} masks for {n_heads} heads; there must be 1 to {n_heads}")
+    group = n_heads // n_masks
+    return [h // group if h < group * n_masks else h - group * n_masks for h in range(n_heads)]
+
+
+def per_head(mask: Tensor, n_heads: int) -> Tensor:
+    """F of each head, `(B, 1 or H, T, T)`, of F by mask `(B, M, T, T)`."""
+    if mask.shape[1] in (1, n_heads):
+        return mask
+    return mask[:, mask_of_head(n_heads, mask.shape[1])]
+
+
+def selective_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None, fused: bool = True
+) -> Tensor:
+    """Causal softmax attention under F; the softmax runs in float32 for half-precision inputs.
+
+    Args:
+        q: `(B, H, T, D)`.
+        k, v: `(B, K, T, D)` with `H % K == 0`.
+        mask: F, `(B, M, T, T)`; masks go to heads as `mask_of_head` says.
+        scale: factor on q·k, `D**-0.5` unless given.
+        fused: use the kernel where it fits; otherwise the definition, with every score in memory.
+
+    Returns:
+        `(B, H, T, D)`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if fused and fits_kernel(q):
+        from headwise.functional.selective.kernel_masked import masked_attention
+
+        return masked_attention(q, k, v, mask.to(torch.float32).contiguous(), scale)[0]
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = (q @ k.transpose(-2, -1)).to(mask.dtype) * scale - per_head(mask, q.shape[1])
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def own_mask_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select_q: Tensor,
+    select_k: Tensor,
+    *,
+    scale: float,
+    select_scale: float,
+    bias: Tensor | None = None,
+    protect_bos: bool = True,
+    protect_self: bool = True,
+    relu_leak: float = 0.0,
+    relu_after_cumsum: bool = False,
+    fused: bool = True,
+) -> Tensor:
+    """`selection`, and `selective_attention` under it, where every head has a mask of its own.
+
+    The kernel makes F tile by tile and keeps none of it; `fits_own_masks` says when it can be used.
+
+    Args:
+        q: `(B, H, T, D)`.
+        k, v: `(B, K, T, D)`.
+        select_q: `(B, H, T, E)`.
+        select_k: `(B, H or 1, T, E)`.
+        bias: of the selection logits, `(H,)`.
+
+    Returns:
+        `(B, H, T, D)`.
+    """
+    if fused and fits_own_masks(q, select_q):
+        from headwise.functional.selective.kernel_own_mask import own_mask_attention as kernel
+
+        switches = (relu_leak, protect_bos, protect_self, relu_after_cumsum)
+        return kernel(q, k, v, select_q, select_k, bias, scale, select_scale, *switches)[0]
+    mask = selection(
+        select_q, select_k, scale=select_scale, bias=bias, protect_bos=protect_bos,
+        protect_self=protect_self, relu_leak=relu_leak, relu_after_cumsum=relu_after_cumsum,
+        accumulate="fused" if fused else "torch",
+    )  # fmt: skip
+    return selective_attention(q, k, v, mask, scale=scale, fused=fused)
+
+
+def fits_own_masks(q: Tensor, select_q: Tensor) -> bool:
+    """Whether the kernel of `own_mask_attention` takes these."""
+    narrow = fits_kernel(q) and fits_kernel(select_q)
+    return narrow and select_q.shape[1] == q.shape[1]
+
+
+def memory(mask: Tensor, tau: float = 1.0) -> Tensor:
+    """How many keys each query still has, M[i] = Σ_{j<=i} (1 - min(F[i,j], τ)/τ).
+
+    Args:
+        mask: F, `(B, M, T, T)`.
+        tau: what counts as wholly taken.
+
+    Returns:
+        `(B, M, T)`, in keys.
+    """
+    return (1 - mask.clamp(max=tau) / tau).tril().sum(-1)
+
+
+def memory_penalty(mask: Tensor, *, tau: float = 1.0, reduce: str = "max") -> Tensor:
+    """The most (or the mean, `reduce="mean"`) of `memory` over queries, as a share of T; a scalar."""
+    held = memory(mask, tau)
+    held = held.amax(-1) if reduce == "max" else held.mean(-1)
+    return held.mean() / mask.shape[-1]

@@ -1,1 +1,0 @@
-"""The laboratory: runs, studies and where they execute."""

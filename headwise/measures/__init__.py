@@ -1,0 +1,1 @@
+"""Measures of heads: from what a layer offers to the head table."""

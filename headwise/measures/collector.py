@@ -1,0 +1,287 @@
+"""Measure what attention layers offer: from an observation of a layer to rows of the head table.
+
+`measure` turns one observation of one layer into measures, and `Collector` gathers them over layers
+and forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
+from headwise.errors import HeadwiseError, one_of
+from headwise.functional.head_stats import head_stats, weights_stats
+from headwise.functional.selective import memory
+from headwise.measures.table import MEASURES
+
+ScoresFrom = Literal["post_rope", "pre_rope"]
+SCORES = ("post_rope", "pre_rope")
+IGNORE_FIRST = 2
+"""Tokens at the start of a sequence whose entropy is left out: they see too few keys (document 004)."""
+
+
+def measure(
+    observation: Observation,
+    *,
+    scores: ScoresFrom = "post_rope",
+    measures: Iterable[str] | None = None,
+    k_eff: bool = True,
+) -> dict[str, Tensor]:
+    """Measure one layer.
+
+    Args:
+        observation: what the layer offers; an `Unmeasured` layer gives no measures.
+        scores: whether logits come from q, k after the rotation or before it. `query_norm` is
+            always taken before.
+        measures: which columns of the head table; default all that the observation can give.
+        k_eff: False leaves out `k_eff`, the costliest.
+
+    Returns:
+        Column name to a float tensor `(B, H, T)`.
+    """
+    wanted = set(MEASURES if measures is None else measures)
+    if not k_eff:
+        wanted.discard("k_eff")
+    if isinstance(observation, Unmeasured):
+        return {}
+    if isinstance(observation, Margins):
+        found = {"margin": observation.margin}
+    elif isinstance(observation, Weights):
+        found = weights_stats(observation.weights, k_eff="k_eff" in wanted).columns()
+    else:
+        found = _measure_scores(observation, scores, wanted)
+    return {name: value for name, value in found.items() if name in wanted}
+
+
+def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[str, Tensor]:
+    before = seen.q if seen.q_pre is None else seen.q_pre
+    held = {}
+    if seen.taken is not None and "memory" in wanted:
+        held["memory"] = memory(seen.taken).expand(seen.q.shape[:3])
+    if not wanted - {"query_norm", "margin", "memory"}:
+        return {"query_norm": _norm(before)} | held
+    q, k = seen.q, seen.k
+    if scores == "pre_rope" and seen.q_pre is not None and seen.k_pre is not None:
+        q, k = seen.q_pre, seen.k_pre
+    stats = head_stats(
+        q, k, causal=seen.causal, scale=seen.scale, bias=seen.bias, window=seen.window,
+        softcap=seen.softcap, key_mask=seen.key_mask, k_eff="k_eff" in wanted,
+    )  # fmt: skip
+    found = stats.columns()
+    if before is not q and "query_norm" in wanted:
+        found["query_norm"] = _norm(before)
+    return found | held
+
+
+def _norm(q: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(q.detach(), dim=-1, dtype=torch.float32)
+
+
+def wanted_measures(names: Iterable[str] | None) -> tuple[str, ...]:
+    """The asked-for measures in the order of the head table; all of them for None.
+
+    Raises:
+        HeadwiseError: a name is not a measure; names the nearest.
+    """
+    if names is None:
+        return tuple(MEASURES)
+    asked = {one_of("measure", name, MEASURES) for name in names}
+    if not asked:
+        raise HeadwiseError(f"no measure was asked for; choose from {', '.join(MEASURES)}")
+    return tuple(name for name in MEASURES if name in asked)
+
+
+@dataclass
+class Rows:
+    """The measures of one layer in one forward pass.
+
+    Attributes:
+        values: column name to `(B, H, T)` float32.
+        real: `(B, T)`, False at padding tokens, which have no rows; None = all are real.
+        uniform: what uniform attention would give, padding and additive masks aside: the mean
+            number of keys that a query sees, and their mean distance.
+    """
+
+    values: dict[str, Tensor]
+    real: Tensor | None
+    uniform: tuple[float, float]
+
+
+@dataclass
+class _Sums:
+    names: list[str]
+    total: Tensor
+    count: Tensor
+
+
+@dataclass
+class Collector:
+    """Gathers measures over layers and forward passes into columns of the head table.
+
+    Attributes:
+        measures: the columns to gather.
+        scores: `post_rope` or `pre_rope`.
+        per_token: keep a row per (sample, layer, head, token); otherwise one per (layer, head)
+            with means over samples and tokens, summed in float64.
+        ignore_first: real tokens at the start of a sequence whose entropy is NaN per token and
+            left out of the mean.
+        passes: per token, what each forward pass gave: layer to rows.
+        reasons: layer, by its number or name, to why nothing was measured there.
+    """
+
+    measures: tuple[str, ...] = tuple(MEASURES)
+    scores: ScoresFrom = "post_rope"
+    per_token: bool = False
+    ignore_first: int = IGNORE_FIRST
+    passes: list[dict[int, Rows]] = field(default_factory=list)
+    reasons: dict[int | str, str] = field(default_factory=dict)
+    _sums: dict[int, _Sums] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, layer: int, observation: Observation) -> None:
+        """Measure one layer of one forward pass. A layer seen again begins the next pass."""
+        if isinstance(observation, Unmeasured):
+            self.reasons[layer] = observation.reason
+            return
+        values = measure(observation, scores=self.scores, measures=self.measures)
+        if not values:
+            self.reasons.setdefault(layer, f"it offers none of {', '.join(self.measures)}")
+            return
+        values = {name: value.float() for name, value in values.items()}
+        real = observation.key_mask if isinstance(observation, Scores) else None
+        if not self.per_token:
+            self._accumulate(layer, values, real)
+            return
+        if "entropy" in values:
+            early = ~self._with_context(values["entropy"], real)
+            values["entropy"] = values["entropy"].masked_fill(early, torch.nan)
+        if not self.passes or layer in self.passes[-1]:
+            self.passes.append({})
+        self.passes[-1][layer] = Rows(values, real, _uniform(observation))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Head-table columns, ordered by sample, layer, head, token.
+
+        A measure that some layers offer and others do not is NaN in the rows of the others.
+
+        Raises:
+            HeadwiseError: nothing was measured; says why.
+        """
+        if not self.passes and not self._sums:
+            why = next(iter(self.reasons.values()), "the model has not run")
+            raise HeadwiseError(f"no head was measured: {why}")
+        return self._token_columns() if self.per_token else self._mean_columns()
+
+    def _with_context(self, like: Tensor, real: Tensor | None) -> Tensor:
+        """`(B or 1, 1, T)`, True from the real token number `ignore_first` on."""
+        if real is None:
+            positions = torch.arange(like.shape[-1], device=like.device)[None]
+        else:
+            positions = real.cumsum(-1) - 1
+        return (positions >= self.ignore_first)[:, None]
+
+    def _accumulate(self, layer: int, values: dict[str, Tensor], real: Tensor | None) -> None:
+        stacked = torch.stack(list(values.values())).double()  # (measures, B, H, T)
+        counted = torch.ones_like(stacked, dtype=torch.bool)
+        if real is not None:
+            counted &= real[:, None]
+        for n, name in enumerate(values):
+            if name == "entropy":
+                counted[n] &= self._with_context(values[name], real)
+            elif name == "margin":  # +inf marks a query with fewer than two keys: no margin there
+                counted[n] &= ~torch.isposinf(values[name])
+        total = torch.where(counted, stacked, 0.0).sum((1, 3))
+        count = counted.sum((1, 3))
+        known = self._sums.get(layer)
+        if known is None:
+            self._sums[layer] = _Sums(list(values), total, count)
+        else:
+            known.total += total
+            known.count += count
+
+    def _mean_columns(self) -> dict[str, np.ndarray]:
+        layers, heads = [], []
+        means: dict[str, list[np.ndarray]] = {name: [] for name in self.measures}
+        for layer, sums in sorted(self._sums.items()):
+            n_heads = sums.total.shape[1]
+            layers.append(np.full(n_heads, layer, np.int32))
+            heads.append(np.arange(n_heads, dtype=np.int32))
+            mean = (sums.total / sums.count).float().cpu().numpy()
+            for name, column in means.items():
+                has = name in sums.names
+                column.append(mean[sums.names.index(name)] if has else np.full(n_heads, np.nan, np.float32))
+        present = {name for sums in self._sums.values() for name in sums.names}
+        keys = {"layer": np.concatenate(layers), "head": np.concatenate(heads)}
+        return keys | {name: np.concatenate(means[name]) for name in self.measures if name in present}
+
+    def _token_columns(self) -> dict[str, np.ndarray]:
+        present = {name for one in self.passes for rows in one.values() for name in rows.values}
+        names = [name for name in self.measures if name in present]
+        columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("sample", "layer", "head", "token", *names)
+        }
+        first_sample = 0
+        for one in self.passes:
+            here = {layer: _to_host(rows) for layer, rows in sorted(one.items())}
+            batch = max(len(real) for _, real in here.values())
+            for sample in range(batch):
+                for layer, (values, real) in here.items():
+                    if sample < len(real):
+                        _append_rows(columns, names, values, real, sample, first_sample, layer)
+            first_sample += batch
+        return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def _uniform(seen: Observation) -> tuple[float, float]:
+    """Mean number of keys that a query sees, and their mean distance."""
+    causal, window = True, None
+    if isinstance(seen, Scores):
+        tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window
+    elif isinstance(seen, Weights):
+        tokens = seen.weights.shape[-1]
+    else:
+        assert isinstance(seen, Margins)
+        tokens = seen.margin.shape[-1]
+    behind = np.minimum(np.arange(tokens), (window or tokens) - 1)
+    ahead = np.zeros_like(behind) if causal else behind[::-1]
+    keys = behind + ahead + 1
+    distance = (behind * (behind + 1) + ahead * (ahead + 1)) / 2 / keys
+    return float(keys.mean()), float(distance.mean())
+
+
+def _to_host(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    values = {name: value.cpu().numpy() for name, value in rows.values.items()}
+    batch, _, tokens = next(iter(values.values())).shape
+    real = np.ones((batch, tokens), bool) if rows.real is None else rows.real.cpu().numpy()
+    return values, real
+
+
+def _append_rows(
+    columns: dict[str, list[np.ndarray]],
+    names: list[str],
+    values: dict[str, np.ndarray],
+    real: np.ndarray,
+    sample: int,
+    first_sample: int,
+    layer: int,
+) -> None:
+    """Add the rows of one (sample, layer), head by head."""
+    n_heads = next(iter(values.values())).shape[1]
+    tokens = np.flatnonzero(real[sample]).astype(np.int32)
+    n_rows = n_heads * len(tokens)
+    columns["sample"].append(np.full(n_rows, first_sample + sample, np.int64))
+    columns["layer"].append(np.full(n_rows, layer, np.int32))
+    columns["head"].append(np.repeat(np.arange(n_heads, dtype=np.int32), len(tokens)))
+    columns["token"].append(np.tile(tokens, n_heads))
+    for name in names:
+        value = values.get(name)
+        if value is None:
+            columns[name].append(np.full(n_rows, np.nan, np.float32))
+        else:
+            columns[name].append(value[sample][:, tokens].ravel())

@@ -1,0 +1,1 @@
+"""The loss while only a share of the context is kept."""

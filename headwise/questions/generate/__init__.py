@@ -1,0 +1,1 @@
+"""Text that a run continues, and its costs."""

@@ -1,0 +1,1 @@
+"""Scale the query of a head, or remove heads, and measure the effect."""

@@ -1,0 +1,1 @@
+"""Profile a checkpoint: every measure of every head over many contexts."""

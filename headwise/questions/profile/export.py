@@ -1,0 +1,51 @@
+"""Document 004's CSV from a finished profile."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwise.files import replacing
+from headwise.questions.profile.parts import read_table
+
+if TYPE_CHECKING:
+    import pyarrow
+
+COLUMNS = {
+    "sample": "sample_id", "layer": "layer", "head": "head", "token": "token_pos",
+    "query_norm": "query_norm", "entropy": "entropy", "max_weight": "max_attn", "k_eff": "k_eff",
+}  # fmt: skip
+"""Columns of the head table, and what document 004 calls them."""
+NEEDED = ("query_norm", "entropy", "max_weight", "k_eff")
+
+
+def export_csv(out: Path) -> Path:
+    """Write `out/attention_metrics_{timestamp}.csv`, a row per token; an absent entropy is empty.
+
+    Raises:
+        HeadwiseError: a part is damaged, or the disk full.
+    """
+    import pyarrow.csv as csv
+
+    path = out / f"attention_metrics_{datetime.now():%Y%m%d_%H%M%S}.csv"
+    with replacing(path) as draft, draft.open("wb") as file:
+        file.write((",".join(COLUMNS.values()) + "\n").encode())
+        for part in sorted((out / "heads").glob("*.parquet")):
+            table = read_table(part, list(COLUMNS))
+            csv.write_csv(_plain(table), file, csv.WriteOptions(include_header=False))
+    return path
+
+
+def _plain(table: pyarrow.Table) -> pyarrow.Table:
+    """The table with NaN as null, which CSV shows as nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in NEEDED:
+        values = table[name].cast(pa.float32())
+        nothing = pa.scalar(None, values.type)
+        table = table.set_column(
+            table.schema.get_field_index(name), name, pc.if_else(pc.is_nan(values), nothing, values)
+        )
+    return table

@@ -1,0 +1,245 @@
+"""The head atlas of a profiled checkpoint: `atlas.html`, one file that works offline.
+
+Everything shown is computed here from the profile's folder; the page only draws it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwise.errors import HeadwiseError
+from headwise.files import write_text
+from headwise.measures.labels import OTHER, RULES, classify
+from headwise.measures.table import MEASURES
+from headwise.report.atlas import NAMES
+from headwise.report.collect import finite
+from headwise.report.curves import rounded
+from headwise.report.html import embedded
+
+ROWS = 2_000_000
+"""Rows of the table that distributions are drawn from; whole parts, spread over the profile."""
+BINS = 48
+TOP = 12
+BY = {"spearman_entropy": "Spearman", "pearson_entropy": "Pearson"}
+"""What heads are sorted by: the first that there is."""
+SECTIONS = {
+    "kinds": "What heads do", "atlas": "Measures", "distributions": "Distributions",
+    "correlations": "Query norm", "numbers": "Numbers",
+}  # fmt: skip
+
+
+def atlas(out: str | Path, *, rotates: bool = False) -> Path:
+    """Write `out/atlas.html` from a finished profile and return its path.
+
+    Args:
+        rotates: whether the model rotates its queries and keys, so that it matters which were measured.
+
+    Raises:
+        HeadwiseError: the profile is not finished, or damaged.
+    """
+    from jinja2 import Environment, PackageLoader
+    from plotly.offline import get_plotlyjs
+
+    out = Path(out)
+    data = finite(collect(out, rotates=rotates))
+    environment = Environment(
+        loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["json"] = embedded
+    empty = {"kinds": not data["kinds"]["known"], "correlations": not data["correlations"]}
+    sections = {key: name for key, name in SECTIONS.items() if not empty.get(key)}
+    page = environment.get_template("profile.html.j2").render(
+        data=data, sections=sections.items(), plotly=get_plotlyjs()
+    )
+    write_text(out / "atlas.html", page)
+    return out / "atlas.html"
+
+
+def collect(out: Path, *, rotates: bool = False) -> dict[str, Any]:
+    """Everything the page shows; NaN where there is no value.
+
+    Raises:
+        HeadwiseError: the profile is not finished, or damaged.
+    """
+    profile, summary = _json(out / "profile.json"), _json(out / "summary.json")
+    per_head = _per_head(out / "per_head.csv")
+    measures = [name for name in MEASURES if name in per_head]
+    kinds = classify(per_head)
+    grids = {name: rounded(_grid(per_head, values), 6) for name, values in per_head.items()}
+    return {
+        "variants": [],
+        "model": profile["model"],
+        "facts": _facts(profile, summary),
+        "flags": _flags(summary, profile, rotates),
+        "measures": [
+            {"name": m, "label": NAMES[m], "definition": MEASURES[m].definition, "unit": MEASURES[m].unit}
+            for m in measures
+        ],
+        "grids": {name: grids[name] for name in measures},
+        "kinds": {
+            "known": any(kinds),
+            "names": [*(rule.label for rule in RULES), OTHER],
+            "grid": _label_grid(per_head, kinds),
+            "rules": [_rule_row(rule, per_head, kinds) for rule in RULES]
+            + [[OTHER, "none of these", str(sum(k == [OTHER] for k in kinds)), "", ""]],
+        },
+        "distributions": _distributions(out / "heads", measures),
+        "correlations": {
+            name: grids[name] for name in per_head if name.startswith(("pearson_", "spearman_"))
+        },
+        "top": _top(per_head),
+        "top_by": next((name for by, name in BY.items() if by in per_head), None),
+        "numbers": _numbers(per_head, kinds, measures),
+    }
+
+
+def _facts(profile: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
+    data = profile["data"]
+    where = {"pre_rope": "before rotation", "post_rope": "after rotation"}[profile["scores"]]
+    return [
+        ("Contexts", f"{summary['samples']} of {profile['context_length']} tokens"),
+        ("Heads", str(summary["heads"])),
+        ("Queries and keys", where),
+        ("Data", str(data.get("path") or data.get("name"))),
+        ("Order", "from the first" if profile["seed"] is None else f"drawn, seed {profile['seed']}"),
+        ("Weights", profile["weights"]),
+    ]
+
+
+def _flags(summary: dict[str, Any], profile: dict[str, Any], rotates: bool) -> list[str]:
+    flags = []
+    if rotates and profile["scores"] == "pre_rope":
+        flags.append(
+            "Logits are those before the rotation, where positions play no part, so previous-token heads "
+            "do not show: profile with --scores post_rope to see what the model attends to."
+        )
+    if summary["layers_with_nan"]:
+        layers = ", ".join(map(str, summary["layers_with_nan"]))
+        flags.append(f"Measures are NaN in layer {layers}: look for NaN in the weights.")
+    if summary["tokens"] < 4096:
+        flags.append(f"Only {summary['tokens']} tokens were measured: means and correlations are rough.")
+    if profile["aggregate"]:
+        flags.append("The table has no tokens: distributions are of means per context, without Spearman.")
+    return flags
+
+
+def _per_head(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise HeadwiseError(f"{path} cannot be read ({error}); run the profile again to its end") from error
+
+
+def _places(per_head: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Row and column of each head in a grid, and the layer that each row stands for."""
+    layers = sorted({int(layer) for layer in per_head["layer"]})
+    return np.searchsorted(layers, per_head["layer"]), per_head["head"].astype(int), layers
+
+
+def _grid(per_head: dict[str, np.ndarray], values: np.ndarray) -> np.ndarray:
+    rows, heads, layers = _places(per_head)
+    grid = np.full((len(layers), heads.max() + 1), np.nan)
+    grid[rows, heads] = values
+    return grid
+
+
+def _label_grid(per_head: dict[str, np.ndarray], kinds: list[list[str]]) -> dict[str, Any]:
+    rows, heads, layers = _places(per_head)
+    cells: list[list[list[str] | None]] = [[None] * (heads.max() + 1) for _ in layers]
+    for row, head, labels in zip(rows, heads, kinds, strict=True):
+        cells[row][head] = labels or None
+    return {"layers": layers, "cells": cells}
+
+
+def _rule_row(rule: Any, per_head: dict[str, np.ndarray], kinds: list[list[str]]) -> list[str]:
+    """Label, rule, heads it names, heads it holds for, and the clearest of them."""
+    named = sum(labels[:1] == [rule.label] for labels in kinds)
+    holding = [head for head, labels in enumerate(kinds) if rule.label in labels]
+    clearest = ""
+    if holding:
+        values = per_head[rule.measure][holding]
+        best = holding[int(np.argmax(values) if rule.above else np.argmin(values))]
+        place = f"L{int(per_head['layer'][best])} H{int(per_head['head'][best])}"
+        clearest = f"{place}: {rule.measure} {per_head[rule.measure][best]:.3g}"
+    return [rule.label, rule.text, str(named), str(len(holding)), clearest]
+
+
+def _distributions(folder: Path, measures: list[str]) -> dict[str, Any]:
+    """Per measure, bin edges and the share of each layer's known values in each bin, `(L, BINS)`."""
+    parts = sorted(folder.glob("*.parquet"))
+    values, layers = _some_rows(parts, measures)
+    found: dict[str, Any] = {"rows": len(layers), "measures": {}}
+    distinct = np.unique(layers)
+    for name in measures:
+        column = values[name]
+        known = column[np.isfinite(column)]
+        if not known.size:
+            continue
+        low, high = np.quantile(known[:: max(1, known.size // 200_000)], (0.001, 0.999))
+        high = high if high > low else low + max(abs(low), 1.0) * 0.01
+        edges = np.linspace(low, high, BINS + 1)
+        counts = np.stack([np.histogram(column[layers == n], edges)[0] for n in distinct])
+        with np.errstate(invalid="ignore"):
+            shares = counts / counts.sum(1, keepdims=True)  # NaN where a layer has no value
+        found["measures"][name] = {"edges": rounded(edges, 6), "shares": rounded(shares, 5)}
+    return found | {"layers": distinct.tolist()}
+
+
+def _some_rows(parts: list[Path], measures: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Rows of a few parts that lie evenly over all of them, thinned to about ROWS."""
+    import pyarrow.parquet as pq
+
+    from headwise.questions.profile.parts import read_table
+
+    per_part = pq.ParquetFile(parts[0]).metadata.num_rows
+    count = min(len(parts), max(1, ROWS // per_part))
+    tables = [read_table(parts[n * len(parts) // count], ["layer", *measures]) for n in range(count)]
+    step = max(1, per_part * count // ROWS)
+    step += step % 2 == 0  # an odd step does not keep to every other token or head
+    columns = {
+        name: np.concatenate([table[name].to_numpy()[::step] for table in tables])
+        for name in ("layer", *measures)
+    }
+    layers = columns.pop("layer")
+    return {name: column.astype(np.float32) for name, column in columns.items()}, layers
+
+
+def _top(per_head: dict[str, np.ndarray]) -> list[list[str]]:
+    """Heads whose query norm goes with their entropy most, by |r|: document 004's choice of a target."""
+    best = next((n for n in BY if n in per_head), None)
+    if best is None:
+        return []
+    columns = [n for n in per_head if n.startswith(("pearson_", "spearman_"))]
+    order = np.argsort(-np.abs(np.nan_to_num(per_head[best])), kind="stable")[:TOP]
+    header = ["layer", "head", *(n.replace("_", " ", 1).replace("_", " ") for n in columns)]
+    cells = [
+        [
+            str(int(per_head["layer"][i])),
+            str(int(per_head["head"][i])),
+            *(f"{per_head[n][i]:+.3f}" for n in columns),
+        ]
+        for i in order
+    ]
+    return [header, *cells]
+
+
+def _numbers(per_head: dict[str, np.ndarray], kinds: list[list[str]], measures: list[str]) -> list[list[str]]:
+    rows = [["layer", "head", "kind", *(NAMES[m] for m in measures)]]
+    for i, labels in enumerate(kinds):
+        place = [str(int(per_head[key][i])) for key in ("layer", "head")]
+        rows.append([*place, ", ".join(labels), *(f"{per_head[m][i]:.4g}" for m in measures)])
+    return rows
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HeadwiseError(f"{path} cannot be read ({error}); run the profile to its end first") from error

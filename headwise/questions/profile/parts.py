@@ -1,0 +1,295 @@
+"""One part of a profile: from measures on the device to files, written while the device goes on."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.errors import HeadwiseError
+from headwise.files import replacing
+from headwise.measures import moments
+from headwise.measures import table as head_table
+from headwise.measures.collector import Collector
+from headwise.measures.moments import Moments
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_PENDING_BYTES = 1 << 30
+"""Measures that may wait to be written before the device waits too: what memory holds."""
+
+
+Row = tuple[int, int, float, float]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the parts of a profile lie."""
+
+    out: Path
+
+    @property
+    def heads(self) -> Path:
+        """The head table."""
+        return self.out / "heads"
+
+    @property
+    def moments(self) -> Path:
+        """What means and Pearson's correlations need of each part."""
+        return self.out / "moments"
+
+    @property
+    def raw(self) -> Path:
+        """q, k, v of chosen layers."""
+        return self.out / "raw"
+
+    def has(self, part: int) -> bool:
+        """Whether a part is complete: its table is written last."""
+        return (self.heads / f"{name_of(part)}.parquet").exists()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Measures of several contexts.
+
+    Attributes:
+        names: of the measures, M.
+        rows: of each of the R heads layer, head, and `Rows.uniform`.
+        values: `(M, B, R, T)` float32, on the device.
+    """
+
+    names: list[str]
+    rows: list[Row]
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A part on its way to the disk.
+
+    Attributes:
+        nbytes: memory that it holds until it is written.
+        write: waits for the copies from the device, and writes.
+    """
+
+    nbytes: int
+    write: Callable[[], None]
+
+
+def name_of(part: int) -> str:
+    """File name of a part, without its ending."""
+    return f"part_{part:06d}"
+
+
+def take(collector: Collector) -> Block:
+    """The measures of the forward pass that just ended, out of a collector of tokens.
+
+    A measure that a layer does not offer is NaN there.
+
+    Raises:
+        HeadwiseError: there are none; says why.
+    """
+    if not collector.passes:
+        collector.columns()  # raises with the reason
+    layers = sorted(collector.passes.pop().items())
+    present = {name for _, rows in layers for name in rows.values}
+    names = [name for name in collector.measures if name in present]
+    rows, stacked = [], []
+    for layer, measured in layers:
+        like = next(iter(measured.values.values()))
+        absent = torch.full_like(like, torch.nan)
+        stacked.append(torch.stack([measured.values.get(name, absent) for name in names]))
+        rows += [(layer, head, *measured.uniform) for head in range(like.shape[1])]
+    return Block(names, rows, torch.cat(stacked, dim=2))
+
+
+def together(blocks: Sequence[Block]) -> Block:
+    """Blocks of the same heads as one, along B."""
+    values = torch.cat([b.values for b in blocks], dim=1) if len(blocks) > 1 else blocks[0].values
+    return Block(blocks[0].names, blocks[0].rows, values)
+
+
+def writing(
+    folders: Folders,
+    part: int,
+    first_sample: int,
+    block: Block,
+    raw: dict[str, Tensor],
+    *,
+    aggregate: bool,
+    ignore_first: int,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+) -> Writing:
+    """What writes one part. The copies from the device are begun here and waited for there."""
+    values = block.values
+    if aggregate:
+        values = _over_tokens(block, ignore_first)
+    found = moments.gather(block.values, block.names, ignore_first)
+    rows, length = block.rows, block.values.shape[-1]
+    values = values.to(dtype).contiguous()
+    with _copying(values.device) as done:
+        host = _to_host(values)
+        found = {name: _to_host(value) for name, value in found.items()}
+        raw = {name: _to_host(value) for name, value in raw.items()}
+    names = block.names
+    del values, block  # the device's memory is free again while the work waits
+
+    def write() -> None:
+        if done is not None:
+            done.synchronize()
+        name = name_of(part)
+        if raw:
+            _write_tensors(folders.raw / f"{name}.safetensors", raw, metadata)
+        kept = found | {"rows": torch.tensor(rows, dtype=torch.float64)}
+        _write_tensors(folders.moments / f"{name}.safetensors", kept, {"names": " ".join(names)})
+        columns = _keys(rows, first_sample, host.shape, per_token=host.shape[-1] == length)
+        columns |= {measure: host[m].reshape(-1).numpy() for m, measure in enumerate(names)}
+        head_table.write_part(folders.heads, name, columns)
+
+    return Writing(host.nbytes + sum(value.nbytes for value in raw.values()), write)
+
+
+def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
+    """Names of the measures, `Block.rows` as `(R, 4)`, and the moments of all parts.
+
+    Raises:
+        HeadwiseError: a part is damaged or its moments are lost.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names: list[str] = []
+    rows = np.empty((0, 4))
+    found = []
+    for table in sorted(folders.heads.glob("*.parquet")):
+        path = folders.moments / f"{table.stem}.safetensors"
+        try:
+            with safe_open(path, "np") as file:
+                names, rows = file.metadata()["names"].split(), file.get_tensor("rows")
+                fields = {name: file.get_tensor(name) for name in Moments.__dataclass_fields__}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise HeadwiseError(
+                f"{path} is damaged or lost ({error}); delete {table} and run again"
+            ) from error
+        found.append(Moments(**fields))
+    return names, rows, moments.merge(found)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    """Some columns of one part of the head table.
+
+    Raises:
+        HeadwiseError: it is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise HeadwiseError(f"{path} is damaged ({reason}); delete it and run again") from error
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[[Writing], None]]:
+    """Yield a function that has parts written on other threads; all are written when the block ends.
+
+    It waits while too many wait to be written. An error of theirs is raised by the next call, or at
+    the end. After Ctrl-C what has begun is finished and the rest dropped.
+    """
+    pending: deque[tuple[Future[None], int]] = deque()
+    pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2))
+
+    def submit(part: Writing) -> None:
+        held = sum(nbytes for _, nbytes in pending)
+        while pending and (pending[0][0].done() or held + part.nbytes > _PENDING_BYTES):
+            written, nbytes = pending.popleft()
+            written.result()
+            held -= nbytes
+        pending.append((pool.submit(part.write), part.nbytes))
+
+    try:
+        yield submit
+        while pending:
+            pending.popleft()[0].result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _over_tokens(block: Block, ignore_first: int) -> Tensor:
+    """Means over tokens, `(M, B, R, 1)`, by the rules of a table without tokens."""
+    exact = block.values.double()
+    mean = exact.mean(-1)
+    for m, name in enumerate(block.names):
+        if name == "entropy":
+            mean[m] = exact[m, ..., ignore_first:].mean(-1)
+        elif name == "margin":
+            has = ~torch.isposinf(exact[m])
+            mean[m] = torch.where(has, exact[m], 0).sum(-1) / has.sum(-1)
+    return mean.float()[..., None]
+
+
+def _keys(
+    rows: Sequence[Row], first_sample: int, shape: Sequence[int], *, per_token: bool
+) -> dict[str, np.ndarray | str | int]:
+    """Key columns of values `(M, B, R, T)`, flattened in that order."""
+    _, batch, n_rows, tokens = shape
+    samples = np.arange(first_sample, first_sample + batch)
+    layers, heads, tokens_of = _constant_keys(tuple(row[:2] for row in rows), batch, tokens)
+    keys: dict[str, np.ndarray | str | int] = {
+        "sample": np.repeat(samples, n_rows * tokens), "layer": layers, "head": heads,
+    }  # fmt: skip
+    return keys | ({"token": tokens_of} if per_token else {})
+
+
+@lru_cache(maxsize=2)  # of whole parts, and of the last one, which may be smaller
+def _constant_keys(rows: tuple[tuple[int, int], ...], batch: int, tokens: int) -> tuple[np.ndarray, ...]:
+    """Layer, head and token, the same in all parts of a size."""
+    layers, heads = (np.array([row[n] for row in rows], np.int32) for n in (0, 1))
+    token = np.tile(np.arange(tokens, dtype=np.int32), batch * len(rows))
+    return *(np.tile(np.repeat(key, tokens), batch) for key in (layers, heads)), token
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    with replacing(path) as draft:
+        save_file(tensors, draft, metadata=metadata)
+
+
+@contextmanager
+def _copying(device: torch.device) -> Iterator[torch.cuda.Event | None]:
+    """Have copies begun in the block run beside what the device does next; yields when they are done."""
+    if device.type != "cuda":
+        yield None
+        return
+    beside, done = _copy_stream(device), torch.cuda.Event()
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        yield done
+        done.record(beside)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """A copy in page-locked memory, begun but not waited for; the tensor itself on the CPU."""
+    if value.device.type != "cuda":
+        return value.cpu()
+    value.record_stream(torch.cuda.current_stream(value.device))
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)

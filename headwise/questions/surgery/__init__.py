@@ -1,0 +1,1 @@
+"""A new head in a trained model."""

@@ -1,0 +1,347 @@
+"""Runs and studies as folders: found by reading, judged by what their files say.
+
+A run is any folder with a `status.json`, `summary.json` or `metrics.csv`; a study is a folder
+with a `study.yaml`. Nothing else is kept anywhere, so nothing can disagree with the folders.
+Files are read when asked for. A damaged file makes the run's state `failed`, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headwise.errors import HeadwiseError
+from headwise.runs.folder import STALE_S, STATES, state_of
+
+if TYPE_CHECKING:
+    import polars
+
+MARKS = ("status.json", "summary.json", "metrics.csv")
+
+
+class Unreadable(HeadwiseError):
+    """A file of a run folder exists and cannot be read."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `variant` and `seed` are its place in a study; None where unknown."""
+
+    path: Path
+    variant: str | None = None
+    planned_seed: int | None = None
+    plan: dict[str, Any] | None = None
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        """`status.json`; empty where absent. Raises `Unreadable`."""
+        return _json(self.path / "status.json")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`; empty where absent. Raises `Unreadable`."""
+        return _json(self.path / "summary.json")
+
+    @cached_property
+    def env(self) -> dict[str, Any]:
+        """`env.json`; empty where absent. Raises `Unreadable`."""
+        return _json(self.path / "env.json")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.yaml`; empty where absent. Raises `Unreadable`."""
+        return _yaml(self.path / "config.yaml")
+
+    @cached_property
+    def metrics(self) -> polars.DataFrame:
+        """`metrics.csv`: `step` and `split`, every other column float64, empty cells null.
+
+        A last line without its newline (the process was killed while writing) is dropped; of a
+        step that was repeated after a resume the later line counts. Raises `Unreadable`.
+        """
+        return _metrics(self.path / "metrics.csv")
+
+    @cached_property
+    def heads(self) -> polars.DataFrame | None:
+        """The head table; None where the run wrote none. Raises `Unreadable`."""
+        from headwise.measures import table as head_table
+
+        folder = self.path / "heads"
+        if not any(folder.glob("*.parquet")):
+            return None
+        try:
+            return head_table.read(folder)
+        except HeadwiseError as error:
+            raise Unreadable(f"unreadable heads: {error}") from error
+
+    @cached_property
+    def problem(self) -> str | None:
+        """Why the run cannot be used, where one of its files is damaged or missing."""
+        for name in ("status", "summary", "config", "env", "metrics"):
+            try:
+                getattr(self, name)
+            except Unreadable as error:
+                return str(error)
+        if self.status.get("state") == "finished" and not self.summary:
+            return "unreadable summary.json: it is missing although the run finished"
+        return None
+
+    @cached_property
+    def _verdict(self) -> tuple[str, str]:
+        if self.problem:
+            return "failed", self.problem
+        status = self.status or self.summary
+        if not status:
+            return ("interrupted", "no status.json") if self.path.exists() else ("planned", "")
+        state, reason = str(status.get("state")), str(status.get("reason") or "")
+        if state not in STATES:
+            return "failed", f"unreadable status.json: state {state!r} is not known"
+        try:
+            if state == "running" and state_of(self.status) == "interrupted":
+                return "interrupted", _silence(self.status)
+        except TypeError:
+            return "failed", "unreadable status.json: its heartbeat or pid is no number"
+        return state, reason
+
+    @property
+    def state(self) -> str:
+        """One of `run_folder.STATES`; `running` without a sign of life reads as `interrupted`."""
+        return self._verdict[0]
+
+    @property
+    def reason(self) -> str:
+        """Why the run is in its state; empty where there is nothing to say."""
+        return self._verdict[1]
+
+    @property
+    def seed(self) -> int | None:
+        """The seed, from the summary, the folder's name or the configuration."""
+        found = self.get("seed")
+        return int(found) if found is not None else None
+
+    def get(self, name: str) -> Any:
+        """One value by name: a field of the summary, else of what else the folder tells, else None."""
+        if name in ("state", "reason"):
+            return getattr(self, name)
+        if name in ("variant", "path"):
+            return str(self.path) if name == "path" else self.variant
+        for read in (self._from_summary, self._from_folder, self._from_files):
+            value = read(name)
+            if value is not None:
+                return value
+        return None
+
+    def _from_summary(self, name: str) -> Any:
+        try:
+            return self.summary.get(name)
+        except Unreadable:
+            return None
+
+    def _from_folder(self, name: str) -> Any:
+        if name == "seed":
+            suffix = self.path.name.removeprefix("seed_")
+            return self.planned_seed if self.planned_seed is not None else _int(suffix)
+        return (self.plan or {}).get(name)
+
+    def _from_files(self, name: str) -> Any:
+        try:
+            if name == "kind":
+                return self.config.get("model", {}).get("attention", {}).get("kind")
+            if name == "data_checksum":
+                return self.env.get("data", {}).get("checksum")
+            if name in ("step", "max_steps"):
+                return self.status.get(name)
+            return self.env.get(name, self.config.get(name))
+        except (Unreadable, AttributeError):  # a section that is not a mapping has no fields
+            return None
+
+    def curve(self, split: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (n,) and values (n,) of one column of `metrics.csv`, where it is not empty."""
+        frame = self.metrics
+        if column not in frame.columns:
+            return np.empty(0, np.int64), np.empty(0)
+        rows = frame.filter(frame["split"] == split).drop_nulls(column)
+        return rows["step"].to_numpy(), rows[column].to_numpy()
+
+    def maps(self) -> Path | None:
+        """The latest file of attention maps; None where the run wrote none."""
+        files = sorted((self.path / "maps").glob("step_*.npz"))
+        return files[-1] if files else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's plan and its runs; a folder without a plan is a study of what lies in it."""
+
+    path: Path
+    plan: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        """The study's name; the folder's where the plan has none."""
+        return str(self.plan.get("name") or self.path.resolve().name)
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """Plan of each variant by name, in the plan's order."""
+        return self.plan.get("variants") or {}
+
+    @property
+    def baseline(self) -> str | None:
+        """The variant that the others are compared with."""
+        return self.plan.get("baseline")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Study:
+        """Read a study folder, a single run folder, or any folder with runs somewhere below.
+
+        Raises:
+            HeadwiseError: there is no such folder, no run in it, or `study.yaml` is damaged.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise HeadwiseError(f"no folder {str(path)!r}: give a study folder or a run folder")
+        if (path / "study.yaml").is_file():
+            try:
+                plan = _yaml(path / "study.yaml")
+            except Unreadable as error:
+                raise HeadwiseError(f"{path}: {error}") from error
+            return cls(path, plan, list(_planned_runs(path, plan)))
+        runs = find_runs(path)
+        if not runs:
+            raise HeadwiseError(f"no runs below {str(path)!r}: a run is a folder with a status.json")
+        return _study_of(path, runs)
+
+
+def find_runs(root: str | Path) -> list[Run]:
+    """Every run folder at or below `root`, ordered by path; folders inside a run are not searched."""
+    runs = []
+    for folder, subfolders, files in os.walk(root):
+        path = Path(folder)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if any(mark in files for mark in MARKS):
+            subfolders.clear()
+            runs.append(Run(path, path.parent.name if _in_seed_folder(path) else None))
+    return runs
+
+
+def _planned_runs(path: Path, plan: dict[str, Any]) -> Iterator[Run]:
+    for variant, details in (plan.get("variants") or {}).items():
+        seeds = (details or {}).get("seeds") or plan.get("seeds") or []
+        for seed in seeds:
+            yield Run(path / variant / f"seed_{seed}", variant, seed, details)
+        for folder in sorted((path / variant).glob("seed_*")):
+            if _int(folder.name.removeprefix("seed_")) not in seeds and _is_run(folder):
+                yield Run(folder, variant, None, details)
+
+
+def _study_of(path: Path, runs: list[Run]) -> Study:
+    """A study of loose runs: folders `<variant>/seed_<n>` are variants, others stand alone."""
+
+    def variant(run: Run) -> str:
+        folder = run.path.parent if _in_seed_folder(run.path) else run.path
+        inside = folder.relative_to(path).as_posix() if folder.is_relative_to(path) else "."
+        return folder.resolve().name if inside == "." else inside
+
+    named = [Run(run.path, variant(run)) for run in runs]
+    variants: dict[str, dict[str, Any]] = {}
+    for run in named:
+        details = {"label": run.variant, "kind": run.get("kind")}
+        variants.setdefault(str(run.variant), {}).update({k: v for k, v in details.items() if v})
+    seeds = sorted({run.seed for run in named if run.seed is not None})
+    flash = [name for name, details in variants.items() if details.get("kind") == "flash"]
+    plan = {
+        "name": path.resolve().name,
+        "variants": variants,
+        "seeds": seeds,
+        "baseline": flash[0] if flash else next(iter(variants)),
+    }
+    return Study(path, plan, named)
+
+
+def _in_seed_folder(path: Path) -> bool:
+    return path.name.startswith("seed_")
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / mark).is_file() for mark in MARKS)
+
+
+def _silence(status: dict[str, Any]) -> str:
+    """What shows that a run that says `running` does not run."""
+    age = time.time() - status.get("heartbeat", 0)
+    if age < STALE_S:
+        return f"its process {status.get('pid')} is gone"
+    return f"no sign of life for {age:.0f} s" if "heartbeat" in status else "no heartbeat recorded"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    text = _text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Unreadable(f"unreadable {path.name}: {error}") from error
+    return _mapping(value, path)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    text = _text(path)
+    if text is None:
+        return {}
+    try:
+        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise Unreadable(f"unreadable {path.name}: {' '.join(str(error).split())}") from error
+    return _mapping(value, path)
+
+
+def _metrics(path: Path) -> polars.DataFrame:
+    import polars as pl
+
+    text = _text(path)
+    if not text:
+        return pl.DataFrame(schema={"step": pl.Int64, "split": pl.String})
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        frame = pl.read_csv(whole.encode(), infer_schema=False, truncate_ragged_lines=True)
+    except pl.exceptions.PolarsError as error:
+        raise Unreadable(f"unreadable {path.name}: {str(error).splitlines()[0]}") from error
+    if not {"step", "split"} <= set(frame.columns):
+        raise Unreadable(f"unreadable {path.name}: no columns step and split in its first line")
+    numbers = [pl.col(c).cast(pl.Float64, strict=False) for c in frame.columns if c not in ("step", "split")]
+    frame = frame.with_columns(pl.col("step").cast(pl.Int64, strict=False), *numbers)
+    if frame["step"].null_count():
+        raise Unreadable(f"unreadable {path.name}: a step is not a number")
+    return frame.unique(["step", "split"], keep="last", maintain_order=True).sort("step", maintain_order=True)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unreadable(f"unreadable {path.name}: {error}") from error
+
+
+def _mapping(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Unreadable(f"unreadable {path.name}: it holds no mapping")
+    return value
+
+
+def _int(text: str) -> int | None:
+    return int(text) if text.isdigit() else None

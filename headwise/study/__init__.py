@@ -1,0 +1,1 @@
+"""Studies: variants x axes x seeds, planned, executed and shown."""

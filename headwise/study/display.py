@@ -1,0 +1,87 @@
+"""One live display of a study's runs, drawn from their folders."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from headwise.study.local import ENDED, state
+from headwise.study.plan import PlannedRun
+
+
+class StudyDisplay:
+    """A bar over all runs with an ETA and what is running; on a pipe, a line for each run that ends."""
+
+    def __init__(self, total: int) -> None:
+        self._began = time.monotonic()
+        self._drawn = 0.0
+        self._said: set[str] = set()
+        self._first: float | None = None
+        self._live = sys.stderr.isatty()
+        if self._live:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (BarColumn(bar_width=28), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("study", total=1.0, text="starting")
+            self._bar.start()
+
+    def __call__(self, runs: Sequence[PlannedRun]) -> None:
+        """Redraw, at most twice a second."""
+        if time.monotonic() - self._drawn < 0.5:
+            return
+        self._drawn = time.monotonic()
+        statuses = {id(run): run.folder.read_status() for run in runs}
+        states = {id(run): state(run) for run in runs}
+        shares = [_share(statuses[id(run)], states[id(run)]) for run in runs]
+        done = sum(shares) / len(shares)
+        self._first = done if self._first is None else self._first
+        text = f"{_count(states.values())}  {self._left(done)}"
+        for run in runs:
+            self._say_end(run, states[id(run)], statuses[id(run)], text)
+        if self._live:
+            running = [_running(r, statuses[id(r)]) for r in runs if states[id(r)] == "running"]
+            self._bar.update(self._task, completed=done, text="  ".join([text, *running]))
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live:
+            self._bar.stop()
+
+    def _left(self, done: float) -> str:
+        assert self._first is not None
+        if done - self._first < 1e-3:
+            return "time left unknown"
+        seconds = (time.monotonic() - self._began) / (done - self._first) * (1 - done)
+        return f"{seconds:.0f} s left"
+
+    def _say_end(self, run: PlannedRun, ended: str, status: dict[str, Any], text: str) -> None:
+        name = f"{run.variant}/seed_{run.config.seed}"
+        if ended in ("running", "planned") or name in self._said:
+            return
+        self._said.add(name)
+        line = f"{name}: {ended}  ({status.get('reason', '')})  {text}"
+        if self._live:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _share(status: dict[str, Any], now: str) -> float:
+    if now in (*ENDED, "skipped", "failed"):
+        return 1.0
+    return status.get("step", 0) / max(1, status.get("max_steps", 1))
+
+
+def _running(run: PlannedRun, status: dict[str, Any]) -> str:
+    speed = status.get("tokens_per_sec")
+    rate = f" {speed / 1e3:.1f}k tok/s" if speed else ""
+    return f"{run.variant}/{run.config.seed} {status.get('step', 0)}/{status.get('max_steps', '?')}{rate}"
+
+
+def _count(states: Any) -> str:
+    return ", ".join(f"{count} {name}" for name, count in Counter(states).items())
