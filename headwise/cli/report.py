@@ -18,8 +18,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: the folder read)")
     arguments = parser.parse_args(argv)
 
+    from headwise.questions.sections import sections
     from headwise.report import build
 
-    for name, path in build(arguments.folder, baseline=arguments.baseline, out=arguments.out).items():
+    found = build(arguments.folder, baseline=arguments.baseline, out=arguments.out, sections=sections())
+    for name, path in found.items():
         print(f"{name:<9} {path}")
     return 0

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from headwise.cli.profile import config_of, make_parser
+from headwise.errors import one_of
 from headwise.measures.table import MEASURES
 
 
 def main(argv: list[str]) -> int:
     """Print what `headwise profile` with the same options would do."""
     if "--engines" in argv:
-        from headwise.attention.selective.engines import engine_table
-
-        print(engine_table(), end="")
-        return 0
+        return _engines(argv)
     parser = make_parser("headwise show-config")
     parser.description = "Print every decision and formula of a profile before it runs; takes its options."
     parser.add_argument(
-        "--engines", action="store_true", help="instead, for every switch of kind selective: what runs fused"
+        "--engines", nargs="?", metavar="KIND", help="instead, for every option of a kind: what runs fused"
     )
     for action in parser._actions:
         action.required = action.required and action.dest != "out"
@@ -33,6 +31,18 @@ def main(argv: list[str]) -> int:
         width = max(len(name) for name, _ in lines)
         for name, what in lines:
             print(f"{name:<{width}}  {what}")
+    return 0
+
+
+def _engines(argv: list[str]) -> int:
+    """Print which engine computes which option, of one kind or of all that have such a table."""
+    from headwise.attention import KINDS
+    from headwise.attention.kinds import resolve
+
+    having = {name: kind.engine_table for name, kind in KINDS.items() if kind.engine_table}
+    asked = [name for name in argv if name != "--engines"]
+    for name in asked or having:
+        print(resolve(having[one_of("kind with an engine table", name, having)])(), end="")
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
+from headwise.attention.kinds import KINDS, LOADED, load_plugins
 from headwise.config.training import MeasureConfig, TrainingConfig
 from headwise.data.config import DataConfig
 from headwise.errors import HeadwiseError, did_you_mean
@@ -41,6 +43,7 @@ class Config:
         out: the run folder; a new one below `runs/` where not given.
         expected_engine: fail unless this attention engine ran (eager, sdpa, flex); any where not given.
         init_from: first weights: a run folder, a nanoGPT-layout .pt file, or hf://owner/name/file.
+        plugins: modules outside of this package whose import registers attention kinds.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -52,6 +55,7 @@ class Config:
     out: str | None = None
     expected_engine: str | None = None
     init_from: str | None = None
+    plugins: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
         """Refuse what cannot run, whichever section is at fault.
@@ -86,8 +90,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """`config` as YAML that `parse` reads back to the same value."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """`config` as YAML that `parse` reads back to the same value.
+
+    Options of kinds that are not chosen are left out where they are the default, so that a run can be read
+    where such a kind is not installed.
+    """
+    values = to_dict(config)
+    attention = values["model"]["attention"]
+    default = dataclasses.asdict(type(config.model.attention)())
+    for kind, options in list(attention.items()):
+        if isinstance(options, dict) and kind != config.model.attention.kind and options == default[kind]:
+            del attention[kind]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -99,14 +113,24 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-KEYS = [key for key, _ in flatten(to_dict(Config()))]
-"""Every dotted key of the configuration."""
+def keys() -> list[str]:
+    """Every dotted key of the configuration, the options of every registered kind among them."""
+    return [key for key, _ in flatten(to_dict(Config()))]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Give a jsonargparse parser `--config` and every key of `Config`."""
+def add_arguments(parser: ArgumentParser, argv: Sequence[str] = ()) -> None:
+    """Give a jsonargparse parser `--config` and every key of `Config`.
+
+    Args:
+        argv: the command line, whose configuration files may name plug-ins that add keys.
+
+    Raises:
+        HeadwiseError: a plug-in that cannot be imported.
+    """
     from jsonargparse import ActionConfigFile
 
+    for path in _configuration_files(argv):
+        _load_plugins_of(path)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; later flags override it")
     types = get_type_hints(Config)
     for key in dataclasses.fields(Config):
@@ -131,11 +155,35 @@ def make_parser(**kwargs: Any) -> ArgumentParser:
     return ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
 
 
-@functools.cache  # building one takes longer than parsing with it
 def _plain_parser() -> ArgumentParser:
+    return _parser_with(tuple(KINDS))
+
+
+@functools.cache  # building one takes longer than parsing with it
+def _parser_with(kinds: tuple[str, ...]) -> ArgumentParser:
     parser = make_parser()
     add_arguments(parser)
     return parser
+
+
+def _configuration_files(argv: Sequence[str]) -> Iterator[Path]:
+    """The files that `--config` names."""
+    for flag, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, _, value = flag.partition("=")
+        if name == "--config":
+            yield Path(value or following)
+
+
+def _load_plugins_of(path: Path) -> None:
+    """Import the plug-ins that a configuration file names; of a run's own file, which `config.yaml` is, only
+    those that are installed."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # the parser says what is wrong with it
+    named = values.get("plugins") if isinstance(values, dict) else None
+    if isinstance(named, list):
+        load_plugins(named, recorded_in=str(path) if path.name == "config.yaml" else None)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespace]:
@@ -158,6 +206,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
         raise HeadwiseError(explain(str(error), _flags(parser))) from None
     names = [f.name for f in dataclasses.fields(Config)]
     config = Config(**{name: getattr(namespace, name) for name in names})
+    config.plugins = list(dict.fromkeys([*config.plugins, *LOADED]))
     config.validate()
     return config, namespace
 
@@ -182,10 +231,12 @@ def from_dict(values: dict[str, Any]) -> Config:
     """
     import json
 
+    load_plugins(values.get("plugins") or ())
+    known = keys()
     arguments = []
     for key, value in flatten(values):
-        if key not in KEYS:
-            raise HeadwiseError(f"unknown key {key!r}{did_you_mean(key, KEYS)}")
+        if key not in known:
+            raise HeadwiseError(f"unknown key {key!r}{did_you_mean(key, known)}")
         if value is not None:
             arguments.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     return parse(_plain_parser(), arguments)[0]
@@ -197,6 +248,7 @@ def load(path: str | Path) -> Config:
     Raises:
         HeadwiseError: it is missing, unreadable, or not a configuration.
     """
+    _load_plugins_of(Path(path))
     return parse(_plain_parser(), ["--config", str(path)])[0]
 
 
@@ -237,4 +289,5 @@ def _expectation(message: str) -> str:
 
 def _flags(parser: ArgumentParser) -> list[str]:
     flags = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
-    return KEYS + [flag for flag in flags if flag not in KEYS]
+    known = keys()
+    return known + [flag for flag in flags if flag not in known]

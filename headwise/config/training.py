@@ -126,7 +126,7 @@ class MeasureConfig:
         maps: attention maps of this many fixed prompts, as figures; 0 keeps none.
         map_tokens: tokens of each prompt.
         prompts: texts for the maps; the first validation sequences where empty.
-        sums: with kind selective, log how far running sums and their gradients are off float64.
+        sums: for a kind with running sums, log how far they and their gradients are off float64.
     """
 
     heads: bool = True

@@ -1,6 +1,6 @@
 """Head surgery: add a head to every layer of a trained model (document 002's continued pretraining).
 
-The new head comes first (index 0, which selects under `selective` with `source: head_zero`) or last, as the
+The new head comes first (index 0, whose logits some kinds read for all heads) or last, as the
 model itself would draw it: normal, its output columns narrower by √(2·n_layers). Then its init applies:
 
     normal      as drawn
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headwise.attention import attention_kind
 from headwise.errors import HeadwiseError, one_of
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
@@ -76,21 +77,12 @@ class Operation:
 
     def inserted(self, leaf: str) -> Inserted:
         """What of an attention's parameter `leaf` is new."""
-        head = [(self.index, self.index + 1)]
-        latent = self.after.attention.selective.source == "latent"
         if leaf in ("qkv.weight", "qkv.bias"):
             return {0: list(self.rows().values())}
         if leaf == "out.weight":
             return {1: [self.columns()]}
-        if leaf == "combination":
-            return {0: head} if latent else {1: head}
-        if leaf == "protection_combination":
-            return {1: head}
-        if leaf == "combination_bias" and latent:
-            return {0: head}
-        if leaf == "residual" and latent:
-            return {0: head, 1: head}
-        return {}
+        attention = self.after.attention
+        return attention_kind(attention.kind).head_ranges(leaf, self.index, attention.options())
 
 
 def refuse(config: ModelConfig, init: str, source: str) -> None:

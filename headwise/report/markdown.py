@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from headwise.attention.selective import section as selection
-from headwise.questions.surgery import section as surgery
 from headwise.report import tables
+from headwise.report.section import Section
 from headwise.report.tables import Table
 
 BUDGETS = {
@@ -18,19 +18,20 @@ PER_HEAD = {"entropy": "attention_entropy (per head)", "margin": "tropical margi
 SYMBOL = {"error": "❌", "warning": "⚠️", "note": "ℹ️"}
 
 
-def render(data: dict[str, Any], figures: dict[str, str]) -> str:
+def render(data: dict[str, Any], figures: dict[str, str], sections: Sequence[Section] = ()) -> str:
     """The report as Markdown.
 
     Args:
         data: what `collect` gathered.
         figures: title -> path relative to the report.
+        sections: those that `data` was gathered with.
     """
     blocks = [f"# {data['title']}", _head(data), *_flags(data), *_question(data), *_conclusion(data)]
     blocks += _figures(figures)
-    blocks += _section("Memory kept by selection", selection.table(data["selection"]))
-    if data["surgery"]:
-        blocks += _section("Head surgery", surgery.before_and_after(data["surgery"]))
-        blocks += [_table(table)] if (table := surgery.moved(data["surgery"])).rows else []
+    for section in sections:
+        if found := data[section.name]:
+            tables_of = [titled.table for titled in section.tables(found) if titled.table.rows]
+            blocks += [f"## {section.title}", *(_table(table) for table in tables_of)]
     blocks.append("## Variants")
     for variant in data["variants"]:
         blocks += _variant(data, variant)

@@ -25,7 +25,8 @@ import torch
 import yaml
 
 from headwise.attention import attention_kind
-from headwise.config.run import KEYS, Config, flatten, from_dict, load, to_dict
+from headwise.attention.kinds import load_plugins
+from headwise.config.run import Config, flatten, from_dict, keys, load, to_dict
 from headwise.errors import HeadwiseError, did_you_mean, one_of
 from headwise.files import write_text
 from headwise.model.count import parameters_by_part
@@ -63,6 +64,7 @@ class Study:
     Attributes:
         name: the folder's name.
         title, question, hypothesis: for the report.
+        plugins: modules outside of headwise that register the attention kinds of the variants.
         baseline: the variant that the others are compared with; the first where not given.
         base: nested configuration that all runs share.
         variants: by name.
@@ -80,6 +82,7 @@ class Study:
     title: str = ""
     question: str = ""
     hypothesis: str = ""
+    plugins: list[str] = field(default_factory=list)
     baseline: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
@@ -170,6 +173,7 @@ def read_study(path: str | Path) -> Study:
     _refuse_unknown(values, Study, f"study {path}")
     variants = values.pop("variants", None) or {}
     study = Study(**values)
+    load_plugins(study.plugins)
     for name, variant in variants.items():
         if not isinstance(name, str):  # `off` and `1` are no text in YAML
             raise HeadwiseError(f"study {path}: variant {name!r} is no name; write it in quotes")
@@ -214,9 +218,9 @@ def override(study: Study, key: str, value: str) -> None:
 
 
 def _known(key: str) -> str:
-    if key not in KEYS:
+    if key not in keys():
         raise HeadwiseError(
-            f"unknown key {key!r}{did_you_mean(key, KEYS)}; `headwise train --help` lists them"
+            f"unknown key {key!r}{did_you_mean(key, keys())}; `headwise train --help` lists them"
         )
     return key
 
@@ -308,6 +312,8 @@ def _configure(study: Study, overrides: dict[str, Any]) -> Config:
                 values[f"training.{limit}"] = int(study.budget["value"])
     if study.timeout_s:
         values["training.timeout_s"] = study.timeout_s
+    if study.plugins:
+        values["plugins"] = study.plugins
     return from_dict(values | {"device": study.device})
 
 

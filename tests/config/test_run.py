@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from headwise.config.run import (
-    KEYS,
     Config,
     add_arguments,
     flatten,
     from_dict,
+    keys,
     load,
     make_parser,
     parse,
@@ -196,4 +196,4 @@ def test_a_run_needs_an_end() -> None:
 def test_every_key_explains_itself() -> None:
     pytest.importorskip("docstring_parser", reason="it reads the sections' docstrings for --help")
     helps = {flag.removeprefix("--"): a.help for a in parser()._actions for flag in a.option_strings}
-    assert [key for key in KEYS if not helps[key]] == []
+    assert [key for key in keys() if not helps[key]] == []

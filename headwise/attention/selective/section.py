@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from headwise.analysis.statistics import summarize
 from headwise.report.curves import rounded
 from headwise.report.drawing import COLOURS, finish_axis, new_figure
+from headwise.report.section import Drawn, Found, Section, Titled
 from headwise.report.tables import Table
 from headwise.runs.read import Run, Unreadable
 
@@ -22,14 +24,8 @@ NOTE = (
 )
 
 
-def collect(
-    grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]], curves: dict[str, Any]
-) -> list[dict[str, Any]]:
+def collect(among: Found) -> list[dict[str, Any]]:
     """What each variant whose heads have a memory has to say; empty where none has.
-
-    Args:
-        grids: variant -> [(run, whether it may be averaged, its `atlas.grid`)].
-        curves: variant -> its curves, of which the loss and the penalty are taken along.
 
     Returns:
         per variant: lines, of each run the seed, the steps, and kept, the share of the memory by step and
@@ -37,7 +33,8 @@ def collect(
         mean over layers; terms, `{loss, penalty}` where there was one.
     """
     found = []
-    for name, runs in grids.items():
+    curves = among.curves
+    for name, runs in among.grids.items():
         having = [entry for entry in runs if "memory" in entry[2]["measures"]]
         averaged = [entry for entry in having if entry[1]]
         shares = [(run.seed, grid["steps"], _share(run, grid)) for run, _, grid in averaged or having]
@@ -92,7 +89,12 @@ def table(entries: list[dict[str, Any]]) -> Table:
     return Table(headers, rows, f"{NOTE} {note}")
 
 
-def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
+def figures(entries: list[dict[str, Any]], variants: list[str]) -> list[Drawn]:
+    """The memory over training."""
+    return [Drawn(figure(entries, variants), "Memory kept per layer over training", "memory.png")]
+
+
+def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure:
     """A panel a variant with a line a layer and run, and one of both loss terms where there is a penalty.
 
     Args:
@@ -100,8 +102,6 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
     """
     from matplotlib import colormaps
 
-    if not entries:
-        return None
     penalised = [entry for entry in entries if entry["terms"]]
     count = len(entries) + bool(penalised)
     columns = min(3, count)
@@ -150,3 +150,16 @@ def _percent(summary: dict[str, Any]) -> str:
         return ""
     text = f"{summary['mean']:.1%}"
     return text if summary["ci95"] is None else f"{text} ± {summary['ci95']:.1%}"
+
+
+KEPT_CONTEXT = Section(
+    name="selection",
+    title="Memory kept by selection",
+    link="Memory",
+    collect=collect,
+    tables=lambda entries: [Titled(table(entries))],
+    figures=figures,
+    note="A line for each layer and seed: seeds may differ in the layer that keeps its context. Click a "
+    "layer in the legend to hide it.",
+    script=Path(__file__).with_name("section.js"),
+)

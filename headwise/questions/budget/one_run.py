@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from headwise import __version__
-from headwise.attention import Attention
-from headwise.attention.selective.layer import SelectiveAttention
 from headwise.config.run import Config, load
 from headwise.data import Batch, open_data
 from headwise.data.base import Data
 from headwise.errors import HeadwiseError
 from headwise.files import write_json
 from headwise.functional.budget import keys_of_share
-from headwise.model.budget import full_context_only, protects_bos, selects, within_budget
+from headwise.model.budget import within_budget
 from headwise.questions.budget.greedy import greedy_shares
 from headwise.runs.checkpoint import weights_digest
 from headwise.runs.folder import RunFolder
@@ -181,9 +179,9 @@ class Measurable:
         batches, chosen_on = (_batches(self.data, indices, size) for indices in self._sequences)
         attention = model.attentions()[0]
         found = Measured(config.model.attention.kind)
-        has_f = selects(attention)
+        has_f = attention.selects
         shares = sorted({*self.options.shares, *([] if has_f else [1.0])}, reverse=True)
-        if reason := full_context_only(attention):
+        if reason := attention.whole_context_only():
             shares = [1.0]
             found.remarks.append(f"is measured with its full context alone: {reason}")
 
@@ -192,12 +190,12 @@ class Measurable:
             with within_budget(model, share, readmit=readmit):
                 return evaluate(TokenLoss(model), batches, world, autocast).loss
 
-        found.keys = {share: keys_of_share(share, length, protects_bos(attention)) for share in shares}
+        found.keys = {share: keys_of_share(share, length, attention.keeps_first) for share in shares}
         found.losses[KEPT if has_f else WINDOW] = {share: loss(batches, share) for share in shares}
         if has_f and self.options.readmit:
             found.losses[READMITTED] = {share: loss(batches, share, readmit=True) for share in shares}
         if has_f and self.options.greedy:
-            least = (1 + protects_bos(attention)) / length
+            least = (1 + attention.keeps_first) / length
             layers = greedy_shares(config.model.n_layers, shares, least, lambda each: loss(chosen_on, each))
             found.losses[GREEDY] = {share: loss(batches, each) for share, each in layers.items()}
             found.layers[GREEDY] = layers
@@ -205,11 +203,8 @@ class Measurable:
                 found.remarks.append(
                     "chose budgets of layers on sequences that are measured too: there are no others"
                 )
-        if _normalises(attention):
-            found.remarks.append(
-                "normalises F over all keys of a query (mask_layernorm), dropped ones too, and by queries "
-                "still to come: no cache can follow its curve"
-            )
+        if reason := attention.undecodable():
+            found.remarks.append(f"has a curve that no cache can follow: {reason}")
         return found
 
     @cached_property
@@ -232,10 +227,6 @@ class Measurable:
     def _others(self) -> bool:
         """Whether there are sequences besides those that are measured."""
         return len(self._everything) > len(self._sequences[0])
-
-
-def _normalises(attention: Attention) -> bool:
-    return isinstance(attention, SelectiveAttention) and attention.config.mask_layernorm
 
 
 def _spread(indices: np.ndarray, count: int) -> np.ndarray:
