@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headwise.functional.budget import GONE, slot_attention
-from headwise.functional.selective import mask_of_head
+from headwise.functional.sharing import mask_of_head
 
 if TYPE_CHECKING:
     from headwise.attention.base import Attention, Rope
@@ -171,9 +171,20 @@ class KeyValueCache:
             f = f[:, :, :, None].expand(-1, *size, -1)
         else:
             f = f[:, torch.arange(len(self.own), device=q.device)[:, None, None], self.own]
-        y = slot_attention(q, k, v, f.flatten(1, 2), scale=self.attention.scale)
+        y = self.core(q, k, v, f.flatten(1, 2))
         y = y[:, self.inverse] if len(self.order) > 1 else y
         return self.attention.out(y.flatten(1)[:, None])
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
+        """Attention of one query a head to the slots; q `(B, K, R, D)`, k and v `(B, K, S, D)`.
+
+        Args:
+            f: `(B, K, R, S)`; `GONE` hides an empty slot. Heads come in the order of `self.order`.
+
+        Returns:
+            `(B, K, R, D)`.
+        """
+        return slot_attention(q, k, v, f, scale=self.attention.scale)
 
     def put(self, store: Tensor, new: Tensor, slot: Tensor) -> None:
         """Write `new (B, G, N, 1, D)` into the slots `(B, G)`."""

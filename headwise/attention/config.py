@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwise.attention.base import Attention
-from headwise.attention.kinds import attention_kind, on_registration
+from headwise.attention.kinds import KINDS, attention_kind, on_registration
 from headwise.errors import HeadwiseError
 
 
@@ -19,7 +19,7 @@ class AttentionConfig:
     kind is registered.
 
     Attributes:
-        kind: a registered kind: mha, flash, flex, selective, or one of another package.
+        kind: a registered kind, of this package or of another; `headwise train --help` lists them.
         dropout: share of attention weights dropped in training.
     """
 
@@ -42,7 +42,7 @@ class AttentionConfig:
         if self.dropout and "dropout" not in supports:
             raise HeadwiseError(
                 f"model.attention.dropout is {self.dropout}, but kind {self.kind!r} cannot drop weights; "
-                "set it to 0 or choose mha or flash"
+                "set it to 0 or choose flash"
             )
         options = self.options()
         if hasattr(options, "validate"):
@@ -54,21 +54,26 @@ class AttentionConfig:
             )
 
 
-@on_registration
-def _add_section(kind: type[Attention]) -> None:
-    """Make the options of a kind a field of `AttentionConfig`, as if it had been written there.
+_OWN = {known.name: known for known in dataclasses.fields(AttentionConfig)}
+_DOC = AttentionConfig.__doc__
 
-    The class is kept, since others hold it: its fields are declared again with the new one among them, and
-    `dataclass` writes its methods anew.
+
+@on_registration
+def declare_sections(registered: type[Attention] | None = None) -> None:
+    """Make the options of every kind in `KINDS` a field of `AttentionConfig`, as if written there.
+
+    The class stays the same, since others hold it: its fields are declared anew, and `dataclass` writes its
+    methods again.
     """
-    if kind.options is None:
-        return
-    for known in dataclasses.fields(AttentionConfig):
-        default = dataclasses.field(default=known.default, default_factory=known.default_factory)
-        setattr(AttentionConfig, known.name, default)
-    AttentionConfig.__annotations__[kind.kind] = kind.options
-    setattr(AttentionConfig, kind.kind, dataclasses.field(default_factory=kind.options))
+    own = {name: dataclasses.field(default=known.default) for name, known in _OWN.items()}
+    sections = {name: kind.options for name, kind in KINDS.items() if kind.options is not None}
+    types = {name: known.type for name, known in _OWN.items()} | sections
+    fields = own | {name: dataclasses.field(default_factory=options) for name, options in sections.items()}
     for written in ("__init__", "__repr__", "__eq__", "__match_args__"):
         delattr(AttentionConfig, written)
-    AttentionConfig.__doc__ = f"{AttentionConfig.__doc__}    {kind.kind}: options of kind {kind.kind}.\n    "
+    AttentionConfig.__annotations__ = types
+    for name, declared in fields.items():
+        setattr(AttentionConfig, name, declared)
+    lines = "".join(f"    {name}: options of kind {name}.\n    " for name in sections)
+    AttentionConfig.__doc__ = f"{_DOC}{lines}"
     dataclass(AttentionConfig)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb not in VERBS:
             known = ", ".join(VERBS)
             raise HeadwiseError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; choose from {known}")
-        rest = _with_plugins(rest)
+        rest = with_plugins(rest)
         module = importlib.import_module(f"headwise.cli.{verb.replace('-', '_')}")
         return module.main(rest)
     except HeadwiseError as error:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _with_plugins(argv: list[str]) -> list[str]:
+def with_plugins(argv: list[str]) -> list[str]:
     """`argv` without every `--plugins MODULE`, which is imported: it registers kinds for any verb."""
     names: list[str] = []
     rest: list[str] = []

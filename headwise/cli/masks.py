@@ -44,8 +44,8 @@ def _read(file: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwise masks",
-        description="Run a prompt through a selective run and write an interactive page, figures and JSON: "
-        "what every token has left over time, and which queries took it.",
+        description="Run a prompt through a run whose attention masks tokens, and write an interactive page, "
+        "figures and JSON: what every token has left over time, and which queries took it.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder")

@@ -1,6 +1,6 @@
 """The configuration of a run: typed dataclasses, filled from YAML and dotted overrides.
 
-    headwise train --config configs/exp.copy.mha.yaml --model.attention.kind=flash --seed 1337
+    headwise train --config configs/exp.copy.flash.yaml --training.lr=1e-3 --seed 1337
 
 Everything is checked before anything starts; a wrong key names the nearest right one.
 """

@@ -167,13 +167,33 @@ def grow(
     return result
 
 
+def shrink(weights: Mapping[str, Tensor], operation: Operation) -> dict[str, Tensor]:
+    """`weights` of the model after without the head that was added: the inverse of `grow`.
+
+    Args:
+        weights: by parameter of the model after.
+    """
+    result = {}
+    for name, value in weights.items():
+        inserted = operation.inserted(name.rpartition(".attention.")[2]) if ".attention." in name else {}
+        for axis, ranges in inserted.items():
+            value = value.index_select(axis, _others(value.shape[axis], ranges).to(value.device))
+        result[name] = value
+    return result
+
+
+def _others(size: int, ranges: list[tuple[int, int]]) -> Tensor:
+    """The indices below `size` outside of all ranges."""
+    kept = torch.ones(size, dtype=torch.bool)
+    for start, stop in ranges:
+        kept[start:stop] = False
+    return kept.nonzero().flatten()
+
+
 def _graft(old: Tensor, fresh: Tensor, inserted: Inserted) -> Tensor:
     """`fresh` with `old` everywhere but in what is inserted."""
     if not inserted:
         return old.clone()
     (axis, ranges), *rest = inserted.items()
-    kept = torch.ones(fresh.shape[axis], dtype=torch.bool, device=fresh.device)
-    for start, stop in ranges:
-        kept[start:stop] = False
-    index = kept.nonzero().flatten()
+    index = _others(fresh.shape[axis], ranges).to(fresh.device)
     return fresh.index_copy(axis, index, _graft(old, fresh.index_select(axis, index), dict(rest)))

@@ -105,7 +105,7 @@ def refuse_device(config: Config, device: torch.device) -> None:
     """Refuse a kind that cannot be trained on this device.
 
     Raises:
-        HeadwiseError: flex on a CPU, say.
+        HeadwiseError: it has no backward pass there.
     """
     kind = config.model.attention.kind
     if device.type == "cpu" and "cpu_training" not in attention_kind(kind).supports:

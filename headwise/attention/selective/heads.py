@@ -6,7 +6,7 @@ import dataclasses
 
 from headwise.attention.base import NewHead, Preserved
 from headwise.attention.selective.config import SelectiveConfig
-from headwise.functional.selective import mask_of_head
+from headwise.functional.sharing import mask_of_head
 
 FREE_SWITCHES = (
     "combination_init", "combination_lr", "latent_init", "accumulate", "memory_penalty", "enabled",

@@ -14,7 +14,8 @@ from torch import Tensor
 from headwise.attention.base import Carry
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.layer import SelectiveAttention, Selector
-from headwise.functional.selective import Protection, attacks, mask_of_head
+from headwise.functional.selective import Protection, attacks
+from headwise.functional.sharing import mask_of_head
 from headwise.model.decoder import Decoder
 from headwise.questions.masks.selection import Rules, Selection
 from headwise.watch.hooks import replaced
