@@ -8,11 +8,11 @@ from typing import Any
 from headwise.attention.selective import section as selection
 from headwise.questions.surgery import section as surgery
 from headwise.report import tables
-from headwise.report.markdown import PER_HEAD, budget, sentence
+from headwise.report.markdown import budget, sentence
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
 SECTIONS = {
-    "flags": "Flags", "verdict": "Conclusion", "curves": "Loss", "selection": "Memory",
+    "flags": "Flags", "verdict": "Conclusion", "curves": "Loss", "selection": "Kept context",
     "surgery": "Head surgery",
     "comparison": "Comparison", "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs",
     "parts": "Parameters", "heads": "Numbers", "runs": "Runs", "environment": "Environment",
@@ -36,7 +36,7 @@ def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
     heads = [
         (
             v["name"],
-            [(title, tables.per_head(v, m)) for m, title in PER_HEAD.items() if m in v["per_head"]],
+            tables.per_head_tables(v),
             tables.per_layer_head(v),
         )
         for v in data["variants"] if v["per_layer_head"]
@@ -44,7 +44,7 @@ def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
     content: dict[str, Any] = {
         "results": tables.results(data), "compared": tables.comparisons(data), "costs": tables.costs(data),
         "parts": tables.parts(data), "runs": tables.runs(data), "splits": tables.other_splits(data),
-        "memory": selection.table(data["selection"]),
+        "kept_context": selection.table(data["selection"]),
         "operations": surgery.before_and_after(data["surgery"]), "moved": surgery.moved(data["surgery"]),
         "heads": heads, "maps": maps, "facts": _facts(data), "icons": ICONS,
         "colours": {v["name"]: i % 8 for i, v in enumerate(data["variants"])},

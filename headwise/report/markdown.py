@@ -14,7 +14,6 @@ BUDGETS = {
     "steps": ("Steps/run", ",.0f"),
     "tokens": ("Tokens/run", ",.0f"),
 }
-PER_HEAD = {"entropy": "attention_entropy (per head)", "margin": "tropical margin gamma (per head)"}
 SYMBOL = {"error": "❌", "warning": "⚠️", "note": "ℹ️"}
 
 
@@ -27,7 +26,7 @@ def render(data: dict[str, Any], figures: dict[str, str]) -> str:
     """
     blocks = [f"# {data['title']}", _head(data), *_flags(data), *_question(data), *_conclusion(data)]
     blocks += _figures(figures)
-    blocks += _section("Memory kept by selection", selection.table(data["selection"]))
+    blocks += _section("Context kept by selection", selection.table(data["selection"]))
     if data["surgery"]:
         blocks += _section("Head surgery", surgery.before_and_after(data["surgery"]))
         blocks += [_table(table)] if (table := surgery.moved(data["surgery"])).rows else []
@@ -99,12 +98,8 @@ def _variant(data: dict[str, Any], variant: dict[str, Any]) -> list[str]:
         _final_loss(variant),
     ]
     blocks = [f"### {variant['name']}", "\n".join(lines)]
-    for measure, title in (
-        ("entropy", "attention_entropy (per head)"),
-        ("margin", "tropical margin gamma (per head)"),
-    ):
-        if measure in variant["per_head"]:
-            blocks += [f"#### {title}", _table(tables.per_head(variant, measure))]
+    for title, table in tables.per_head_tables(variant):
+        blocks += [f"#### {title}", _table(table)]
     if variant["per_layer_head"]:
         blocks += ["#### Every measure (per layer and head)", _table(tables.per_layer_head(variant))]
     else:
