@@ -1,8 +1,8 @@
 """Do two checkouts give the same numbers? `python -m tests.same_numbers OLD_CHECKOUT NEW_CHECKOUT`
 
-Runs the same small commands (`small_commands.py`) through the command line of each checkout, with this Python,
-on one thread of a CPU, and compares every number that they write, bit for bit. It knows verbs, options and
-files, and no module of headwise, so that the two checkouts may be laid out differently.
+Runs the same small commands (`small_commands.py`) through the command line of each checkout, with this
+Python, on one thread of a CPU, and compares every number that they write, bit for bit. It knows verbs,
+options and files, and no module of headwise, so that the two checkouts may be laid out differently.
 
 A file or a number that is only in NEW is fine. One that is only in OLD, or that differs, is a difference, and
 the exit code is 1; differences that are meant are listed in `INTENDED`, names that changed in `RENAMED`.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headwise.attention.cache import KeyValueCache, LayerCache
 from headwise.attention.observation import Observation, Observer, Scores
 from headwise.functional.budget import keys_of_share
+from headwise.measures.spec import Measure
 
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -98,6 +99,7 @@ class Attention(nn.Module):
             if it has one, refuses values that have no meaning.
         supports: names out of `FEATURES`.
         engine_family: what the engines of this kind are called before the first hyphen.
+        measures: those of its own; its observations carry their values in `extra`.
         sections: what the kind adds to a report, each as `package.module:NAME` of a
             `headwise.report.section.Section`.
         benchmarks: what `headwise bench NAME` runs: name to the module whose `main(argv)` it calls.
@@ -113,6 +115,7 @@ class Attention(nn.Module):
     options: ClassVar[type | None] = None
     supports: ClassVar[frozenset[str]] = frozenset()
     engine_family: ClassVar[str]
+    measures: ClassVar[tuple[Measure, ...]] = ()
     sections: ClassVar[tuple[str, ...]] = ()
     benchmarks: ClassVar[Mapping[str, str]] = {}
     monitors: ClassVar[Mapping[str, str]] = {}

@@ -22,6 +22,7 @@ from typing import Any
 
 from headwise.attention.base import FEATURES, Attention
 from headwise.errors import HeadwiseError, one_of
+from headwise.measures.spec import register_measure
 
 GROUP = "headwise.kinds"
 RESERVED = ("kind", "dropout")
@@ -42,6 +43,7 @@ def register(kind: str) -> Callable[[type[Attention]], type[Attention]]:
 
     Raises:
         ValueError: a name that is taken or is not an identifier, or features that do not exist.
+        HeadwiseError: a measure that cannot be registered.
     """
 
     def add(cls: type[Attention]) -> type[Attention]:
@@ -55,6 +57,8 @@ def register(kind: str) -> Callable[[type[Attention]], type[Attention]]:
             raise ValueError(
                 f"attention kind {kind!r} of {cls.__module__} has the name of one in {known.__module__}"
             )
+        for measure in cls.measures:
+            register_measure(measure)
         cls.kind = kind
         KINDS[kind] = cls
         for listener in _listeners:

@@ -10,17 +10,23 @@ from typing import Any
 
 from headwise.cli.profile import config_of, make_parser
 from headwise.errors import one_of
-from headwise.measures.table import MEASURES
+from headwise.measures.spec import CORRELATED_WITH, SOURCES, correlated, measure_of, measure_table, measures
 
 
 def main(argv: list[str]) -> int:
     """Print what `headwise profile` with the same options would do."""
     if "--engines" in argv:
         return _engines(argv)
+    if "--list-measures" in argv:
+        print(measure_table(), end="")
+        return 0
     parser = make_parser("headwise show-config")
     parser.description = "Print every decision and formula of a profile before it runs; takes its options."
     parser.add_argument(
         "--engines", nargs="?", metavar="KIND", help="instead, for every option of a kind: what runs fused"
+    )
+    parser.add_argument(
+        "--list-measures", action="store_true", help="instead, every measure with its definition"
     )
     for action in parser._actions:
         action.required = action.required and action.dest != "out"
@@ -96,29 +102,26 @@ def _attention(config: Any) -> list[tuple[str, str]]:
 
 
 def _measures(config: Any) -> list[tuple[str, str]]:
-    lines = []
-    for name, (definition, unit) in MEASURES.items():
-        if name in config.measures:
-            lines.append((name, definition + (f"  [{unit}]" if unit else "")))
-    notes = []
-    if "entropy" in config.measures:
-        notes.append(("", f"entropy is NaN for the first {config.ignore_first} tokens of a context"))
-    if "k_eff" in config.measures:
-        notes.append(("", "k_eff is exact: weights sorted in descending order, mass 0.9"))
-    if "margin" in config.measures:
-        notes.append(("", "margin is there for tropical attention only"))
-    if "memory" in config.measures:
-        notes.append(("", "memory is there for selective attention only"))
-    return lines + notes
+    found = [measure_of(name) for name in config.measures]
+    lines = [(m.name, m.definition + (f"  [{m.unit}]" if m.unit else "")) for m in found]
+    for m in found:
+        if m.needs_context:
+            lines.append(("", f"{m.name} is NaN for the first {config.ignore_first} tokens of a context"))
+        if m.remark:
+            lines.append(("", f"{m.name}: {m.remark}"))
+        if m.source not in ("weights", "logits", "query"):
+            lines.append(("", f"{m.name} is there only where a layer offers {SOURCES[m.source]}"))
+    return lines
 
 
 def _correlations(config: Any) -> list[tuple[str, str]]:
-    against = [n for n in ("entropy", "max_weight", "k_eff") if n in config.measures]
-    if "query_norm" not in config.measures or not against:
-        return [("none", "they need query_norm and one of entropy, max_weight, k_eff")]
+    against = correlated(config.measures)[1:]
+    if not against:
+        others = ", ".join(correlated(measures())[1:])
+        return [("none", f"they need {CORRELATED_WITH} and one of {others}")]
     tokens = f"over tokens from number {config.ignore_first} on, of all contexts"
     lines = [
-        ("of", f"query_norm with {', '.join(against)}, {tokens}"),
+        ("of", f"{CORRELATED_WITH} with {', '.join(against)}, {tokens}"),
         ("pearson", "Σ(x-x̄)(y-ȳ) / √(Σ(x-x̄)² Σ(y-ȳ)²), float64"),
     ]
     if config.aggregate:
@@ -147,8 +150,9 @@ def _table(args: argparse.Namespace, config: Any, shape: dict[str, str]) -> list
         kept = ", ".join(map(str, config.raw_layers))
         lines.append(("raw", f"q, k ({config.scores}) and v of layer {kept}, safetensors in raw/"))
     if args.export:
-        lines.append(("csv", "attention_metrics_{timestamp}.csv: sample_id, layer, head, token_pos, "
-                      "query_norm, entropy, max_attn, k_eff"))  # fmt: skip
+        from headwise.questions.profile.export import COLUMNS
+
+        lines.append(("csv", "attention_metrics_{timestamp}.csv: " + ", ".join(COLUMNS.values())))
     return lines
 
 

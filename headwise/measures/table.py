@@ -7,45 +7,21 @@ of attention cannot offer is absent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
+from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, measures
+
+__all__ = ["KEYS", "MEASURES", "read", "read_columns", "write_part"]
 
 if TYPE_CHECKING:
     import polars
     import pyarrow
-
-
-class Measure(NamedTuple):
-    """What one column holds, for tables, plots and documentation."""
-
-    definition: str
-    unit: str
-
-
-KEYS = {
-    "run": "string", "step": "int64", "sample": "int64",
-    "layer": "int32", "head": "int32", "token": "int32",
-}  # fmt: skip
-
-MEASURES = {
-    "entropy": Measure("-Σ p ln p", "nats"),
-    "max_weight": Measure("max_j p_j", ""),
-    "k_eff": Measure("fewest keys whose weights sum to at least 0.9", "keys"),
-    "query_norm": Measure("‖q_i‖₂ before RoPE", ""),
-    "logit_mean": Measure("mean of s[i,j] over visible keys", ""),
-    "logit_std": Measure("standard deviation of s[i,j] over visible keys", ""),
-    "sink_weight": Measure("weight on key 0", ""),
-    "self_weight": Measure("weight on key i", ""),
-    "previous_weight": Measure("weight on key i-1", ""),
-    "mean_distance": Measure("Σ p_j |i-j|", "tokens"),
-    "margin": Measure("tropical margin γ_i", ""),
-    "memory": Measure("Σ_j (1 - min(F[i,j], 1)), what selection leaves of the keys", "keys"),
-}
 
 
 def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | str | int]) -> Path:
@@ -58,7 +34,8 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    unknown = set(columns) - set(KEYS) - set(MEASURES)
+    known = measures()
+    unknown = set(columns) - set(KEYS) - set(known)
     if unknown:
         raise ValueError(f"head table has no column {sorted(unknown)[0]!r}")
     length = max(len(c) for c in columns.values() if isinstance(c, np.ndarray))
@@ -73,7 +50,7 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
         else:
             arrays.append(pa.repeat(pa.scalar(value, kind), length))
         fields.append(pa.field(key, kind, nullable=value is None))
-    for measure in MEASURES:
+    for measure in known:
         value = columns.get(measure)
         if value is not None:
             values = np.asarray(value)
@@ -113,6 +90,8 @@ def _encoding(fields: list[pyarrow.Field]) -> dict[str, Any]:
 def read(folder: str | Path) -> polars.DataFrame:
     """All parts of a head table as one polars frame, measures as float32, in the order of their names.
 
+    Columns of older tables have today's names; a column that no measure here has is kept.
+
     Raises:
         HeadwiseError: the folder holds no part, or a part is damaged.
     """
@@ -124,9 +103,31 @@ def read(folder: str | Path) -> polars.DataFrame:
     frames = []
     for part in parts:
         try:
-            frames.append(polars.read_parquet(part).cast({polars.Float16: polars.Float32}))
+            frame = polars.read_parquet(part).rename(FORMER_NAMES, strict=False)
+            frames.append(frame.cast({polars.Float16: polars.Float32}))
         except (polars.exceptions.PolarsError, OSError) as error:
             raise HeadwiseError(
                 f"head table part {part} is damaged ({str(error).splitlines()[0]}); delete it and run again"
             ) from error
     return polars.concat(frames, how="diagonal")
+
+
+def read_columns(part: str | Path, columns: Sequence[str]) -> pyarrow.Table:
+    """Some columns of one part under their names of today.
+
+    Raises:
+        HeadwiseError: the part is damaged, or lacks one of them.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(part) as file:
+            today = {FORMER_NAMES.get(name, name): name for name in file.schema_arrow.names}
+            missing = [name for name in columns if name not in today]
+            if missing:
+                raise HeadwiseError(f"{part} has no column {missing[0]!r}; delete it and run again")
+            return file.read(columns=[today[name] for name in columns]).rename_columns(list(columns))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise HeadwiseError(f"{part} is damaged ({reason}); delete it and run again") from error

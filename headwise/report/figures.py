@@ -10,7 +10,7 @@ import numpy as np
 
 from headwise.report.drawing import COLOURS, INK, finish_axis, mosaic_of, new_figure, picture
 from headwise.report.section import Section
-from headwise.report.tables import METRICS, heading, measure_label
+from headwise.report.tables import METRICS, heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +161,7 @@ def head_atlas(data: dict[str, Any], measure: dict[str, Any]) -> Figure | None:
     bar = figure.colorbar(axis.images[0], ax=axis, fraction=0.03, pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=7)
     unit = f" ({measure['unit']})" if measure["unit"] else ""
-    bar.set_label(measure_label(name) + unit, fontsize=8)
+    bar.set_label(measure["label"] + unit, fontsize=8)
     axis.set_xlabel("head", fontsize=8)
     axis.set_ylabel("layer (first on top)", fontsize=8)
     return figure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headwise.report import tables
-from headwise.report.markdown import PER_HEAD, budget, sentence
+from headwise.report.markdown import budget, sentence
 from headwise.report.section import Section
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
@@ -36,7 +36,7 @@ def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Sectio
     heads = [
         (
             v["name"],
-            [(title, tables.per_head(v, m)) for m, title in PER_HEAD.items() if m in v["per_head"]],
+            tables.per_head_tables(v),
             tables.per_layer_head(v),
         )
         for v in data["variants"] if v["per_layer_head"]

@@ -14,7 +14,6 @@ BUDGETS = {
     "steps": ("Steps/run", ",.0f"),
     "tokens": ("Tokens/run", ",.0f"),
 }
-PER_HEAD = {"entropy": "attention_entropy (per head)", "margin": "tropical margin gamma (per head)"}
 SYMBOL = {"error": "❌", "warning": "⚠️", "note": "ℹ️"}
 
 
@@ -100,12 +99,8 @@ def _variant(data: dict[str, Any], variant: dict[str, Any]) -> list[str]:
         _final_loss(variant),
     ]
     blocks = [f"### {variant['name']}", "\n".join(lines)]
-    for measure, title in (
-        ("entropy", "attention_entropy (per head)"),
-        ("margin", "tropical margin gamma (per head)"),
-    ):
-        if measure in variant["per_head"]:
-            blocks += [f"#### {title}", _table(tables.per_head(variant, measure))]
+    for title, table in tables.per_head_tables(variant):
+        blocks += [f"#### {title}", _table(table)]
     if variant["per_layer_head"]:
         blocks += ["#### Every measure (per layer and head)", _table(tables.per_layer_head(variant))]
     else:

@@ -96,7 +96,7 @@ def test_a_configuration_that_the_user_names_imports_its_plugins(plugin: str, tm
     [
         ("nowhere_to_be_found", "it is neither installed nor below"),
         ("../elsewhere", "is not a module's name"),
-        ("registers_nothing", "registers no kind"),
+        ("registers_nothing", "registers no attention kind"),
         ("", "names no module"),
     ],
 )

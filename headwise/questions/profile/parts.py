@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,10 +20,9 @@ from headwise.files import replacing
 from headwise.measures import moments
 from headwise.measures import table as head_table
 from headwise.measures.collector import Collector
+from headwise.measures.means import mean_of
 from headwise.measures.moments import Moments
-
-if TYPE_CHECKING:
-    import pyarrow
+from headwise.measures.spec import FORMER_NAMES, measure_of
 
 _PENDING_BYTES = 1 << 30
 """Measures that may wait to be written before the device waits too: what memory holds."""
@@ -177,6 +175,7 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
         try:
             with safe_open(path, "np") as file:
                 names, rows = file.metadata()["names"].split(), file.get_tensor("rows")
+                names = [FORMER_NAMES.get(name, name) for name in names]
                 fields = {name: file.get_tensor(name) for name in Moments.__dataclass_fields__}
         except (OSError, SafetensorError, KeyError) as error:
             raise HeadwiseError(
@@ -184,22 +183,6 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
             ) from error
         found.append(Moments(**fields))
     return names, rows, moments.merge(found)
-
-
-def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """Some columns of one part of the head table.
-
-    Raises:
-        HeadwiseError: it is damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise HeadwiseError(f"{path} is damaged ({reason}); delete it and run again") from error
 
 
 @contextmanager
@@ -230,15 +213,11 @@ def in_background() -> Iterator[Callable[[Writing], None]]:
 
 def _over_tokens(block: Block, ignore_first: int) -> Tensor:
     """Means over tokens, `(M, B, R, 1)`, by the rules of a table without tokens."""
-    exact = block.values.double()
-    mean = exact.mean(-1)
-    for m, name in enumerate(block.names):
-        if name == "entropy":
-            mean[m] = exact[m, ..., ignore_first:].mean(-1)
-        elif name == "margin":
-            has = ~torch.isposinf(exact[m])
-            mean[m] = torch.where(has, exact[m], 0).sum(-1) / has.sum(-1)
-    return mean.float()[..., None]
+    means = []
+    for name, values in zip(block.names, block.values.double(), strict=True):
+        measure = measure_of(name)
+        means.append(mean_of(measure, values[..., ignore_first:] if measure.needs_context else values)[1])
+    return torch.stack(means).float()[..., None]
 
 
 def _keys(

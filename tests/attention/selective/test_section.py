@@ -36,7 +36,7 @@ def test_memory_per_layer_and_both_loss_terms(tmp_path: Path, make) -> None:
     assert plain["terms"] is None
     assert set(paid["terms"]["penalty"]["mean"]) == {0.01}
     assert paid["terms"]["loss"]["steps"] == paid["terms"]["penalty"]["steps"]
-    assert (paths["figures"] / "memory.png").is_file()
+    assert (paths["figures"] / "kept_context.png").is_file()
     assert (
         "| plain | 2 | 30.0% ± 0.0% | 10.0% (10.0% – 10.0%) | 50.0% (50.0% – 50.0%) |"
         in paths["markdown"].read_text()
@@ -46,8 +46,8 @@ def test_memory_per_layer_and_both_loss_terms(tmp_path: Path, make) -> None:
 
 def test_without_selection_there_is_no_section(built: dict[str, Path]) -> None:
     assert json.loads(built["json"].read_text())["selection"] == []
-    assert not (built["figures"] / "memory.png").exists()
-    assert "Memory kept" not in built["markdown"].read_text()
+    assert not (built["figures"] / "kept_context.png").exists()
+    assert "Context kept" not in built["markdown"].read_text()
     assert "selection-plots" not in built["html"].read_text()
 
 
