@@ -6,7 +6,7 @@ import argparse
 
 
 def main(argv: list[str]) -> int:
-    """Write report.md, report.html, report.json and figures; print where they are."""
+    """Write report.md, report.html, report.json and figures; print the conclusions and where they are."""
     parser = argparse.ArgumentParser(
         prog="headwise report",
         description="Write report.md, report.html, report.json and figures/ from what the run folders hold.",
@@ -18,8 +18,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: the folder read)")
     arguments = parser.parse_args(argv)
 
-    from headwise.report import build
+    from headwise.report import build, conclusions
 
-    for name, path in build(arguments.folder, baseline=arguments.baseline, out=arguments.out).items():
+    paths = build(arguments.folder, baseline=arguments.baseline, out=arguments.out)
+    print("\n".join(conclusions(paths["json"])))
+    for name, path in paths.items():
         print(f"{name:<9} {path}")
     return 0

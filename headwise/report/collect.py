@@ -17,7 +17,8 @@ from headwise.analysis.statistics import Summary, summarize
 from headwise.attention.selective import section as selection
 from headwise.questions.surgery import section as surgery
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
-from headwise.report.compare import Material, comparisons, most, number, verdicts
+from headwise.report.compare import Material, comparisons, most, number
+from headwise.report.conclusions import conclude_all
 from headwise.report.curves import curves, gap
 from headwise.runs.read import Run, Study, Unreadable
 
@@ -64,7 +65,7 @@ def collect(study: Study) -> dict[str, Any]:
             for name, runs in by_variant.items()
         ],
         "comparisons": comparisons(material, reference),
-        **verdicts(material, reference),
+        **conclude_all(material, reference, plan, flags, grids),
         "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
         "curves": lines,
         "selection": selection.collect(grids, lines),
@@ -117,8 +118,8 @@ def _when(run: Run) -> dict[str, Any]:
 
 
 def _start_loss(run: Run) -> float | None:
-    """The validation loss before the first step."""
-    if run.problem:
+    """The validation loss of the untrained model; None for a run that began with trained weights."""
+    if run.problem or run.get("init_from"):
         return None
     steps, losses = run.curve("val", "loss")
     return float(losses[0]) if steps.size and steps[0] == 0 else None

@@ -12,7 +12,7 @@ from headwise.report.markdown import PER_HEAD, budget, sentence
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
 SECTIONS = {
-    "flags": "Flags", "verdict": "Conclusion", "curves": "Loss", "selection": "Memory",
+    "conclusion": "Conclusion", "flags": "Flags", "verdict": "Verdict", "curves": "Loss", "selection": "Memory",
     "surgery": "Head surgery",
     "comparison": "Comparison", "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs",
     "parts": "Parameters", "heads": "Numbers", "runs": "Runs", "environment": "Environment",
@@ -43,6 +43,7 @@ def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
     ]  # fmt: skip
     content: dict[str, Any] = {
         "results": tables.results(data), "compared": tables.comparisons(data), "costs": tables.costs(data),
+        "concluded": tables.conclusions(data), "alone": tables.unadjusted(data),
         "parts": tables.parts(data), "runs": tables.runs(data), "splits": tables.other_splits(data),
         "memory": selection.table(data["selection"]),
         "operations": surgery.before_and_after(data["surgery"]), "moved": surgery.moved(data["surgery"]),
