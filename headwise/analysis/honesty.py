@@ -20,8 +20,8 @@ MIN_STEPS = 50  # throughput and the smoothed loss look back over the last 50 st
 SEVERITIES = ("error", "warning", "note")
 SHORT = {
     "parameters": "other number of parameters", "data_wait": "waits for data",
-    "at_a_time": "runs side by side", "nonfinite": "non-finite steps", "spikes": "gradient spikes", "untrained": "learned nothing",
-    "nonfinite_loss": "non-finite loss",
+    "at_a_time": "runs side by side", "nonfinite": "non-finite steps", "spikes": "gradient spikes",
+    "untrained": "learned nothing", "nonfinite_loss": "non-finite loss",
 }  # fmt: skip
 CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error",
              "interrupted": "warning", "running": "warning",

@@ -5,8 +5,9 @@ The interval of a mean is Student's, `t_{0.975,n-1}·std/√n` with the sample s
 
 Several variants against one baseline are corrected by max-t: the critical value is the 95% quantile
 of the largest |t| of `comparisons` independent variants, so that each of them is tested at
-`1 - 0.95^(1/comparisons)` (Šidák). Independence is the least favourable case: variants that share
-the baseline's seeds depend on each other, and then the largest |t| is smaller. Interval
+`1 - 0.95^(1/comparisons)` (Šidák 1967). Variants that share the baseline's seeds depend on each
+other, which makes the largest |t| smaller, so that the intervals are on the wide side (proven for
+known spreads and for two variants; for more, a test simulates it). Interval
 (`simultaneous`) and p-value (`max_t`) come from the same critical value, so an interval excludes 0
 exactly where its p-value is below 0.05. Holm's step-down p-values reject a little more often, but no
 intervals of 95% simultaneous coverage belong to them; they serve where p-values stand alone.

@@ -4,7 +4,7 @@ A study states beforehand which criteria earn a GO (`study.criteria`):
 
     memory          validation loss within +5% and at least 20% lower peak memory
     length          at least twice the sequence length in the same memory, and within +5%
-    entropy_signal  within +5%, and the entropy of a head predicts its importance where the baseline's does not
+    entropy_signal  within +5%, and the entropy of heads predicts their importance, the baseline's does not
     quality         lower loss by at least the smallest difference that matters, at equal compute
 
 GO if any of them holds. NO-GO if none does, or if training is unstable. A criterion whose 95% interval
@@ -200,8 +200,8 @@ def memory_rule(evidence: Evidence) -> Rule:
     text = f"peak memory of the process {_percent(memory)} (needs -20%)"
     if holds or (memory.low is not None and memory.low > 0):
         return Rule("memory", holds, text)
-    text += ", which includes the libraries, so that the rule is not evaluated on CPU; runs on a GPU would"
-    return Rule("memory", None, f"{text} evaluate it", evaluated=False)
+    text += ", libraries included, so that the rule is not evaluated on CPU; runs on a GPU would evaluate it"
+    return Rule("memory", None, text, evaluated=False)
 
 
 def length_rule(evidence: Evidence) -> Rule:
@@ -218,7 +218,10 @@ def length_rule(evidence: Evidence) -> Rule:
     what = "peak memory of the process" if evidence.on_cpu else "peak memory"
     text = f"{factor:g}x the sequence length with {what} {_percent(memory)} (needs 2x in the same)"
     if evidence.on_cpu and holds is not False:
-        text += ", which includes the libraries; the rule is not evaluated on CPU; runs on a GPU would evaluate it"
+        text += (
+            ", which includes the libraries, so that the rule is not evaluated on CPU; runs on a GPU would"
+        )
+        text += " evaluate it"
         return Rule("length", None, text, evaluated=False)
     return Rule("length", holds, text)
 
@@ -227,9 +230,9 @@ def entropy_rule(evidence: Evidence) -> Rule:
     """Head entropy predicts head importance, and the baseline's does not."""
     name, mine, base = "entropy_signal", evidence.signal, evidence.baseline_signal
     if mine is None or base is None or mine.r is None or base.r is None:
-        who = "head importance was not measured" if mine is None or mine.r is None else (
-            f"head importance of {evidence.baseline} was not measured")  # fmt: skip
-        text = f"{who} beside entropy; measure.importance and measure.heads would evaluate it"
+        where = "here" if mine is None or mine.r is None else f"of {evidence.baseline}"
+        text = f"head importance was not measured beside entropy {where}; measure.importance: true with"
+        text += " measure.heads: true would evaluate it, for a kind whose heads have an entropy"
         return Rule(name, None, text, evaluated=False)
     text = (
         f"entropy against head importance: {_correlation(mine, evidence.signal_p)}; "
@@ -244,21 +247,21 @@ def entropy_rule(evidence: Evidence) -> Rule:
 def quality_rule(evidence: Evidence) -> Rule:
     """Lower loss by at least the smallest difference that matters, at equal compute."""
     difference, compute = evidence.difference, evidence.compute
+
+    def open_(text: str) -> Rule:
+        return Rule("quality", None, f"{text} would evaluate quality", evaluated=False)
+
     if difference is None or difference.mean is None:
-        return Rule(
-            "quality", None, "the losses have no seed in common; common seeds would evaluate quality", False
-        )
+        return open_("the losses have no seed in common; runs on common seeds")
     interval = "n = 1, no interval"
     if difference.low is not None and difference.high is not None:
         interval = f"{signed(difference.low)}, {signed(difference.high)}"
     text = f"loss {signed(difference.mean)} nats [{interval}] (needs {signed(-evidence.smallest)})"
     if compute is None:
-        return Rule(
-            "quality", None, f"{text}, but FLOPs were not recorded; runs that record them would", False
-        )
+        return open_(f"{text}, but FLOPs were not recorded; runs that record them")
     text += f" at {compute:.3g}x the compute"
     if compute > 1 + COMPUTE_TOLERANCE:
-        return Rule("quality", None, f"{text}; a budget of kind flops would make compute equal", False)
+        return open_(f"{text}; runs on a budget of kind flops")
     return Rule("quality", _below(difference, -evidence.smallest), text)
 
 

@@ -20,14 +20,12 @@ from headwise.analysis.honesty import Flag, RunFacts
 from headwise.analysis.importance import Signal, head_correlation, signal
 from headwise.analysis.statistics import Summary, holm, summarize
 from headwise.analysis.verdict import Evidence, check_criteria, judge
-from headwise.report.compare import Family, Material, family, most, number, relative_to
+from headwise.report.compare import Family, Material, family, most, relative_to
 from headwise.runs.read import Run
 
 COSTS = {"parameters": "parameters", "compute": "compute", "memory": "memory", "tokens_per_sec": "tokens/s"}
 METRICS = {"val_loss": "validation loss", "train_loss": "training loss, smoothed"}
-ONLY_ONE = (
-    "No conclusion: {} is the only variant here, and a conclusion compares a variant with the baseline."
-)
+ONLY_ONE = "No conclusion: {} is the only variant here, and a conclusion compares variants with a baseline."
 
 
 def conclude_all(

@@ -12,7 +12,8 @@ from headwise.report.markdown import PER_HEAD, budget, sentence
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
 SECTIONS = {
-    "conclusion": "Conclusion", "flags": "Flags", "verdict": "Verdict", "curves": "Loss", "selection": "Memory",
+    "conclusion": "Conclusion",
+    "flags": "Flags", "verdict": "Verdict", "curves": "Loss", "selection": "Memory",
     "surgery": "Head surgery",
     "comparison": "Comparison", "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs",
     "parts": "Parameters", "heads": "Numbers", "runs": "Runs", "environment": "Environment",

@@ -88,8 +88,8 @@ def conclusions(data: dict[str, Any]) -> Table:
         )
     headers = ["variant", f"against {data['baseline']}", "difference [95% interval]", "costs", "distrust"]
     note = (
-        "Paired differences on the same seeds; the intervals hold for all variants at once (max-t). An interval "
-        "that covers 0 does not show that two variants are equal. Costs are ratios to the baseline."
+        "Paired differences on the same seeds; the intervals hold for all variants at once (max-t). An "
+        "interval that covers 0 does not show that two variants are equal. Costs are ratios to the baseline."
     )
     return Table(headers, rows, note)
 
@@ -108,8 +108,8 @@ def comparisons(data: dict[str, Any]) -> Table:
     headers = ["metric", "variant", f"difference to {data['baseline']}", "95% interval, simultaneous",
                "relative", "p (max-t)", "n"]  # fmt: skip
     note = (
-        "Pairs share the seed and the data. Intervals and p-values hold for all variants of a metric at once: "
-        "an interval excludes 0 exactly where p is below 0.05."
+        "Pairs share the seed and the data. Intervals and p-values hold for all variants of a metric at "
+        "once: an interval excludes 0 exactly where p is below 0.05."
     )
     return Table(headers, rows, note)
 
@@ -123,8 +123,8 @@ def unadjusted(data: dict[str, Any]) -> Table:
             METRICS[c["metric"]].label, c["variant"], _signed(c["mean"], style), _interval(c["alone"], style),
             p_value(c["p_t"]), p_value(c["p_wilcoxon"]), str(c["n"]),
         ])  # fmt: skip
-    headers = ["metric", "variant", f"difference to {data['baseline']}", "95% interval, alone", "p (paired t)",
-               "p (Wilcoxon)", "n"]  # fmt: skip
+    headers = ["metric", "variant", f"difference to {data['baseline']}", "95% interval, alone",
+               "p (paired t)", "p (Wilcoxon)", "n"]  # fmt: skip
     note = (
         "Not corrected: of several variants, one in twenty seems to differ by chance. Wilcoxon needs 6 pairs."
     )

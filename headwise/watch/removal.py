@@ -58,7 +58,7 @@ def leave_one_out(layers: Sequence[Layer], loss: Callable[[], float]) -> tuple[f
         helps has a rise above 0.
     """
     whole = loss()
-    rises = []
+    rises: list[list[float]] = []
     for layer in layers:
         rises.append([])
         for head in range(layer.n_heads):
