@@ -18,6 +18,11 @@ PARAMETER_MARGIN = 0.02
 DATA_WAIT_LIMIT = 0.05
 MIN_STEPS = 50  # throughput and the smoothed loss look back over the last 50 steps
 SEVERITIES = ("error", "warning", "note")
+SHORT = {
+    "parameters": "other number of parameters", "data_wait": "waits for data",
+    "at_a_time": "runs side by side", "nonfinite": "non-finite steps", "spikes": "gradient spikes",
+    "untrained": "learned nothing", "nonfinite_loss": "non-finite loss",
+}  # fmt: skip
 CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error",
              "interrupted": "warning", "running": "warning",
              "skipped": "note", "planned": "note"}  # fmt: skip
@@ -83,12 +88,26 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Flag:
-    """One thing to know. `code` is stable, for scripts; `text` is one sentence for people."""
+    """One thing to know. `code` is stable, for scripts; `text` is one sentence for people.
+
+    `variants` names those that it concerns where they are several; all, where neither says.
+    """
 
     severity: str
     code: str
     text: str
     variant: str | None = None
+    variants: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> tuple[str, ...]:
+        """The variants it concerns; empty where it concerns all."""
+        return self.variants or (() if self.variant is None else (self.variant,))
+
+    @property
+    def short(self) -> str:
+        """The flag in a word or two, for a list of what to distrust."""
+        return SHORT.get(self.code, self.code.replace("_", " "))
 
 
 def check(runs: Sequence[RunFacts], baseline: str | None = None) -> list[Flag]:
@@ -199,7 +218,7 @@ def _other_seeds(runs: Sequence[RunFacts], baseline: str | None) -> Iterable[Fla
         yield Flag(
             "note", "other_seeds",
             f"{', '.join(names)} and {baseline} were not averaged over the same seeds: compare them by their "
-            "paired differences, not by their means.",
+            "paired differences, not by their means.", variants=tuple(names),
         )  # fmt: skip
 
 
@@ -250,7 +269,7 @@ def _identical_variants(runs: Sequence[RunFacts]) -> Iterable[Flag]:
             yield Flag(
                 "warning", "identical_variants",
                 f"{' and '.join(names)} end on identical losses on every seed; "
-                "check that they compute different things.",
+                "check that they compute different things.", variants=tuple(names),
             )  # fmt: skip
 
 

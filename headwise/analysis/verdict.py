@@ -1,21 +1,33 @@
-"""GO, NO-GO or INCONCLUSIVE for one attention kind against `flash` (document 003, milestone M6).
+"""GO, NO-GO or INCONCLUSIVE for one variant against the study's baseline (document 003, milestone M6).
 
-GO if any of three rules holds: less memory, longer sequences, or a better entropy signal, each
-with validation loss within +5% of flash. NO-GO if none does, or if training is unstable. A rule
-whose 95% interval spans its threshold is undecided, and an undecided rule that could still turn
-the verdict makes it INCONCLUSIVE.
+A study states beforehand which criteria earn a GO (`study.criteria`):
+
+    memory          validation loss within +5% and at least 20% lower peak memory
+    length          at least twice the sequence length in the same memory, and within +5%
+    entropy_signal  within +5%, and the entropy of heads predicts their importance, the baseline's does not
+    quality         lower loss by at least the smallest difference that matters, at equal compute
+
+GO if any of them holds. NO-GO if none does, or if training is unstable. A criterion whose 95% interval
+spans its threshold is undecided, and an undecided criterion that could still turn the verdict makes it
+INCONCLUSIVE. Intervals are the simultaneous ones of the comparison.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from headwise.analysis.conclusion import signed
+from headwise.analysis.importance import Signal
 from headwise.analysis.statistics import Summary
+from headwise.errors import HeadwiseError, one_of
 
 LOSS_MARGIN = 0.05
 MEMORY_SAVING = 0.20
 LENGTH_FACTOR = 2.0
 MEMORY_TOLERANCE = 0.01  # "the same memory": allocators round
+COMPUTE_TOLERANCE = 0.02  # "equal compute": whole steps cannot meet a budget exactly
 SIGNIFICANCE = 0.05
 NONFINITE_SHARE = 0.001
 SPIKE_SHARE = 0.01
@@ -23,26 +35,35 @@ SPIKE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Evidence:
-    """Plain numbers about one kind, relative to flash on the same seeds. None = not measured.
+    """Plain numbers about one variant, relative to the baseline on the same seeds. None = not measured.
 
     Attributes:
-        loss: relative difference of the validation loss (0.05 = 5% above flash).
-        memory: relative difference of the peak device memory (-0.2 = 20% below flash).
-        length_factor: sequence length over flash's.
-        entropy_r, entropy_p: correlation of head entropy with head importance, and its
-            corrected p; `flash_entropy_p` is the same test for flash.
-        learned: False where the kind or flash stayed at chance, or where it was before training.
-        nonfinite_share, spike_share: shares of steps, over all runs that trained.
+        loss: relative difference of the validation loss (0.05 = 5% above the baseline).
+        baseline: its name.
+        memory: relative difference of the peak memory (-0.2 = 20% below): of the device, or of the
+            process where `on_cpu`.
+        length_factor: sequence length over the baseline's.
+        difference: of the losses, in nats; `smallest` is the smallest that matters.
+        compute: training FLOPs over the baseline's.
+        signal, baseline_signal: entropy against head importance; `signal_p`, `baseline_signal_p` are
+            their p-values, corrected over all variants.
+        learned: False where the variant or the baseline stayed at chance, or where it was before training.
+        nonfinite_share, spike_share: shares of steps, of the worst run that trained.
         diverged: runs that stopped as diverged, of `started`.
     """
 
     loss: Summary
+    baseline: str = "the baseline"
     memory: Summary | None = None
     on_cpu: bool = False
     length_factor: float | None = None
-    entropy_r: float | None = None
-    entropy_p: float | None = None
-    flash_entropy_p: float | None = None
+    difference: Summary | None = None
+    smallest: float = 0.0
+    compute: float | None = None
+    signal: Signal | None = None
+    signal_p: float | None = None
+    baseline_signal: Signal | None = None
+    baseline_signal_p: float | None = None
     learned: bool = True
     nonfinite_share: float | None = None
     spike_share: float | None = None
@@ -70,12 +91,16 @@ class Verdict:
     rules: list[Rule] = field(default_factory=list)
 
 
-def judge(evidence: Evidence) -> Verdict:
-    """Draw the verdict on one kind from its evidence against flash."""
+def judge(evidence: Evidence, criteria: Sequence[str] | None = None) -> Verdict:
+    """Draw the verdict on one variant from its evidence against the baseline.
+
+    Args:
+        criteria: names out of `CRITERIA`, any of which earns a GO; document 003's three by default.
+    """
     stability = stability_rule(evidence)
-    quality = quality_rule(evidence)
-    ways = [memory_rule(evidence), length_rule(evidence), entropy_rule(evidence)]
-    rules = [stability, quality, *ways]
+    loss = loss_rule(evidence)
+    ways = [CRITERIA[name](evidence) for name in (DEFAULT_CRITERIA if criteria is None else criteria)]
+    rules = [stability, loss, *ways]
 
     def verdict(word: str, by: Rule, text: str) -> Verdict:
         return Verdict(word, by.name, text, rules)
@@ -83,35 +108,53 @@ def judge(evidence: Evidence) -> Verdict:
     if stability.holds is False:
         return verdict("NO-GO", stability, f"training is unstable: {stability.text}")
     if not evidence.learned:
-        return verdict("INCONCLUSIVE", quality, quality.text)
-    if quality.holds is False:
-        return verdict("NO-GO", quality, f"every rule needs the loss within +5%: {quality.text}")
+        return verdict("INCONCLUSIVE", loss, loss.text)
+    if loss.holds is False:
+        return verdict("NO-GO", loss, f"every criterion needs the loss within +5%: {loss.text}")
 
     def both(way: Rule) -> bool | None:
         if not way.evaluated or way.holds is False:
             return False
-        return True if way.holds and quality.holds else None
+        within = loss.holds or way.name == "quality"  # a lower loss is within +5%
+        return True if way.holds and within else None
+
+    def text(way: Rule) -> str:
+        return f"{way.text}; {loss.text}"
 
     outcome = {way.name: both(way) for way in ways}
     for way in ways:
         if outcome[way.name]:
-            return verdict("GO", way, f"{way.text}; {quality.text}")
+            return verdict("GO", way, text(way))
     for way in ways:
         if outcome[way.name] is None:
-            return verdict("INCONCLUSIVE", way, f"{way.text}; {quality.text}")
+            return verdict("INCONCLUSIVE", way, text(way))
     missing = "; ".join(way.text for way in ways if not way.evaluated)
-    if not any(way.evaluated for way in ways):
-        return verdict("INCONCLUSIVE", quality, f"{quality.text}, but {missing}")
-    failed = "; ".join(way.text for way in ways if way.evaluated)
+    evaluated = [way for way in ways if way.evaluated]
+    if not evaluated:
+        return verdict("INCONCLUSIVE", loss, f"{loss.text}, but {missing}")
+    failed = "; ".join(way.text for way in evaluated)
+    which = "the criterion does not hold" if len(ways) == 1 else "no criterion holds"
     return verdict(
-        "NO-GO",
-        next(way for way in ways if way.evaluated),
-        f"no rule holds: {failed}; {quality.text}" + (f" ({missing})" if missing else ""),
+        "NO-GO", evaluated[0], f"{which}: {failed}; {loss.text}" + (f" ({missing})" if missing else "")
     )
 
 
+def check_criteria(criteria: Any) -> None:
+    """Refuse what is not a list of criteria.
+
+    Raises:
+        HeadwiseError: not a list, an empty one, a name that is not known or that comes twice.
+    """
+    if not isinstance(criteria, list | tuple) or not criteria:
+        raise HeadwiseError(f"criteria is {criteria!r}; give a list of {', '.join(CRITERIA)}")
+    for name in criteria:
+        one_of("criteria", str(name), CRITERIA)
+    if len(set(criteria)) < len(criteria):
+        raise HeadwiseError(f"criteria names one criterion twice: {', '.join(criteria)}; name each once")
+
+
 def stability_rule(evidence: Evidence) -> Rule:
-    """Unstable: over 0.1% of steps not finite, over 1% gradient spikes, or a diverged run."""
+    """Unstable: a run with over 0.1% of steps not finite or over 1% gradient spikes, or a diverged one."""
     troubles = []
     if evidence.diverged:
         troubles.append(f"{evidence.diverged} of {evidence.started} runs diverged")
@@ -120,58 +163,115 @@ def stability_rule(evidence: Evidence) -> Rule:
         (evidence.spike_share, SPIKE_SHARE, "steps with gradient spikes"),
     ]
     known = [(share, limit, what) for share, limit, what in shares if share is not None]
-    troubles += [f"{share:.2%} {what} (limit {limit:.1%})" for share, limit, what in known if share > limit]
+    troubles += [
+        f"a run has {share:.2%} {what} (limit {limit:.1%})" for share, limit, what in known if share > limit
+    ]
     if troubles:
         return Rule("stability", False, "; ".join(troubles))
     if not known:
-        return Rule("stability", True, "not recorded", evaluated=False)
-    calm = ", ".join(f"{share:.2%} {what} (limit {limit:.1%})" for share, limit, what in known)
+        text = "non-finite steps and gradient spikes were not recorded; training the runs again records them"
+        return Rule("stability", True, text, evaluated=False)
+    calm = ", ".join(f"at most {share:.2%} {what} (limit {limit:.1%})" for share, limit, what in known)
     return Rule("stability", True, calm)
 
 
-def quality_rule(evidence: Evidence) -> Rule:
-    """Validation loss within +5% of flash."""
+def loss_rule(evidence: Evidence) -> Rule:
+    """Validation loss within +5% of the baseline's."""
     if not evidence.learned:
         return Rule("loss", None, "nothing was learned, so losses say nothing")
     holds = _below(evidence.loss, LOSS_MARGIN)
-    return Rule("loss", holds, f"validation loss {_percent(evidence.loss)} against flash (limit +5%)")
+    text = f"validation loss {_percent(evidence.loss)} against {evidence.baseline} (limit +5%)"
+    return Rule("loss", holds, text)
 
 
 def memory_rule(evidence: Evidence) -> Rule:
-    """At least 20% lower peak memory than flash; not evaluated on CPU."""
-    if evidence.on_cpu:
-        return Rule("memory", None, "memory rules are not evaluated on CPU", evaluated=False)
-    if evidence.memory is None or evidence.memory.n == 0:
-        return Rule("memory", None, "peak memory was not measured", evaluated=False)
-    holds = _below(evidence.memory, -MEMORY_SAVING)
-    return Rule("memory", holds, f"peak memory {_percent(evidence.memory)} (needs -20%)")
+    """At least 20% lower peak memory than the baseline.
+
+    On a CPU it is the peak of the process, which holds the interpreter and the libraries too: a saving
+    of 20% there is one, more memory than the baseline's is none, and what lies between is not evaluated.
+    """
+    memory = evidence.memory
+    if memory is None or memory.n == 0:
+        text = "peak memory was not measured; runs on a GPU would evaluate it"
+        return Rule("memory", None, text, evaluated=False)
+    holds = _below(memory, -MEMORY_SAVING)
+    if not evidence.on_cpu:
+        return Rule("memory", holds, f"peak memory {_percent(memory)} (needs -20%)")
+    text = f"peak memory of the process {_percent(memory)} (needs -20%)"
+    if holds or (memory.low is not None and memory.low > 0):
+        return Rule("memory", holds, text)
+    text += ", libraries included, so that the rule is not evaluated on CPU; runs on a GPU would evaluate it"
+    return Rule("memory", None, text, evaluated=False)
 
 
 def length_rule(evidence: Evidence) -> Rule:
-    """At least twice the sequence length in the same memory; not evaluated on CPU."""
-    if evidence.on_cpu:
-        return Rule("length", None, "length at equal memory is not evaluated on CPU", False)
+    """At least twice the sequence length in the same memory; on a CPU it can only fail."""
     factor, memory = evidence.length_factor, evidence.memory
-    if factor is None or factor <= 1 or memory is None or memory.n == 0:
-        return Rule("length", None, "no longer sequence was run in flash's memory", False)
+    if factor is None or factor <= 1:
+        text = "no longer sequence was run; the variant at twice data.seq_len or more would evaluate that"
+        return Rule("length", None, text, evaluated=False)
+    if memory is None or memory.n == 0:
+        text = "peak memory at the longer sequence was not measured; runs on a GPU would evaluate it"
+        return Rule("length", None, text, evaluated=False)
     fits = _below(memory, MEMORY_TOLERANCE)
     holds = False if factor < LENGTH_FACTOR else fits
-    text = f"{factor:g}x the sequence length with peak memory {_percent(memory)} (needs 2x in the same)"
+    what = "peak memory of the process" if evidence.on_cpu else "peak memory"
+    text = f"{factor:g}x the sequence length with {what} {_percent(memory)} (needs 2x in the same)"
+    if evidence.on_cpu and holds is not False:
+        text += (
+            ", which includes the libraries, so that the rule is not evaluated on CPU; runs on a GPU would"
+        )
+        text += " evaluate it"
+        return Rule("length", None, text, evaluated=False)
     return Rule("length", holds, text)
 
 
 def entropy_rule(evidence: Evidence) -> Rule:
-    """Head entropy predicts head importance, and flash's does not."""
-    if evidence.entropy_p is None or evidence.flash_entropy_p is None:
-        return Rule("entropy", None, "head importance was not measured", evaluated=False)
-    predicts = evidence.entropy_p < SIGNIFICANCE
-    flash_predicts = evidence.flash_entropy_p < SIGNIFICANCE
-    r = "" if evidence.entropy_r is None else f"r = {evidence.entropy_r:+.2f}, "
+    """Head entropy predicts head importance, and the baseline's does not."""
+    name, mine, base = "entropy_signal", evidence.signal, evidence.baseline_signal
+    if mine is None or base is None or mine.r is None or base.r is None:
+        where = "here" if mine is None or mine.r is None else f"of {evidence.baseline}"
+        text = f"head importance was not measured beside entropy {where}; measure.importance: true with"
+        text += " measure.heads: true would evaluate it, for a kind whose heads have an entropy"
+        return Rule(name, None, text, evaluated=False)
     text = (
-        f"entropy against head importance: {r}corrected p = {evidence.entropy_p:.3g}, "
-        f"flash's p = {evidence.flash_entropy_p:.3g}"
+        f"entropy against head importance: {_correlation(mine, evidence.signal_p)}; "
+        f"{evidence.baseline}: {_correlation(base, evidence.baseline_signal_p)}"
     )
-    return Rule("entropy", predicts and not flash_predicts, text)
+    if evidence.signal_p is None or evidence.baseline_signal_p is None:
+        return Rule(name, None, f"{text}; two seeds or more would evaluate it", evaluated=False)
+    predicts = evidence.signal_p < SIGNIFICANCE
+    return Rule(name, predicts and evidence.baseline_signal_p >= SIGNIFICANCE, text)
+
+
+def quality_rule(evidence: Evidence) -> Rule:
+    """Lower loss by at least the smallest difference that matters, at equal compute."""
+    difference, compute = evidence.difference, evidence.compute
+
+    def open_(text: str) -> Rule:
+        return Rule("quality", None, f"{text} would evaluate quality", evaluated=False)
+
+    if difference is None or difference.mean is None:
+        return open_("the losses have no seed in common; runs on common seeds")
+    interval = "n = 1, no interval"
+    if difference.low is not None and difference.high is not None:
+        interval = f"{signed(difference.low)}, {signed(difference.high)}"
+    text = f"loss {signed(difference.mean)} nats [{interval}] (needs {signed(-evidence.smallest)})"
+    if compute is None:
+        return open_(f"{text}, but FLOPs were not recorded; runs that record them")
+    text += f" at {compute:.3g}x the compute"
+    if compute > 1 + COMPUTE_TOLERANCE:
+        return open_(f"{text}; runs on a budget of kind flops")
+    return Rule("quality", _below(difference, -evidence.smallest), text)
+
+
+CRITERIA: dict[str, Callable[[Evidence], Rule]] = {
+    "memory": memory_rule,
+    "length": length_rule,
+    "entropy_signal": entropy_rule,
+    "quality": quality_rule,
+}
+DEFAULT_CRITERIA = ("memory", "length", "entropy_signal")
 
 
 def _below(summary: Summary, limit: float) -> bool | None:
@@ -189,3 +289,9 @@ def _percent(summary: Summary) -> str:
     if summary.low is None or summary.high is None:
         return f"{summary.mean:+.1%} (n = 1, no interval)"
     return f"{summary.mean:+.1%} [{summary.low:+.1%}, {summary.high:+.1%}]"
+
+
+def _correlation(found: Signal, p: float | None) -> str:
+    if found.low is None or found.high is None or p is None:
+        return f"r = {found.r:+.2f} (one seed, no test)"
+    return f"r = {found.r:+.2f} [{found.low:+.2f}, {found.high:+.2f}], corrected p = {p:.3g}"

@@ -6,7 +6,7 @@ import argparse
 
 
 def main(argv: list[str]) -> int:
-    """Write report.md, report.html, report.json and figures; print where they are."""
+    """Write report.md, report.html, report.json and figures; print the conclusions and where they are."""
     parser = argparse.ArgumentParser(
         prog="headwise report",
         description="Write report.md, report.html, report.json and figures/ from what the run folders hold.",
@@ -19,9 +19,10 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from headwise.questions.sections import sections
-    from headwise.report import build
+    from headwise.report import build, conclusions
 
-    found = build(arguments.folder, baseline=arguments.baseline, out=arguments.out, sections=sections())
-    for name, path in found.items():
+    paths = build(arguments.folder, baseline=arguments.baseline, out=arguments.out, sections=sections())
+    print("\n".join(conclusions(paths["json"])))
+    for name, path in paths.items():
         print(f"{name:<9} {path}")
     return 0

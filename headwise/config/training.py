@@ -126,6 +126,8 @@ class MeasureConfig:
         maps: attention maps of this many fixed prompts, as figures; 0 keeps none.
         map_tokens: tokens of each prompt.
         prompts: texts for the maps; the first validation sequences where empty.
+        importance: at the last evaluation, measure the loss without each head on the fixed batch: one pass
+            a head.
         sums: for a kind with running sums, log how far they and their gradients are off float64.
     """
 
@@ -137,6 +139,7 @@ class MeasureConfig:
     maps: int = 1
     map_tokens: int = 48
     prompts: list[str] = field(default_factory=list)
+    importance: bool = False
     sums: bool = False
 
     def validate(self) -> None:

@@ -11,6 +11,7 @@ from headwise.errors import one_of
 from headwise.files import must_be_folder, replacing, write_text
 from headwise.report import figures, html, maps, markdown
 from headwise.report.collect import collect
+from headwise.report.conclusions import line
 from headwise.report.section import Section
 from headwise.runs.read import Run, Study
 
@@ -58,6 +59,12 @@ def build(
     write_text(paths["markdown"], markdown.render(data, pictures, sections))
     write_text(paths["html"], html.render(data, maps.pack(prompts), sections))
     return paths
+
+
+def conclusions(report: Path) -> list[str]:
+    """The conclusions of a written `report.json`, a line each; a line that says why, where there are none."""
+    data = json.loads(report.read_text(encoding="utf-8"))
+    return [line(row) for row in data["conclusions"]] or [data["conclusion_note"]]
 
 
 def _prompts(study: Study, variants: list[str]) -> dict[str, tuple[Run, list]]:

@@ -16,7 +16,8 @@ from typing import Any
 from headwise.analysis.honesty import Flag, RunFacts, check
 from headwise.analysis.statistics import Summary, summarize
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
-from headwise.report.compare import Material, comparisons, most, number, verdicts
+from headwise.report.compare import Material, comparisons, most, number
+from headwise.report.conclusions import conclude_all
 from headwise.report.curves import curves, gap
 from headwise.report.section import Found, Section
 from headwise.runs.read import Run, Study, Unreadable
@@ -65,7 +66,7 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
             for name, runs in by_variant.items()
         ],
         "comparisons": comparisons(material, reference),
-        **verdicts(material, reference),
+        **conclude_all(material, reference, plan, flags, grids),
         "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
         "curves": lines,
         **{section.name: section.collect(among) for section in sections},
@@ -117,8 +118,8 @@ def _when(run: Run) -> dict[str, Any]:
 
 
 def _start_loss(run: Run) -> float | None:
-    """The validation loss before the first step."""
-    if run.problem:
+    """The validation loss of the untrained model; None for a run that began with trained weights."""
+    if run.problem or run.get("init_from"):
         return None
     steps, losses = run.curve("val", "loss")
     return float(losses[0]) if steps.size and steps[0] == 0 else None

@@ -90,7 +90,7 @@ def _leave_out_the_fall(axis: Axes) -> None:
 
 
 def comparison(data: dict[str, Any]) -> Figure | None:
-    """Paired differences to the baseline with their 95% intervals; small, those of single seeds."""
+    """Paired differences to the baseline with their simultaneous intervals; small, those of single seeds."""
     metrics = [m for m in ("val_loss", "train_loss") if any(c["metric"] == m for c in data["comparisons"])]
     if not metrics:
         return None

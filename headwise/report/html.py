@@ -11,7 +11,7 @@ from headwise.report.markdown import budget, sentence
 from headwise.report.section import Section
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
-FIRST = {"flags": "Flags", "verdict": "Conclusion", "curves": "Loss"}
+FIRST = {"conclusion": "Conclusion", "flags": "Flags", "verdict": "Verdict", "curves": "Loss"}
 LAST = {
     "comparison": "Comparison", "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs",
     "parts": "Parameters", "heads": "Numbers", "runs": "Runs", "environment": "Environment",
@@ -43,6 +43,7 @@ def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Sectio
     ]  # fmt: skip
     content: dict[str, Any] = {
         "results": tables.results(data), "compared": tables.comparisons(data), "costs": tables.costs(data),
+        "concluded": tables.conclusions(data), "alone": tables.unadjusted(data),
         "parts": tables.parts(data), "runs": tables.runs(data), "splits": tables.other_splits(data),
         "heads": heads, "maps": maps, "facts": _facts(data), "icons": ICONS,
         "colours": {v["name"]: i % 8 for i, v in enumerate(data["variants"])},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headwise.report import tables
+from headwise.report.conclusions import line
 from headwise.report.section import Section
 from headwise.report.tables import Table
 
@@ -25,7 +26,8 @@ def render(data: dict[str, Any], figures: dict[str, str], sections: Sequence[Sec
         figures: title -> path relative to the report.
         sections: those that `data` was gathered with.
     """
-    blocks = [f"# {data['title']}", _head(data), *_flags(data), *_question(data), *_conclusion(data)]
+    blocks = [f"# {data['title']}", _conclusions(data), "## Study", _head(data)]
+    blocks += [*_flags(data), *_question(data), *_verdicts(data)]
     blocks += _figures(figures)
     for section in sections:
         if found := data[section.name]:
@@ -75,18 +77,26 @@ def _question(data: dict[str, Any]) -> list[str]:
     return ["## Question", *lines] if lines else []
 
 
-def _conclusion(data: dict[str, Any]) -> list[str]:
-    blocks = ["## Conclusion"]
+def _conclusions(data: dict[str, Any]) -> str:
+    lines = []
+    for row in data["conclusions"]:
+        name, _, rest = line(row).partition(": ")
+        lines.append(f"- **{name}**: {rest}")
+    return "\n".join(lines) or str(data["conclusion_note"])
+
+
+def _verdicts(data: dict[str, Any]) -> list[str]:
+    blocks = ["## Verdict"]
     if data["verdicts"]:
         blocks.append("\n".join(
             f"- **{v['variant']}: {v['verdict']}** against {v['against']} (decided by: {v['decided_by']}). "
             f"{sentence(v['text'])}" for v in data["verdicts"]
         ))  # fmt: skip
     else:
-        blocks.append(str(data["verdict_note"]))
+        blocks.append(str(data["conclusion_note"]))
     blocks += [_table(tables.results(data))]
     if data["comparisons"]:
-        blocks.append(_table(tables.comparisons(data)))
+        blocks += [_table(tables.comparisons(data)), _table(tables.unadjusted(data))]
     return blocks
 
 

@@ -9,6 +9,8 @@ variants:
 axes: {data.seq_len: [128, 256]}
 seeds: [0, 1, 2]
 budget: {kind: flops, value: 2.0e8}
+smallest_difference: 0.5%
+criteria: [memory, length, entropy_signal]
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 import yaml
 
+from headwise.analysis.conclusion import DEFAULT_SMALLEST, smallest_difference
+from headwise.analysis.verdict import DEFAULT_CRITERIA, check_criteria
 from headwise.attention import attention_kind
 from headwise.attention.kinds import load_plugins
 from headwise.config.run import Config, flatten, from_dict, keys, load, to_dict
@@ -71,6 +75,8 @@ class Study:
         axes: dotted key to values; every variant runs at every combination.
         seeds: one run of each.
         budget: `{kind: flops | steps | tokens, value: number}`, equal for all variants.
+        smallest_difference: of the loss that matters: in nats, or as a share of the baseline's loss (`0.5%`).
+        criteria: which of memory, length, entropy_signal, quality earn a GO.
         match_parameters: change a variant's d_ff so that its parameters match the baseline's.
         timeout_s: seconds of training a run.
         workers: runs at a time.
@@ -89,6 +95,8 @@ class Study:
     axes: dict[str, list[Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     budget: dict[str, Any] = field(default_factory=dict)
+    smallest_difference: float | str = DEFAULT_SMALLEST
+    criteria: list[str] = field(default_factory=lambda: list(DEFAULT_CRITERIA))
     match_parameters: bool = False
     timeout_s: float | None = None
     workers: int = 1
@@ -120,6 +128,8 @@ class Study:
             value = self.budget.get("value")
             if not isinstance(value, int | float) or value <= 0:
                 raise HeadwiseError(f"budget.value is {value!r}; give a number above 0")
+        smallest_difference(self.smallest_difference, None)
+        check_criteria(self.criteria)
         if self.workers < 1:
             raise HeadwiseError(f"workers is {self.workers}; it must be at least 1")
 

@@ -32,7 +32,8 @@ class HeadRecorder:
         self.measure, self.model, self.world, self.folder = config.measure, model, world, folder
         available = data.n_sequences("val") or self.measure.sequences
         indices = np.arange(min(self.measure.sequences, available), dtype=np.int64)
-        self.tokens = data.batch("val", indices).inputs.to(world.device)
+        batch = data.batch("val", indices)
+        self.tokens, self.targets = batch.inputs.to(world.device), batch.targets.to(world.device)
         self.prompts = _prompts(config, data, self.tokens)
         self.seconds = 0.0
         self._said: set[str] = set()

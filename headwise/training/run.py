@@ -32,6 +32,7 @@ from headwise.runs.folder import RunFolder, state_of
 from headwise.runs.weights import initialise_from
 from headwise.training import distributed
 from headwise.training.heads import HeadRecorder
+from headwise.training.importance import ImportanceRecorder
 from headwise.training.progress import Progress, Silent
 from headwise.training.telemetry import peak_rss_mb
 from headwise.training.trackers import open_trackers, refuse_missing
@@ -143,12 +144,19 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     trainer.on_evaluation = [recorder]
     if world.leads:
         trainer.on_evaluation += _monitors(trainer, recorder.tokens)
+    importance = ImportanceRecorder(
+        trainer.model, recorder.tokens, recorder.targets, trainer.max_steps, folder, leads=world.leads
+    )
+    if config.measure.importance:
+        trainer.on_evaluation.append(importance)
     try:
         if world.leads:
             trainer.trackers = open_trackers(config.training.trackers, folder.path, to_dict(config))
             _start_log(trainer, saved)
         with _signals(trainer):
             state, reason = trainer.run()
+            if config.measure.importance and state == "finished" and not importance.measured:
+                importance.measure()  # resumed after the last evaluation: the weights are the same
     except KeyboardInterrupt:
         if world.leads:
             folder.write_status("interrupted", reason=f"left at once, after step {trainer.step}")
@@ -165,7 +173,9 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     finally:
         for tracker in trainer.trackers:
             tracker.close()
-    summary = summarise(trainer, state, reason, about) | {"measure_s": recorder.seconds}
+    summary = summarise(trainer, state, reason, about) | {"measure_s": recorder.seconds + importance.seconds}
+    if config.measure.importance:
+        summary["importance"] = importance.found
     if world.leads:
         if state != "interrupted":
             folder.write_summary(summary)

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headwise.analysis.importance import Signal
 from headwise.analysis.statistics import Summary
-from headwise.analysis.verdict import Evidence, judge
+from headwise.analysis.verdict import CRITERIA, Evidence, check_criteria, judge
+from headwise.errors import HeadwiseError
 
 
 def interval(mean: float, ci95: float = 0.001) -> Summary:
@@ -51,10 +53,22 @@ def test_spanning_loss_cannot_save_a_rule_that_fails() -> None:
 
 
 def test_memory_is_not_evaluated_on_cpu_and_says_so() -> None:
-    verdict = judge(replace(GOOD, on_cpu=True))
+    verdict = judge(replace(GOOD, on_cpu=True, memory=interval(-0.01)))
     assert verdict.verdict == "INCONCLUSIVE"
-    assert "memory rules are not evaluated on CPU" in verdict.text
+    assert "peak memory of the process -1.0%" in verdict.text
+    assert "not evaluated on CPU; runs on a GPU would evaluate it" in verdict.text
     assert judge(replace(GOOD, on_cpu=True, loss=interval(0.2))).verdict == "NO-GO"
+
+
+def test_the_memory_of_a_process_holds_the_libraries_so_it_can_prove_a_saving_and_hardly_refute_one() -> None:
+    saved = judge(replace(GOOD, on_cpu=True))
+    assert (saved.verdict, saved.decided_by) == ("GO", "memory")
+    assert "of the process" in saved.text
+    more = judge(replace(GOOD, on_cpu=True, memory=interval(0.05)))
+    assert (more.verdict, more.decided_by) == ("NO-GO", "memory")
+    twice = replace(GOOD, on_cpu=True, memory=interval(0.0), length_factor=2.0)
+    assert judge(twice).verdict == "INCONCLUSIVE"
+    assert judge(replace(twice, length_factor=1.5)).verdict == "NO-GO"
 
 
 def test_go_by_length() -> None:
@@ -64,10 +78,73 @@ def test_go_by_length() -> None:
     assert judge(replace(twice, memory=interval(0.3))).verdict == "NO-GO"
 
 
-def test_go_by_entropy_only_where_flash_does_not_predict() -> None:
-    base = replace(GOOD, on_cpu=True, entropy_r=-0.7, entropy_p=0.01, flash_entropy_p=0.4)
-    assert (judge(base).verdict, judge(base).decided_by) == ("GO", "entropy")
-    assert judge(replace(base, flash_entropy_p=0.01)).verdict == "NO-GO"
+def test_go_by_entropy_only_where_the_baseline_does_not_predict() -> None:
+    strong, weak = Signal({0: -0.7, 1: -0.8}, -0.75, -0.8, -0.7, 0.01), Signal({0: 0.1}, 0.1, -0.5, 0.6, 0.4)
+    base = replace(
+        GOOD, memory=None, signal=strong, signal_p=0.01, baseline_signal=weak, baseline_signal_p=0.4
+    )
+    assert (judge(base).verdict, judge(base).decided_by) == ("GO", "entropy_signal")
+    assert "r = -0.75 [-0.80, -0.70], corrected p = 0.01" in judge(base).text
+    assert judge(replace(base, baseline_signal_p=0.01)).verdict == "NO-GO"
+    assert judge(replace(base, signal_p=0.06)).verdict == "NO-GO"
+    one_seed = judge(replace(base, signal=Signal({0: -0.7}, -0.7, None, None, None), signal_p=None))
+    assert one_seed.verdict == "INCONCLUSIVE"
+    assert "two seeds or more would evaluate it" in one_seed.text
+
+
+@pytest.mark.parametrize(
+    ("difference", "compute", "verdict"),
+    [
+        (interval(-0.05, 0.01), 1.0, "GO"),
+        (interval(-0.05, 0.01), 0.5, "GO"),
+        (interval(-0.05, 0.045), 1.0, "INCONCLUSIVE"),
+        (interval(-0.005, 0.001), 1.0, "NO-GO"),  # lower, by less than what matters
+        (interval(-0.05, 0.01), 1.1, "INCONCLUSIVE"),  # more compute: the criterion cannot be evaluated
+        (interval(-0.05, 0.01), None, "INCONCLUSIVE"),
+        (Summary(1, -0.5, None, None), 1.0, "INCONCLUSIVE"),
+    ],
+)
+def test_quality_needs_a_difference_that_matters_at_equal_compute(
+    difference: Summary, compute: float | None, verdict: str
+) -> None:
+    evidence = replace(GOOD, loss=interval(-0.01), difference=difference, smallest=0.01, compute=compute)
+    found = judge(evidence, ["quality"])
+    assert found.verdict == verdict
+    assert found.decided_by == ("quality" if compute in (0.5, 1.0) else "loss")
+    if compute not in (0.5, 1.0):
+        assert "would evaluate quality" in found.text
+
+
+def test_only_the_criteria_of_the_study_earn_a_go() -> None:
+    evidence = replace(GOOD, difference=interval(0.0), smallest=0.01, compute=1.0)
+    assert judge(evidence).verdict == "GO"
+    assert judge(evidence, ["quality"]).verdict == "NO-GO"
+    assert judge(evidence, ["quality", "memory"]).decided_by == "memory"
+    assert [rule.name for rule in judge(evidence, list(CRITERIA)).rules[2:]] == list(CRITERIA)
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_a_criterion_that_cannot_be_evaluated_names_what_would(name: str) -> None:
+    found = judge(Evidence(loss=interval(0.0), spike_share=0.0), [name])
+    assert found.verdict == "INCONCLUSIVE"
+    assert "would evaluate" in found.text
+
+
+@pytest.mark.parametrize(
+    ("criteria", "message"),
+    [
+        ([], "give a list of memory, length"),
+        ("memory", "give a list"),
+        (None, "give a list"),
+        ({"memory": 1}, "give a list"),
+        (["memroy"], "did you mean 'memory'"),
+        ([["memory"]], "is not known"),
+        (["memory", "memory"], "twice"),
+    ],
+)
+def test_criteria_are_checked(criteria: object, message: str) -> None:
+    with pytest.raises(HeadwiseError, match=message):
+        check_criteria(criteria)
 
 
 @pytest.mark.parametrize("change", [{"nonfinite_share": 0.002}, {"spike_share": 0.011}, {"diverged": 1}])

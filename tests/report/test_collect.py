@@ -67,7 +67,11 @@ def test_comparisons_pair_seeds(demo: Path, of_demo: dict[str, Any]) -> None:
     }
     differences = np.subtract(runs["mha"], runs["flash"])
     assert rows[0]["mean"] == pytest.approx(differences.mean())
-    assert rows[0]["p_holm"] >= rows[0]["p_t"]
+    assert rows[0]["p_adjusted"] >= rows[0]["p_t"]
+    for row in of_demo["comparisons"]:
+        if row["n"] > 1:
+            assert row["low"] <= row["alone"]["low"] <= row["alone"]["high"] <= row["high"]
+            assert (row["low"] > 0 or row["high"] < 0) == (row["p_adjusted"] < 0.05)
 
 
 def test_smoothed_training_loss_is_compared_too(of_demo: dict[str, Any]) -> None:
@@ -102,6 +106,7 @@ def test_verdicts_of_the_demo(of_demo: dict[str, Any]) -> None:
     found = {v["variant"]: v for v in of_demo["verdicts"]}
     assert set(found) == {"mha", "flex", "tropical"}
     assert found["mha"]["verdict"] == "INCONCLUSIVE"
+    assert "peak memory of the process" in found["mha"]["text"]
     assert "not evaluated on CPU" in found["mha"]["text"]
     assert "flex cannot train on cpu" in found["flex"]["text"]
     assert (found["tropical"]["verdict"], found["tropical"]["decided_by"]) == ("NO-GO", "stability")
@@ -126,10 +131,135 @@ def test_at_chance_gives_no_verdict(tmp_path: Path, make) -> None:
     assert {"at_chance", "identical_losses"} <= {flag["code"] for flag in data["flags"]}
 
 
-def test_without_flash_there_is_no_verdict_and_it_says_so(tmp_path: Path, make) -> None:
+def test_one_variant_alone_is_compared_with_nothing_and_it_says_so(tmp_path: Path, make) -> None:
     data = collected(make.study(tmp_path, {"mha": make.Variant("mha")}, seeds=(0,), shape=make.SMALL))
-    assert data["verdicts"] == []
-    assert "flash" in data["verdict_note"]
+    assert data["verdicts"] == data["conclusions"] == []
+    assert "mha is the only variant here" in data["conclusion_note"]
+
+
+def conclusion(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(c for c in data["conclusions"] if c["variant"] == name)
+
+
+def study_of(tmp_path: Path, make, losses: dict[str, dict[int, float]], **plan: Any) -> dict[str, Any]:
+    """A study whose variants end on these losses, all of one kind, collected."""
+    folder = make.study(
+        tmp_path, {name: make.Variant("mha", heads=False, maps=False) for name in losses},
+        tuple(losses[next(iter(losses))]), make.SMALL, **plan,
+    )  # fmt: skip
+    for name, by_seed in losses.items():
+        for seed, loss in by_seed.items():
+            path = folder / name / f"seed_{seed}" / "summary.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"val_loss": loss}))
+    return collected(folder)
+
+
+BASE = {0: 1.600, 1: 1.620, 2: 1.610}
+
+
+def shifted(*by: float) -> dict[int, float]:
+    return {seed: BASE[seed] + d for seed, d in enumerate(by)}
+
+
+def test_every_variant_is_concluded_against_the_baseline_of_the_study_whatever_its_kind(
+    tmp_path: Path, make
+) -> None:
+    losses = {
+        "base": BASE, "better": shifted(-0.1, -0.101, -0.102), "worse": shifted(0.1, 0.101, 0.102),
+        "same": shifted(0.0001, -0.0001, 0.0002), "wild": shifted(0.2, -0.2, 0.1),
+    }  # fmt: skip
+    data = study_of(tmp_path, make, losses)
+    assert {c["variant"]: c["conclusion"] for c in data["conclusions"]} == {
+        "better": "better", "worse": "worse", "same": "equivalent", "wild": "undecided",
+    }  # fmt: skip
+    assert [v["variant"] for v in data["verdicts"]] == ["better", "worse", "same", "wild"]
+    assert {c["against"] for c in data["conclusions"]} == {"base"}
+    found = conclusion(data, "better")
+    assert found["smallest_difference"] == pytest.approx(0.005 * 1.61)
+    assert found["comparisons"] == 4
+    assert found["mean"] == pytest.approx(-0.101)
+    assert found["low"] < found["alone"]["low"]
+    assert found["costs"]["parameters"] == 1.0
+    assert found["memory_of"] == "process"
+    assert conclusion(data, "wild")["further_seeds"] > 0
+
+
+def test_the_smallest_difference_and_the_criteria_are_those_of_the_study(tmp_path: Path, make) -> None:
+    losses = {"base": BASE, "b": shifted(-0.05, -0.0501, -0.0502)}
+    wide = study_of(tmp_path / "a", make, losses, smallest_difference=0.2, criteria=["quality"])
+    assert conclusion(wide, "b")["conclusion"] == "equivalent"
+    assert "too small to matter" in conclusion(wide, "b")["why"]
+    assert (wide["verdicts"][0]["verdict"], wide["verdicts"][0]["decided_by"]) == ("NO-GO", "quality")
+    narrow = study_of(tmp_path / "b", make, losses, smallest_difference="1%", criteria=["quality"])
+    assert conclusion(narrow, "b")["conclusion"] == "better"
+    assert (narrow["verdicts"][0]["verdict"], narrow["verdicts"][0]["decided_by"]) == ("GO", "quality")
+
+
+def test_one_seed_is_undecided_and_a_missing_pair_is_named(tmp_path: Path, make) -> None:
+    one = study_of(tmp_path / "a", make, {"base": {0: 1.6}, "b": {0: 1.0}})
+    assert conclusion(one, "b")["conclusion"] == "undecided"
+    assert "one seed, so there is no interval" in conclusion(one, "b")["text"]
+    assert "one seed" in conclusion(one, "b")["distrust"]
+    lost = study_of(tmp_path / "b", make, {"base": BASE, "b": {0: 1.5, 1: 1.52, 2: float("nan")}})
+    assert conclusion(lost, "b")["seeds"] == [0, 1]
+    assert "seed 2 without a pair" in conclusion(lost, "b")["distrust"]
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("at_chance", {"val_loss": math.log(256)}),
+        ("identical_losses", {"val_loss": 1.7}),
+        ("different_data", {"data_checksum": "other"}),
+        ("other_engine", {"engine": "eager"}),
+    ],
+)
+def test_a_flag_never_contradicts_a_conclusion(tmp_path: Path, make, code: str, change: dict) -> None:
+    variants = {"flash": make.Variant("flash"), "b": make.Variant("flash", summary=change)}
+    data = collected(make.study(tmp_path, variants, seeds=(0, 1, 2), shape=make.SMALL))
+    assert code in {flag["code"] for flag in data["flags"]}
+    assert conclusion(data, "b")["conclusion"] == "undecided"
+
+
+def test_one_unstable_run_is_flagged_and_is_a_no_go(tmp_path: Path, make) -> None:
+    data = study_of(tmp_path, make, {"base": BASE, "b": shifted(-0.1, -0.101, -0.102)})
+    assert data["verdicts"][0]["verdict"] != "NO-GO"
+    path = tmp_path / "b" / "seed_1" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"nonfinite_share": 0.002}))
+    data = collected(tmp_path)
+    assert "nonfinite" in {flag["code"] for flag in data["flags"]}
+    assert (data["verdicts"][0]["verdict"], data["verdicts"][0]["decided_by"]) == ("NO-GO", "stability")
+
+
+def test_importance_and_entropy_are_correlated_head_by_head_and_tested_over_seeds(
+    tmp_path: Path, make
+) -> None:
+    variants = {"flash": make.Variant("flash"), "mha": make.Variant("mha"), "bare": make.Variant("mha")}
+    folder = make.study(tmp_path, variants, seeds=(0, 1, 2), shape=make.Shape(60, 10, 5, 2, 4))
+    rng, expected = np.random.default_rng(0), []
+    for name in ("flash", "mha"):
+        for seed in (0, 1, 2):
+            run = Run(folder / name / f"seed_{seed}")
+            last = run.heads.filter(pl.col("step") == 60).sort("layer", "head")
+            entropy = last["entropy"].cast(pl.Float64).to_numpy().reshape(2, 4)
+            noise = rng.standard_normal((2, 4))
+            rises = noise if name == "flash" else -entropy + 0.05 * noise
+            path = run.path / "summary.json"
+            importance = {"loss": 1.6, "delta_loss": rises.tolist()}
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"importance": importance}))
+            if name == "mha":
+                expected.append(np.corrcoef(entropy.ravel(), rises.ravel())[0, 1])
+    data = collected(folder)
+    assert list(data["signals"]) == ["flash", "mha"]
+    found = data["signals"]["mha"]
+    assert list(found["seeds"].values()) == pytest.approx(expected, rel=1e-6)
+    assert found["p_holm"] == pytest.approx(2 * found["p"])
+    verdicts = {v["variant"]: v for v in data["verdicts"]}
+    rule = next(r for r in verdicts["mha"]["rules"] if r["name"] == "entropy_signal")
+    assert (rule["holds"], rule["evaluated"]) == (True, True)
+    bare = next(r for r in verdicts["bare"]["rules"] if r["name"] == "entropy_signal")
+    assert (bare["holds"], bare["evaluated"]) == (None, False)
+    assert "measure.importance: true" in bare["text"]
 
 
 def test_curves_keep_their_ends_and_their_order(of_demo: dict[str, Any]) -> None:

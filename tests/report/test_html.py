@@ -81,9 +81,9 @@ def test_plotly_is_inside_once(page: Page) -> None:
     assert sum("plotly.js v" in text[:200] for _, text in page.scripts) == 1
 
 
-def test_flags_come_before_everything_that_concludes(page: Page) -> None:
-    sections = [name for name in page.ids if name in ("flags", "verdict", "curves", "comparison", "atlas")]
-    assert sections == ["flags", "verdict", "curves", "comparison", "atlas"]
+def test_the_conclusion_with_its_doubts_comes_first_and_flags_before_the_rest(page: Page) -> None:
+    order = ["conclusion", "flags", "verdict", "curves", "comparison", "atlas"]
+    assert [name for name in page.ids if name in order] == order
     text = " ".join(page.text.split())
     assert text.index("loss was not finite at step 61") < text.index("INCONCLUSIVE")
 

@@ -28,16 +28,28 @@ def suite(tmp_path_factory: pytest.TempPathFactory, make) -> str:
     return markdown.render(collect(Study.read(folder)), {})
 
 
-def test_head_of_document_000(suite: str) -> None:
-    assert suite.startswith(
-        "# Per-head metrics suite\n\n- Run ID: `pv0_smoke`\n- Device: `cpu`\n- Seeds: `0, 1, 2`\n"
-        "- Target FLOPs/run (est): `2.000e+08`\n"
+def test_begins_with_the_conclusion_of_every_variant(suite: str) -> None:
+    lines = suite.splitlines()
+    assert lines[0] == "# Per-head metrics suite"
+    assert re.match(
+        r"- \*\*standard_flex\*\*: \w+ \w+ standard: validation loss [+-]\S+ nats \[\S+, \S+\] "
+        r"\(3 seeds\), .*\. Costs: parameters 1\.00x, .*\. Distrust: ",
+        lines[2],
     )
+    assert lines[3].startswith("- **tropical**: ")
+
+
+def test_head_of_document_000(suite: str) -> None:
+    assert (
+        "\n\n## Study\n\n- Run ID: `pv0_smoke`\n- Device: `cpu`\n- Seeds: `0, 1, 2`\n"
+        "- Target FLOPs/run (est): `2.000e+08`\n"
+    ) in suite
 
 
 def test_sections_in_order(suite: str) -> None:
     headings = re.findall(r"^#+ .*$", suite, re.M)
-    assert headings[:4] == ["# Per-head metrics suite", "## Honesty flags", "## Question", "## Conclusion"]
+    title = "# Per-head metrics suite"
+    assert headings[:5] == [title, "## Study", "## Honesty flags", "## Question", "## Verdict"]
     start = headings.index("## Variants")
     entropy, margin = "#### attention_entropy (per head)", "#### tropical margin gamma (per head)"
     every, runs = "#### Every measure (per layer and head)", "#### Runs"

@@ -265,3 +265,60 @@ def wait_until(condition: Any, seconds: float = 100) -> None:
     while not condition():
         assert time.monotonic() < ends, "it never happened"
         threading.Event().wait(0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("smallest_difference: 0", "smallest_difference is 0; give a number above 0"),
+        ("smallest_difference: -0.5%", "smallest_difference is '-0.5%'"),
+        ("smallest_difference: [1]", "smallest_difference is"),
+        ("criteria: memory", "criteria is 'memory'; give a list"),
+        ("criteria: [memory, speed]", "'speed' is not known"),
+        ("criteria: [memory, memory]", "twice"),
+        ("criterion: [memory]", "did you mean 'criteria'"),
+    ],
+)
+def test_what_a_study_decides_by_is_checked_before_it_runs(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(f"variants: {{a: {{}}}}\n{text}\n")
+    with pytest.raises(HeadwiseError, match=message):
+        read_study(file)
+
+
+def test_a_study_file_without_criteria_keeps_document_003s_and_writes_them_down(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("variants: {a: {}}\nseeds: [0]\n")
+    found = read_study(file)
+    assert found.criteria == ["memory", "length", "entropy_signal"]
+    found.base, found.device = BASE, "cpu"
+    folder = write_plan(found, plan(found, tmp_path), tmp_path)
+    written = yaml.safe_load((folder / "study.yaml").read_text())
+    assert (written["smallest_difference"], written["criteria"]) == ("0.5%", found.criteria)
+
+
+def test_a_study_measures_the_importance_of_heads_and_judges_by_it(tmp_path: Path) -> None:
+    """From the study's plan over its runs to the lines that its report begins with."""
+    from headwise import report
+    from headwise.training.run import train
+
+    base = BASE | {"measure": {"maps": 0, "importance": True}}
+    base["model"] = BASE["model"] | {"n_heads": 4}
+    kinds = {"mha": variant("mha"), "flash": variant("flash")}
+    made = study(base=base, variants=kinds, seeds=[0, 1], criteria=["entropy_signal", "quality"])
+    runs = plan(made, tmp_path)
+    folder = write_plan(made, runs, tmp_path)
+    for run in runs:
+        train(run.config)
+    paths = report.build(folder)
+    [line] = report.conclusions(paths["json"])
+    assert line.startswith("flash: ")
+    assert paths["markdown"].read_text().splitlines()[2] == f"- **flash**: {line.removeprefix('flash: ')}"
+    data = json.loads(paths["json"].read_text())
+    assert list(data["signals"]) == ["mha", "flash"]
+    assert all(set(found["seeds"]) == {"0", "1"} for found in data["signals"].values())
+    assert 0 <= data["signals"]["flash"]["p"] <= data["signals"]["flash"]["p_holm"] <= 1
+    [verdict] = data["verdicts"]
+    rules = {rule["name"]: rule for rule in verdict["rules"]}
+    assert list(rules) == ["stability", "loss", "entropy_signal", "quality"]
+    assert rules["entropy_signal"]["evaluated"]

@@ -8,8 +8,7 @@ The head is still computed and the model is unchanged afterwards; `headwise prun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor
 from headwise.errors import one_of
 from headwise.questions.intervene.measure import Tokens, memory_to_spare, must_be_finite
 from headwise.watch.effect import Effect, Speaker
-from headwise.watch.hooks import Change, Changes, Layer, changed
+from headwise.watch.hooks import Change, Layer
+from headwise.watch.removal import Head, in_each_layer, removed
 
 HOW = ("zero", "mean")
-Head = tuple[Layer, int]
 
 
 @dataclass(frozen=True)
@@ -74,25 +73,6 @@ def remove(
     return [Removal(tuple(chosen), effect) for chosen, effect in zip(sets, effects, strict=True)]
 
 
-@contextmanager
-def removed(heads: Sequence[Head], means: dict[Head, Tensor] | None = None) -> Iterator[None]:
-    """Inside the block, each head gives its mean `(D,)`, or zeros where none is given."""
-    means = means or {}
-
-    def giving(layer: Layer, members: list[int]) -> Change:
-        def give(y: Tensor) -> Tensor:
-            y = y.clone()
-            for head in members:
-                value = means.get((layer, head))
-                y[:, head] = 0 if value is None else value.to(y.dtype)
-            return y
-
-        return give
-
-    with _in_each_layer(heads, giving):
-        yield
-
-
 @torch.no_grad()
 def mean_outputs(
     speaker: Speaker,
@@ -114,20 +94,8 @@ def mean_outputs(
         return add
 
     for first in range(0, len(samples), batch_size):
-        with memory_to_spare(batch_size), _in_each_layer(heads, adding):
+        with memory_to_spare(batch_size), in_each_layer(heads, adding):
             speaker(samples.batch(first, first + batch_size))
         advance(1)
     n = len(samples) * samples.context_length
     return {key: total / n for key, total in sums.items()}
-
-
-@contextmanager
-def _in_each_layer(heads: Iterable[Head], change: Callable[[Layer, list[int]], Change]) -> Iterator[None]:
-    """Change the outputs of each layer that has some of `heads`."""
-    members: dict[Layer, list[int]] = {}
-    for layer, head in heads:
-        members.setdefault(layer, []).append(head)
-    with ExitStack() as stack:
-        for layer, own in members.items():
-            stack.enter_context(changed(layer, Changes(output=change(layer, own))))
-        yield

@@ -99,7 +99,7 @@ const LABELS = {
         marker: { color: colour(row.variant), size: 11, symbol: SYMBOLS[style(row.variant)] },
         error_x: { type: "data", array: [row.ci95 ?? 0], visible: row.ci95 !== null, color: colour(row.variant), thickness: 2, width: 6 },
         hovertemplate: `${row.variant}: %{x:+.4f}` +
-          (row.ci95 === null ? "<br>n = 1, no interval" : `<br>${row.low.toFixed(4)} to ${row.high.toFixed(4)}<br>p = ${significant(row.p_t)}, Holm ${significant(row.p_holm)}`) +
+          (row.ci95 === null ? "<br>n = 1, no interval" : `<br>${row.low.toFixed(4)} to ${row.high.toFixed(4)}<br>p = ${significant(row.p_adjusted)}, alone ${significant(row.p_t)}`) +
           `<br>n = ${row.n}<extra></extra>`,
       }));
       traces.push(...rows.filter((row) => row.n > 1).map((row) => ({

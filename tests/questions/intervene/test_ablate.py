@@ -12,10 +12,11 @@ from headwise.attention.config import AttentionConfig
 from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
-from headwise.questions.intervene.ablate import mean_outputs, remove, removed
+from headwise.questions.intervene.ablate import mean_outputs, remove
 from headwise.watch.effect import Speaker, compare, speaker_of
 from headwise.watch.hooks import attention_layers
 from headwise.watch.load import Loaded
+from headwise.watch.removal import removed
 
 HEADS = ((0, 1), (1, 2), (1, 3))
 WIDTH = 8
