@@ -14,14 +14,15 @@ name are left alone, so that a newer headwise may add some.
 
 from headwise.reading.arrays import Arrays
 from headwise.reading.csvfile import read_csv
-from headwise.reading.opening import Missing, Unreadable, must_be_regular, read_bytes, read_text
-from headwise.reading.panics import PANIC, first_line, is_panic
-from headwise.reading.tables import parquet_columns
+from headwise.reading.opening import Missing, Unreadable, must_be_regular, opened, read_bytes, read_text
+from headwise.reading.panics import first_line, is_panic
+from headwise.reading.tables import library_problems, parquet_columns
 from headwise.reading.tensors import TensorHeader, read_tensor_headers
 from headwise.reading.values import check, parse_json, parse_yaml, read_json, read_yaml, to_yaml
 
 __all__ = [
-    "PANIC", "Arrays", "Missing", "TensorHeader", "Unreadable", "check", "first_line", "is_panic",
-    "must_be_regular", "parquet_columns", "parse_json", "parse_yaml", "read_bytes", "read_csv", "read_json",
-    "read_tensor_headers", "read_text", "read_yaml", "to_yaml",
+    "Arrays", "Missing", "TensorHeader", "Unreadable", "check", "first_line", "is_panic",
+    "library_problems", "must_be_regular", "opened", "parquet_columns", "parse_json",
+    "parse_yaml", "read_bytes", "read_csv", "read_json", "read_tensor_headers", "read_text",
+    "read_yaml", "to_yaml",
 ]  # fmt: skip

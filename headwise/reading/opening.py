@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from headwise.errors import HeadwiseError
 
@@ -57,7 +57,7 @@ def one_line(text: str) -> str:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO]:
+def opened(path: str | Path) -> Iterator[io.BufferedReader]:
     """A regular file, open for reading; an error of the system's while it is read is an `Unreadable` too.
 
     Raises:

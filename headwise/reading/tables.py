@@ -28,7 +28,7 @@ def parquet_columns(path: str | Path, required: Mapping[str, str] | None = None)
     import pyarrow.parquet as pq
 
     size = must_be_regular(path)
-    with parquet_problems(path):
+    with library_problems(path):
         with pq.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
         found = {field.name: _kind(field.type) for field in schema}
@@ -45,7 +45,7 @@ def parquet_columns(path: str | Path, required: Mapping[str, str] | None = None)
 
 
 @contextmanager
-def parquet_problems(path: str | Path) -> Iterator[None]:
+def library_problems(path: str | Path) -> Iterator[None]:
     """Turn whatever polars and pyarrow raise for a damaged file into an `Unreadable`, panics included."""
     import polars
     import pyarrow as pa
