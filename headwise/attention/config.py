@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +30,16 @@ class AttentionConfig:
         return getattr(self, self.kind, None)
 
     def validate(self, *, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-        """Refuse what the chosen kind cannot do.
+        """Refuse what no kind can do with its options, and what the chosen kind cannot do.
 
         Raises:
             HeadwiseError: an unknown kind, a dropout outside [0, 1), or an unsupported combination.
         """
         supports = attention_kind(self.kind).supports
+        for kind in dataclasses.fields(self):
+            options = getattr(self, kind.name)
+            if dataclasses.is_dataclass(options):
+                options.validate_values()  # type: ignore[union-attr]
         if not 0 <= self.dropout < 1:
             raise HeadwiseError(f"model.attention.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
         if self.dropout and "dropout" not in supports:

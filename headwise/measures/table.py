@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
 
@@ -31,6 +32,10 @@ KEYS = {
     "run": "string", "step": "int64", "sample": "int64",
     "layer": "int32", "head": "int32", "token": "int32",
 }  # fmt: skip
+
+_KINDS = {"string": "text", "int64": "integer", "int32": "integer"}
+MOST = 1 << 16
+"""Layers, and heads of a layer."""
 
 MEASURES = {
     "entropy": Measure("-Σ p ln p", "nats"),
@@ -124,9 +129,33 @@ def read(folder: str | Path) -> polars.DataFrame:
     frames = []
     for part in parts:
         try:
-            frames.append(polars.read_parquet(part).cast({polars.Float16: polars.Float32}))
-        except (polars.exceptions.PolarsError, OSError) as error:
+            check_part(part)
+            with reading.library_problems(part):
+                frames.append(polars.read_parquet(part).cast({polars.Float16: polars.Float32}))
+            _refuse_places(part, frames[-1])
+        except reading.Unreadable as error:
             raise HeadwiseError(
-                f"head table part {part} is damaged ({str(error).splitlines()[0]}); delete it and run again"
+                f"head table part {part} is damaged ({error.reason}); delete it and run again"
             ) from error
     return polars.concat(frames, how="diagonal")
+
+
+def check_part(path: Path) -> dict[str, str]:
+    """The columns of one part with their kinds, from its footer.
+
+    Raises:
+        reading.Unreadable: it is no part of a head table.
+    """
+    columns = reading.parquet_columns(path, {key: _KINDS[name] for key, name in KEYS.items()})
+    for name in MEASURES:
+        if columns.get(name, "float") != "float":
+            raise reading.Unreadable(path, f"its column {name!r} is {columns[name]}, not float")
+    return columns
+
+
+def _refuse_places(path: Path, frame: polars.DataFrame) -> None:
+    """Refuse layers and heads that no model has: arrays are made of their size."""
+    for key in ("layer", "head"):
+        low, high = frame[key].min(), frame[key].max()
+        if frame[key].null_count() or (low is not None and not 0 <= int(low) <= int(high) < MOST):  # type: ignore[arg-type]
+            raise reading.Unreadable(path, f"its column {key!r} has a place below 0, above {MOST} or empty")

@@ -15,6 +15,11 @@ JSON_LIMIT = 64 * MEGABYTE
 YAML_LIMIT = MEGABYTE
 DEPTH = 64
 """Lists and mappings within each other."""
+KINDS = {
+    "array": "a list", "object": "a mapping", "str": "text", "int": "a whole number", "float": "a number",
+    "bool": "true or false", "null": "null",
+}  # fmt: skip
+"""What msgspec calls the types of plain values, in words."""
 YAML_VALUES = 200_000
 DIGITS = 40
 """Digits of the longest whole number; the FLOPs of a run have 30."""
@@ -182,4 +187,7 @@ def _place(message: str) -> str:
     place = place.removeprefix("$").removeprefix(".")
     said = re.sub(r"^Object missing required field (.+)", r"the key '\1' is missing", said)
     said = said[0].lower() + said[1:]
+    if found := re.fullmatch(r"expected (.+), got (\w+)", said):
+        wanted = " or ".join(KINDS.get(kind, kind) for kind in found[1].split(" | "))
+        said = f"expected {wanted}, got {KINDS.get(found[2], found[2])}"
     return f"{place}: {said}" if place else said

@@ -224,6 +224,8 @@ def load_weights(
             continue
         if name not in weights:
             raise HeadwiseError(f"{source} is from another configuration: it has no parameter {name}")
+        if not weights[name].is_floating_point():
+            raise HeadwiseError(f"{source} holds {name} as {weights[name].dtype}, and weights are floats")
         if weights[name].shape != parameter.shape:
             raise HeadwiseError(
                 f"{source} is from another configuration: {name} is {tuple(weights[name].shape)} there "

@@ -133,8 +133,8 @@ def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
         ("variants: {a: {overides: {}}}", "unknown key 'overides' .did you mean 'overrides'"),
         ("seeds: [0]", "no variants"),
         ("variants: {a: {}}\nseeds: [1, 1]", "a list of different ones"),
-        ("variants: {a: {}}\nseeds: 3", "a list of different ones"),
-        ("variants: {a: {seeds: [one]}}", "a list of different ones"),
+        ("variants: {a: {}}\nseeds: 3", "seeds: expected a list, got a whole number"),
+        ("variants: {a: {seeds: [one]}}", "expected a whole number, got text"),
         (
             "variants: {a: {}, b: {seeds: [0, 5]}}\nseeds: [0]",
             r"'b' has seeds \[5\] and the baseline 'a' has not",
