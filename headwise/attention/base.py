@@ -95,8 +95,9 @@ class Attention(nn.Module):
 
     Attributes:
         kind: its name, set by `@register`.
-        options: the dataclass of `model.attention.<kind>`, or None. Its `validate(n_heads=…, head_dim=…)`,
-            if it has one, refuses values that have no meaning.
+        options: the dataclass of `model.attention.<kind>`, or None. Where it has them, `validate_values()`
+            refuses values that have no meaning, whichever kind is chosen, and
+            `validate(n_heads=…, head_dim=…)` what does not go together where this one is.
         supports: names out of `FEATURES`.
         engine_family: what the engines of this kind are called before the first hyphen.
         measures: those of its own; its observations carry their values in `extra`.

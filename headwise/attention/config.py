@@ -31,12 +31,16 @@ class AttentionConfig:
         return getattr(self, self.kind, None)
 
     def validate(self, *, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-        """Refuse what the chosen kind cannot do.
+        """Refuse what no kind can do with its options, and what the chosen kind cannot do.
 
         Raises:
             HeadwiseError: an unknown kind, a dropout outside [0, 1), or an unsupported combination.
         """
         supports = attention_kind(self.kind).supports
+        for kind in dataclasses.fields(self):
+            options = getattr(self, kind.name)
+            if hasattr(options, "validate_values"):
+                options.validate_values()
         if not 0 <= self.dropout < 1:
             raise HeadwiseError(f"model.attention.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
         if self.dropout and "dropout" not in supports:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from headwise import reading
 from headwise.cli.profile import config_of, make_parser
-from headwise.errors import one_of
+from headwise.errors import HeadwiseError, one_of
 from headwise.measures.spec import CORRELATED_WITH, SOURCES, correlated, measure_of, measure_table, measures
 
 
@@ -165,10 +165,11 @@ def _shape(model: str) -> dict[str, str]:
         own = load(folder / "config.yaml").model
         return {"layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head())}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = reading.read_json(folder / "config.json", dict[str, Any])
+    except reading.Missing:
         return {}
-    config = config.get("text_config", config)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
     names = {
         "layers": ("num_hidden_layers", "n_layer"),
         "heads": ("num_attention_heads", "n_head"),
@@ -176,4 +177,7 @@ def _shape(model: str) -> dict[str, str]:
         "head_dim": ("head_dim",),
     }
     found = {label: next((config[k] for k in keys if config.get(k)), None) for label, keys in names.items()}
+    for label, value in found.items():
+        if value is not None and (type(value) is not int or not 0 < value < 1 << 20):
+            raise HeadwiseError(f"{folder / 'config.json'} has {value!r} {label}; it must be a whole number")
     return {label: str(value) for label, value in found.items() if value is not None}

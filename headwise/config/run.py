@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import yaml
-
+from headwise import reading
 from headwise.attention.kinds import KINDS, LOADED, load_plugins
 from headwise.config.training import MeasureConfig, TrainingConfig
 from headwise.data.config import DataConfig
@@ -101,7 +100,7 @@ def to_yaml(config: Config) -> str:
     for kind, options in list(attention.items()):
         if isinstance(options, dict) and kind != config.model.attention.kind and options == default[kind]:
             del attention[kind]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return reading.to_yaml(values)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -150,9 +149,24 @@ def _explanation(key: str) -> str | None:
 
 def make_parser(**kwargs: Any) -> ArgumentParser:
     """A parser of run configurations that raises instead of printing and leaving."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_loader
 
-    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+    set_loader(YAML, _load_value, exceptions=(reading.Unreadable,))
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode=YAML, **kwargs)
+
+
+YAML = "headwise"
+"""The parser's mode: YAML as `headwise.reading` reads it."""
+
+
+def _load_value(text: str) -> Any:
+    """The value of a flag or a file. `key:` and `{a, b}`, mappings to nothing, are meant as text."""
+    value = reading.parse_yaml(text)
+    if isinstance(value, dict) and value and all(inner is None for inner in value.values()):
+        bare = text.strip(" {}").replace(" ", "").split(",")
+        if text.strip() == f"{next(iter(value))}:" or set(bare) == set(value):
+            return text
+    return value
 
 
 def _plain_parser() -> ArgumentParser:
@@ -178,8 +192,8 @@ def _load_plugins_of(path: Path) -> None:
     """Import the plug-ins that a configuration file names; of a run's own file, which `config.yaml` is, only
     those that are installed."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = reading.read_yaml(path)
+    except reading.Unreadable:
         return  # the parser says what is wrong with it
     named = values.get("plugins") if isinstance(values, dict) else None
     if isinstance(named, list):
@@ -195,15 +209,14 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
     Raises:
         HeadwiseError: one line: the key or value at fault and the nearest right key.
     """
+    _check_files(list(argv))
     try:
         namespace = parser.parse_args(list(argv))
-        for path in namespace.config or []:
-            _refuse_scalar_sections(yaml.safe_load(path.read_text()) or {}, to_dict(Config()))
         namespace = parser.instantiate(namespace)
-    except UnicodeDecodeError as error:
-        raise HeadwiseError(f"--config is no text: {error}") from None
-    except (argparse.ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, OverflowError, reading.Unreadable) as error:
         raise HeadwiseError(explain(str(error), _flags(parser))) from None
+    except RecursionError:
+        raise HeadwiseError("a flag is nested too deeply to be read; give plain values") from None
     names = [f.name for f in dataclasses.fields(Config)]
     config = Config(**{name: getattr(namespace, name) for name in names})
     config.plugins = list(dict.fromkeys([*config.plugins, *LOADED]))
@@ -211,13 +224,52 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
     return config, namespace
 
 
-def _refuse_scalar_sections(values: dict[str, Any], sections: dict[str, Any], prefix: str = "") -> None:
+def _check_files(argv: Sequence[str]) -> None:
+    """Read every file that flags name for `--config` or a section, before the parser opens it.
+
+    Raises:
+        HeadwiseError: it is not a regular file, too large, or no YAML of keys and values.
+    """
+    sections = to_dict(Config())
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        value = value if equals else following
+        section = sections if name == "config" else _section(sections, name)
+        if flag.startswith("--") and section is not None and not value.lstrip().startswith("{"):
+            _check_file(Path(value), section, f"--{name}", "" if name == "config" else f"{name}.")
+
+
+def _section(sections: dict[str, Any], name: str) -> dict[str, Any] | None:
+    found: Any = sections
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _check_file(path: Path, section: dict[str, Any], flag: str, prefix: str) -> None:
+    try:
+        values = reading.read_yaml(path)
+    except reading.Missing:
+        return  # the parser tells what it looked for
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"{flag}: {error}") from error
+    if not isinstance(values, dict):
+        what = "it is empty" if values is None else f"it holds a {type(values).__name__}"
+        raise HeadwiseError(f"{flag} {path} is no YAML of keys and values: {what}")
+    _check_sections(values, section, prefix, path.parent)
+
+
+def _check_sections(values: dict[str, Any], sections: dict[str, Any], prefix: str, folder: Path) -> None:
     """Refuse `training: 5` in a file: the parser reads past it. A string names a file with the section."""
     for key, value in values.items():
         section = sections.get(key)
-        if isinstance(section, dict) and isinstance(value, dict):
-            _refuse_scalar_sections(value, section, f"{prefix}{key}.")
-        elif isinstance(section, dict) and not isinstance(value, str):
+        if not isinstance(section, dict):
+            continue
+        if isinstance(value, dict):
+            _check_sections(value, section, f"{prefix}{key}.", folder)
+        elif isinstance(value, str):
+            _check_file(folder / value, section, f"{prefix}{key}", f"{prefix}{key}.")
+        else:
             raise HeadwiseError(
                 f"{prefix}{key}: got {value}, expected keys below it, such as {next(iter(section))}"
             )

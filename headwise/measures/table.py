@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
 from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, measures
@@ -22,6 +23,11 @@ __all__ = ["KEYS", "MEASURES", "read", "read_columns", "write_part"]
 if TYPE_CHECKING:
     import polars
     import pyarrow
+
+
+_KINDS = {"string": "text", "int64": "integer", "int32": "integer"}
+MOST = 1 << 16
+"""Layers, and heads of a layer."""
 
 
 def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | str | int]) -> Path:
@@ -103,11 +109,14 @@ def read(folder: str | Path) -> polars.DataFrame:
     frames = []
     for part in parts:
         try:
-            frame = polars.read_parquet(part).rename(FORMER_NAMES, strict=False)
+            check_part(part)
+            with reading.library_problems(part):
+                frame = polars.read_parquet(part).rename(FORMER_NAMES, strict=False)
             frames.append(frame.cast({polars.Float16: polars.Float32}))
-        except (polars.exceptions.PolarsError, OSError) as error:
+            _refuse_places(part, frame)
+        except reading.Unreadable as error:
             raise HeadwiseError(
-                f"head table part {part} is damaged ({str(error).splitlines()[0]}); delete it and run again"
+                f"head table part {part} is damaged ({error.reason}); delete it and run again"
             ) from error
     return polars.concat(frames, how="diagonal")
 
@@ -118,16 +127,35 @@ def read_columns(part: str | Path, columns: Sequence[str]) -> pyarrow.Table:
     Raises:
         HeadwiseError: the part is damaged, or lacks one of them.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    part = Path(part)
     try:
-        with pq.ParquetFile(part) as file:
-            today = {FORMER_NAMES.get(name, name): name for name in file.schema_arrow.names}
-            missing = [name for name in columns if name not in today]
-            if missing:
-                raise HeadwiseError(f"{part} has no column {missing[0]!r}; delete it and run again")
+        today = {FORMER_NAMES.get(name, name): name for name in check_part(part)}
+        if missing := next((name for name in columns if name not in today), None):
+            raise reading.Unreadable(part, f"it has no column {missing!r}")
+        with reading.library_problems(part), pq.ParquetFile(part) as file:
             return file.read(columns=[today[name] for name in columns]).rename_columns(list(columns))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise HeadwiseError(f"{part} is damaged ({reason}); delete it and run again") from error
+    except reading.Unreadable as error:
+        raise error.so("delete it and run again") from error
+
+
+def check_part(path: Path) -> dict[str, str]:
+    """The columns of one part with their kinds, from its footer.
+
+    Raises:
+        reading.Unreadable: it is not a part of a head table.
+    """
+    columns = reading.parquet_columns(path, {key: _KINDS[name] for key, name in KEYS.items()})
+    for name in (*measures(), *FORMER_NAMES):
+        if columns.get(name, "float") != "float":
+            raise reading.Unreadable(path, f"its column {name!r} is {columns[name]}, not float")
+    return columns
+
+
+def _refuse_places(path: Path, frame: polars.DataFrame) -> None:
+    """Refuse layers and heads that no model has: arrays are made of their size."""
+    for key in ("layer", "head"):
+        low, high = frame[key].min(), frame[key].max()
+        if frame[key].null_count() or (low is not None and not 0 <= int(low) <= int(high) < MOST):  # type: ignore[arg-type]
+            raise reading.Unreadable(path, f"its column {key!r} has a place below 0, above {MOST} or empty")

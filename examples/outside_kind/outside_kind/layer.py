@@ -36,8 +36,8 @@ class NothingConfig:
     offset: float = 0.0
     learned: bool = True
 
-    def validate(self, *, n_heads: int, head_dim: int) -> None:
-        """Refuse what has no meaning.
+    def validate_values(self) -> None:
+        """Refuse what has no meaning, also where another kind is chosen.
 
         Raises:
             HeadwiseError: an offset that is not finite.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
-from headwise import __version__
+from headwise import __version__, reading
 from headwise.config.run import Config, load
 from headwise.data import Batch, open_data
 from headwise.data.base import Data
@@ -119,6 +119,37 @@ class Measured:
         return cls(data["kind"], losses, layers, dict(data["keys"]), data["remarks"])
 
 
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+class MeasuredMemory(TypedDict):
+    """`Measured.to_json`."""
+
+    kind: str
+    losses: dict[str, list[tuple[Share, float]]]
+    layers: dict[str, list[tuple[Share, list[Share]]]]
+    keys: list[tuple[Share, Annotated[int, Meta(ge=0, le=2**40)]]]
+    remarks: list[str]
+
+
+class Setting(TypedDict):
+    """The sequences that a run was measured on."""
+
+    seq_len: int
+    data: str
+    checksum: str
+    sequences: int
+    calibration: int | None
+
+
+class Memory(TypedDict):
+    """What a run's folder keeps of a measurement."""
+
+    asked: dict[str, Any]
+    setting: Setting
+    measured: MeasuredMemory
+
+
 class Measurable:
     """A run under some options. Its weights and its data are read when there is something to measure."""
 
@@ -165,10 +196,13 @@ class Measurable:
     @cached_property
     def _memory(self) -> dict[str, Any] | None:
         try:
-            memory = json.loads((self.path / MEMORY).read_text())
-            return memory if self.weights and memory["asked"] == self._asked else None
-        except (OSError, ValueError, LookupError, TypeError):
+            memory = reading.read_json(self.path / MEMORY, Memory)
+        except reading.Unreadable:  # it is measured again then, and the file replaced
             return None
+        known = {share for share, _ in memory["measured"]["keys"]}
+        curves = [*memory["measured"]["losses"].values(), *memory["measured"]["layers"].values()]
+        whole = bool(curves) and all(curve and {share for share, _ in curve} <= known for curve in curves)
+        return memory if whole and self.weights and memory["asked"] == self._asked else None
 
     def _measure(self) -> Measured:
         world = World(0, 1, find_device(self.options.device))

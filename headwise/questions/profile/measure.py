@@ -27,12 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import write_json, write_text
 from headwise.measures.collector import Collector
 from headwise.measures.spec import FORMER_NAMES, in_order, measure_of, wanted_measures
 from headwise.questions.profile import parts
 from headwise.questions.profile.config import TABLE_DTYPES, ProfileConfig
+from headwise.questions.profile.files import SummaryFile
 from headwise.questions.profile.parts import Block, Folders
 from headwise.questions.profile.per_head import Kept, summarise
 from headwise.watch.capture import Capture
@@ -132,7 +134,7 @@ class Profile:
         if share.rank == 0:
             self._finish(device, time.monotonic() - began, len(missing), kept, ranked)
         share.wait()
-        return _read_json(self.folders.out / "summary.json")
+        return _read_json(self.folders.out / "summary.json", SummaryFile)
 
     def _groups(self, missing: Collection[int], batch_size: int) -> list[range]:
         """Parts that run through the model together, as many as one batch holds, where any is missing.
@@ -212,8 +214,10 @@ class Profile:
                 )
             write_json(path, wanted)
         share.wait()
-        held = _read_json(path)
-        held["measures"] = in_order(FORMER_NAMES.get(name, name) for name in held.get("measures", []))
+        held = _read_json(path, dict[str, Any])
+        names = held.get("measures")
+        if isinstance(names, list):
+            held["measures"] = in_order(FORMER_NAMES.get(str(name), str(name)) for name in names)
         before, now = _flat(held), _flat(wanted)
         for key in now | before:
             if before.get(key) != now.get(key):
@@ -262,11 +266,11 @@ def _check_layers(chosen: Collection[int], n_layers: int) -> None:
             raise HeadwiseError(f"--raw-layers {layer} is not there: layers go from 0 to {n_layers - 1}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadwiseError(f"{path} cannot be read ({error}); give another --out") from error
+        return reading.read_json(path, schema)
+    except reading.Unreadable as error:
+        raise error.so("give another --out") from error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
 from headwise.measures import moments
@@ -169,20 +170,58 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
 
     names: list[str] = []
     rows = np.empty((0, 4))
-    found = []
+    found: list[Moments] = []
     for table in sorted(folders.heads.glob("*.parquet")):
         path = folders.moments / f"{table.stem}.safetensors"
         try:
+            headers, about = reading.read_tensor_headers(path)
+            _refuse_other_moments(path, headers, about, (len(rows), names) if found else None)
             with safe_open(path, "np") as file:
-                names, rows = file.metadata()["names"].split(), file.get_tensor("rows")
+                names, rows = about["names"].split(), file.get_tensor("rows")
                 names = [FORMER_NAMES.get(name, name) for name in names]
                 fields = {name: file.get_tensor(name) for name in Moments.__dataclass_fields__}
-        except (OSError, SafetensorError, KeyError) as error:
+        except (reading.Unreadable, OSError, SafetensorError, KeyError) as error:
+            reason = error.reason if isinstance(error, reading.Unreadable) else reading.first_line(error)
             raise HeadwiseError(
-                f"{path} is damaged or lost ({error}); delete {table} and run again"
+                f"{path} is damaged or lost ({reason}); delete {table} and run again"
             ) from error
         found.append(Moments(**fields))
     return names, rows, moments.merge(found)
+
+
+def _refuse_other_moments(
+    path: Path,
+    headers: dict[str, reading.TensorHeader],
+    about: dict[str, str],
+    before: tuple[int, list[str]] | None,
+) -> None:
+    """Refuse, by their headers, moments that are not of the heads and measures that this part should have."""
+    names = [FORMER_NAMES.get(name, name) for name in about.get("names", "").split()]
+    m, r = len(names), (headers["rows"].shape or (0,))[0] if "rows" in headers else 0
+    if not m or not r or before not in (None, (r, names)):
+        raise reading.Unreadable(path, "its heads or measures are not those of the other parts")
+    shapes = {
+        "rows": (r, 4), "tokens": (m, r), "mean": (m, r), "paired": (), "centre": (m, r),
+        "products": (r, m, m),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        if headers.get(name) != reading.TensorHeader("F64", shape):
+            raise reading.Unreadable(path, f"its {name} is {headers.get(name)}, expected F64 {shape}")
+
+
+def check_parts(parts: Sequence[Path], columns: Sequence[str] = ()) -> None:
+    """Refuse, by their footers, parts that are no parts of a head table with these columns.
+
+    Raises:
+        HeadwiseError: names the first.
+    """
+    for part in parts:
+        try:
+            found = head_table.check_part(part)
+            if missing := next((name for name in columns if name not in found), None):
+                raise reading.Unreadable(part, f"it has no column {missing!r}")
+        except reading.Unreadable as error:
+            raise error.so("delete it and run again") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise.errors import HeadwiseError
 from headwise.measures import moments
 from headwise.measures.spec import correlated
 from headwise.measures.table import read_columns
@@ -96,7 +97,13 @@ def _ranked(
         here = kept.get(part)
         if here is not None:
             return here[:, :, some]
-        table = read_columns(folders.heads / f"{part}.parquet", names)
+        path = folders.heads / f"{part}.parquet"
+        table = read_columns(path, names)
+        if not table.num_rows or table.num_rows % (n_heads * config.context_length):
+            raise HeadwiseError(
+                f"{path} has {table.num_rows} rows, and {n_heads} heads of {config.context_length} tokens "
+                "make others; delete it and run again"
+            )
         shape = (-1, n_heads, config.context_length)
         columns = [table[name].to_numpy().reshape(shape)[:, some, config.ignore_first :] for name in names]
         return torch.from_numpy(np.stack(columns)).to(device)
