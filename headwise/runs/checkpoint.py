@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
-from headwise.files import replacing, write_json
+from headwise.files import remove_folder, replacing, write_json
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -131,7 +128,7 @@ def prune(folder: Path, keep: int) -> None:
     kept = best(folder)
     for path in sorted(_all(folder))[:-keep]:
         if path != kept:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -203,13 +200,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))  # the library's own error hides the system's
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
 def _digest(path: Path) -> str:
