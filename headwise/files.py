@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all: written beside their place, then renamed.
 
-A draft is a hidden folder beside the place that its content will take. Its writer holds a lock on it that the
-system gives up when the writer dies, so whoever finds a draft can tell what a kill left from work in progress.
+A draft is a hidden folder beside the place that its content will take. Its writer holds a lock on it, which
+the system gives up when the writer dies: whoever finds a draft can tell what a kill left from work in progress.
 """
 
 from __future__ import annotations
@@ -86,6 +86,16 @@ def writing(path: Path) -> Iterator[None]:
         if number in NO_PLACE and _concerns(error, path):
             raise HeadwiseError(f"cannot write {path}: {os.strerror(number)}; give another place") from error
         raise
+
+
+def local(path: str | Path) -> Path:
+    """`path`, with `~` as the home folder unless a file or folder here has that very name."""
+    path = Path(path)
+    if os.path.lexists(path):
+        return path
+    with suppress(RuntimeError):  # nobody of that name has a home
+        return path.expanduser()
+    return path
 
 
 def must_be_folder(path: str | Path, flag: str = "--out") -> None:
@@ -174,7 +184,7 @@ def _lock(path: Path, work: str, *, wait: bool) -> int:
         except BlockingIOError:
             who = os.pread(descriptor, 1 << 12, 0)
             os.close(descriptor)
-            raise HeadwiseError(f"{_holder_of(who)} {work}; wait for it, or stop it") from None
+            raise HeadwiseError(f"another process {work}{_holder_of(who)}; wait for it, or stop it") from None
         except BaseException:
             os.close(descriptor)
             raise
@@ -183,9 +193,9 @@ def _lock(path: Path, work: str, *, wait: bool) -> int:
 def _holder_of(content: bytes) -> str:
     try:
         who = json.loads(content)
-        return f"process {int(who['pid'])} of {str(who['host'])[:LONGEST]}"
+        return f" (process {int(who['pid'])} of {str(who['host'])[:LONGEST]})"
     except (ValueError, LookupError, TypeError):  # it has just begun
-        return "another process"
+        return ""
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

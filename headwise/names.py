@@ -32,19 +32,23 @@ def folder_name(name: object, what: str, *, reserved: Collection[str] = ()) -> s
     return name
 
 
-def refuse_clash(names: Iterable[str], what: str) -> None:
+def refuse_clash(names: Iterable[tuple[str, str]], what: str) -> None:
     """Refuse names of which two would be one folder where case or the form of accents does not count.
+
+    Args:
+        names: each name, and what it was made of, for the message.
 
     Raises:
         HeadwiseError: names both.
     """
     seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(_same(name), name)
-        if other is not name:
+    for name, given in names:
+        if (other := seen.get(_same(name))) is not None:
             raise HeadwiseError(
-                f"{what} {_shown(other)} and {_shown(name)} would share one folder; rename one of them"
+                f"{what} {_shown(other)} and {_shown(given)} would share the folder {_shown(name)}; "
+                "rename one of them"
             )
+        seen[_same(name)] = given
 
 
 def cleaned(value: object) -> str:

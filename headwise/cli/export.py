@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headwise.cli.quiet import quiet_transformers
@@ -59,7 +58,7 @@ def _of_shards(data: DataConfig) -> str | None:
     if data.name != "shards" or data.path is None:
         return None
     try:
-        manifest = json.loads((Path(data.path).expanduser() / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((local(data.path) / MANIFEST).read_text(encoding="utf-8"))
         return str(manifest["settings"]["tokenizer"]["name"])
     except (OSError, ValueError, LookupError, TypeError):  # gone, a single file, or made elsewhere
         return None

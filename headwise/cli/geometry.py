@@ -194,7 +194,7 @@ def _dynamics(folder: Path) -> dict[str, np.ndarray]:
             f"no head table in {folder}: it holds no .parquet part; `headwise profile` makes one"
         )
     try:
-        table = polars.scan_parquet(parts, missing_columns="insert")
+        table = polars.scan_parquet(parts, missing_columns="insert", glob=False, hive_partitioning=False)
         missing = [name for name in correlation.DYNAMICS if name not in table.collect_schema()]
         if missing:
             raise HeadwiseError(f"the profile {folder} has no column {missing[0]}; profile with that measure")

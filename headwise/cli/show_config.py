@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from headwise.cli.profile import config_of, make_parser
@@ -144,7 +143,7 @@ def _table(args: argparse.Namespace, config: Any, shape: dict[str, str]) -> list
 
 def _shape(model: str) -> dict[str, str]:
     """Layers and heads, where a configuration on this machine tells them."""
-    folder = Path(model).expanduser()
+    folder = local(model)
     if (folder / "config.yaml").is_file():
         from headwise.config.run import load
 

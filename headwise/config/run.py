@@ -197,7 +197,7 @@ def load(path: str | Path) -> Config:
     Raises:
         HeadwiseError: it is missing, unreadable, or not a configuration.
     """
-    return parse(_plain_parser(), ["--config", str(path)])[0]
+    return parse(_plain_parser(), [f"--config={path}"])[0]
 
 
 def explain(message: str, keys: Sequence[str]) -> str:

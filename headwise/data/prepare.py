@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from headwise.data.documents import Document, Documents, Fields, Position, open_documents
 from headwise.data.progress import progress
@@ -28,7 +26,7 @@ from headwise.data.shards import MANIFEST, read_shard
 from headwise.data.text import files_checksum
 from headwise.data.tokenizer import Tokenizer, load_tokenizer
 from headwise.errors import HeadwiseError
-from headwise.files import replacing, write_json
+from headwise.files import alone, must_be_folder, replacing, sweep, write_json
 
 KEEP = ("CommonCrawl", "C4", "Wikipedia", "StackExchange")
 _UNFINISHED = ".unfinished.npz"
@@ -152,15 +150,22 @@ def prepare_shards(config: PrepareConfig) -> Iterator[Path]:
     )
     settings = _settings(config, tokenizer, documents)
     out = Path(config.out)
-    with _alone_in(out):
+    must_be_folder(out)
+    with alone(out / ".lock", f"prepares {str(out)!r}"):
+        sweep(out)
         if _finished(out, settings):
             return
         work = _resume(out, settings)
-        with progress("preparing", config.max_sequences, "sequences", work.written) as advance:
-            for shard, rows in _write_all(config, tokenizer, documents, settings, work):
-                advance(rows)
-                yield shard
-        _finish(config, tokenizer, settings, work)
+        try:
+            with progress("preparing", config.max_sequences, "sequences", work.written) as advance:
+                for shard, rows in _write_all(config, tokenizer, documents, settings, work):
+                    advance(rows)
+                    yield shard
+            _finish(config, tokenizer, settings, work)
+        except HeadwiseError:
+            if work.shards == 0:  # nothing was done that could be gone on with
+                (out / _UNFINISHED).unlink(missing_ok=True)
+            raise
 
 
 def _needs_sources(config: PrepareConfig) -> bool:
@@ -310,6 +315,10 @@ def _finished(out: Path, settings: dict[str, Any]) -> bool:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise HeadwiseError(f"{path} cannot be read ({error}); choose another folder") from error
+    if manifest.get("format") != 1:
+        raise HeadwiseError(
+            f"{path} has format {manifest.get('format')!r} and this headwise knows 1; choose another folder"
+        )
     _same(out, manifest.get("settings", {}), settings, "shards")
     (out / _UNFINISHED).unlink(missing_ok=True)
     return True
@@ -358,22 +367,3 @@ def _checked(path: Path, length: int, tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.pad_id is not None and (ids == tokenizer.pad_id).any():
         raise HeadwiseError(f"{path} has the padding token {tokenizer.pad_id}; delete the folder")
     return {"file": path.name, "sequences": len(ids), "sha256": files_checksum([path])}
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process alone."""
-    lock = FileLock(out / ".lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise HeadwiseError(f"another process prepares {str(out)!r}; wait for it") from error
-    except OSError as error:
-        raise HeadwiseError(
-            f"--out {str(out)!r} cannot be written ({error.strerror or error}); choose another"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -7,6 +7,7 @@ of attention cannot offer is absent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,11 @@ from headwise.files import replacing
 if TYPE_CHECKING:
     import polars
     import pyarrow
+
+
+FORMAT = 1
+"""Of a part; 0 had no number."""
+FORMAT_KEY = "headwise_format"
 
 
 class Measure(NamedTuple):
@@ -81,8 +87,9 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
             arrays.append(pa.array(values.astype(dtype, copy=False)))
             fields.append(pa.field(measure, arrays[-1].type, nullable=False))
     path = Path(folder) / f"{name}.parquet"
-    with replacing(path) as draft:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields)), draft, **_encoding(fields))
+    schema = pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT)})
+    with replacing(path) as draft, draft.open("wb") as file:  # a path may look like a URI to a library
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, **_encoding(fields))
     return path
 
 
@@ -110,6 +117,20 @@ def _encoding(fields: list[pyarrow.Field]) -> dict[str, Any]:
     }
 
 
+def refuse_newer(part: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a part that a newer headwise wrote.
+
+    Raises:
+        HeadwiseError: the format in its metadata is newer than this headwise knows.
+    """
+    number = metadata.get(FORMAT_KEY, "0")
+    if number not in [str(known) for known in range(FORMAT + 1)]:
+        raise HeadwiseError(
+            f"head table part {part} has format {number} and this headwise reads up to {FORMAT}; "
+            "upgrade headwise to use it"
+        )
+
+
 def read(folder: str | Path) -> polars.DataFrame:
     """All parts of a head table as one polars frame, measures as float32, in the order of their names.
 
@@ -124,7 +145,10 @@ def read(folder: str | Path) -> polars.DataFrame:
     frames = []
     for part in parts:
         try:
-            frames.append(polars.read_parquet(part).cast({polars.Float16: polars.Float32}))
+            with part.open("rb") as file:  # a path may look like a pattern to polars
+                refuse_newer(part, polars.read_parquet_metadata(file))
+                file.seek(0)
+                frames.append(polars.read_parquet(file).cast({polars.Float16: polars.Float32}))
         except (polars.exceptions.PolarsError, OSError) as error:
             raise HeadwiseError(
                 f"head table part {part} is damaged ({str(error).splitlines()[0]}); delete it and run again"

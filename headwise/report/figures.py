@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,9 @@ def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) 
         save(head_atlas(data, measure), title, f"atlas_{measure['name']}.png")
     for variant, (run, prompts) in maps.items():
         title = f"Attention maps of {variant}, seed {run.seed}, first prompt"
-        save(attention_maps(prompts), title, f"maps_{variant.replace('/', '_')}.png")
+        name = f"maps_{re.sub(r'[^A-Za-z0-9_.@=,+-]+', '_', variant)[:100]}"
+        taken = [other for other in made.values() if other.startswith(name)]
+        save(attention_maps(prompts), title, f"{name}.{len(taken)}.png" if taken else f"{name}.png")
     return made
 
 

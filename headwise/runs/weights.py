@@ -13,8 +13,9 @@ from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.convert import from_nanogpt
 from headwise.model.decoder import Decoder
-from headwise.runs.folder import RunFolder
+from headwise.names import hub_name, place_inside
 from headwise.runs import checkpoint
+from headwise.runs.folder import RunFolder
 
 SHARED = ("qkv", "out")
 """The parts of an attention that every kind has."""
@@ -29,6 +30,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Dec
     folder = RunFolder(Path(run))
     if not folder.holds_run():
         raise HeadwiseError(f"{run} is no run folder: it has no config.yaml")
+    folder.refuse_newer()
     config = load(folder.config)
     saved = checkpoint.load(find_checkpoint(folder))
     model = Decoder(config.model, config.data.seq_len)
@@ -169,6 +171,8 @@ def _download(source: str) -> Path:
     parts = source.removeprefix("hf://").split("/", 2)
     if len(parts) != 3:
         raise HeadwiseError(f"{source!r} is no hf://owner/name/file")
+    hub_name(f"{parts[0]}/{parts[1]}", source)
+    place_inside(Path(parts[1]), parts[2], source)
     from huggingface_hub import hf_hub_download
 
     try:

@@ -196,7 +196,8 @@ def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=list(columns))
+        with path.open("rb") as file:  # a path may look like a URI, or have names that look like columns
+            return pq.read_table(file, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise HeadwiseError(f"{path} is damaged ({reason}); delete it and run again") from error
