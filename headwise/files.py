@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all: written beside their place, then renamed.
 
 A draft is a hidden folder beside the place that its content will take. Its writer holds a lock on it, which
-the system gives up when the writer dies: whoever finds a draft can tell what a kill left from work in progress.
+the system gives up when the writer dies: so what a kill left can be told from work in progress.
 """
 
 from __future__ import annotations

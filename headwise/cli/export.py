@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from headwise.cli.quiet import quiet_transformers
 from headwise.data.config import TEXT, DataConfig
 from headwise.data.shards import MANIFEST
+from headwise.files import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

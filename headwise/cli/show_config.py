@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from headwise.cli.profile import config_of, make_parser
+from headwise.files import local
 from headwise.measures.table import MEASURES
 
 
