@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,7 +88,19 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """`config` as YAML that `parse` reads back to the same value."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the parser's YAML would read as a number and PyYAML's would not: a folder `1e3`."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        """The node of a string."""
+        style = '"' if re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -148,6 +161,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
         HeadwiseError: one line: the key or value at fault and the nearest right key.
     """
     try:
+        _refuse_nothing(argv)
         namespace = parser.parse_args(list(argv))
         for path in namespace.config or []:
             _refuse_scalar_sections(yaml.safe_load(path.read_text()) or {}, to_dict(Config()))
@@ -160,6 +174,17 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
     config = Config(**{name: getattr(namespace, name) for name in names})
     config.validate()
     return config, namespace
+
+
+def _refuse_nothing(arguments: Sequence[str]) -> None:
+    """Refuse a value that YAML reads as nothing although something is written: a folder `#x`, or `&x`."""
+    for argument in arguments:
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        if value[:1] in ("#", "&") and yaml.safe_load(value) is None:
+            raise HeadwiseError(
+                f"{argument!r} reads as nothing, for YAML takes {value[0]} as its own: "
+                f"write ./{value} if it is a file or folder"
+            )
 
 
 def _refuse_scalar_sections(values: dict[str, Any], sections: dict[str, Any], prefix: str = "") -> None:
@@ -180,8 +205,6 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         HeadwiseError: as `parse`.
     """
-    import json
-
     arguments = []
     for key, value in flatten(values):
         if key not in KEYS:
