@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headwise.cli.quiet import quiet_transformers
 from headwise.data.config import TEXT, DataConfig
 from headwise.data.shards import read_manifest
 from headwise.errors import HeadwiseError
+from headwise.files import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def _of_shards(data: DataConfig) -> str | None:
     if data.name != "shards" or data.path is None:
         return None
     try:
-        manifest = read_manifest(Path(data.path).expanduser())
+        manifest = read_manifest(local(data.path))
         return str(manifest["settings"]["tokenizer"]["name"]) if manifest else None
     except (HeadwiseError, LookupError):  # damaged, a single file, or made elsewhere
         return None

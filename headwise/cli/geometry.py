@@ -204,7 +204,7 @@ def _dynamics(folder: Path) -> dict[str, np.ndarray]:
     if missing:
         raise HeadwiseError(f"the profile {folder} has no column {missing[0]}; profile with that measure")
     with reading.library_problems(folder):
-        table = polars.scan_parquet(parts, missing_columns="insert")
+        table = polars.scan_parquet(parts, missing_columns="insert", glob=False, hive_partitioning=False)
         last = polars.col("step").max()
         means = (
             table.filter(polars.col("step").is_null() | (polars.col("step") == last))

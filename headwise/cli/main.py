@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
 from headwise.errors import HeadwiseError, did_you_mean
+from headwise.files import NO_ROOM, shortened
 
 VERBS = {
     "train": "train one model and measure its heads",
@@ -40,22 +42,58 @@ def main(argv: list[str] | None = None) -> int:
         print(f"headwise {__version__}")
         return 0
     verb, *rest = argv
+    _print_any_name()
     try:
+        _refuse_unreadable(rest)
         if verb not in VERBS:
             known = ", ".join(VERBS)
             raise HeadwiseError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; choose from {known}")
         rest = with_plugins(rest)
         module = importlib.import_module(f"headwise.cli.{verb.replace('-', '_')}")
-        return module.main(rest)
+        code: int = module.main(rest)
+        sys.stdout.flush()
+        return code
     except HeadwiseError as error:
-        print(f"headwise: {error}", file=sys.stderr)
-        return 2
+        return _say(str(error))
     except KeyboardInterrupt:
         print("headwise: stopped; what was finished is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            return _say(f"{NO_ROOM[error.errno]}; what was finished before is kept")
+        if error.filename is None:
+            raise
+        return _say(f"{shortened(str(error.filename))} cannot be used: {error.strerror}; give another")
+
+
+def _say(line: str) -> int:
+    """Print an error of the user's; returns its exit code."""
+    print(f"headwise: {line}", file=sys.stderr)
+    return 2
+
+
+def _print_any_name() -> None:
+    """Let names of files that are not UTF-8 be printed as the bytes that they are."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_unreadable(arguments: list[str]) -> None:
+    """Refuse an argument that no file of a run could record.
+
+    Raises:
+        HeadwiseError: it is not UTF-8.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            message = f"the argument {argument!r} is not UTF-8; rename the file or folder"
+            raise HeadwiseError(message) from error
 
 
 def with_plugins(argv: list[str]) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from headwise import reading
 from headwise.cli.profile import config_of, make_parser
 from headwise.errors import HeadwiseError, one_of
+from headwise.files import local
 from headwise.measures.spec import CORRELATED_WITH, SOURCES, correlated, measure_of, measure_table, measures
 
 
@@ -158,7 +158,7 @@ def _table(args: argparse.Namespace, config: Any, shape: dict[str, str]) -> list
 
 def _shape(model: str) -> dict[str, str]:
     """Layers and heads, where a configuration on this machine tells them."""
-    folder = Path(model).expanduser()
+    folder = local(model)
     if (folder / "config.yaml").is_file():
         from headwise.config.run import load
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
+from headwise.files import alone, must_be_folder, sweep
+
+LOCK = ".study.lock"
 
 
 def main(argv: list[str]) -> int:
@@ -69,25 +72,30 @@ def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ig
     from headwise.study.local import ENDED, run_all, state
     from headwise.study.plan import plan, write_plan
 
+    folder = root / study.name
+    must_be_folder(folder)
     runs = plan(study, root)
     if only_plan:
         for run in runs:
             print(f"{run.folder.path}  {run.skip or state(run)}")
         return 0
-    folder = write_plan(study, runs, root)
-    display = StudyDisplay(len(runs))
-    try:
-        complete = run_all(runs, workers=study.workers, show=display)
-    finally:
-        display.close()
-    states = [state(run) for run in runs]
-    if any(one in ENDED for one in states) or (complete and "skipped" in states):
-        paths = report.build(folder, sections=sections())
-        print("\n".join(report.conclusions(paths["json"])))
-        print(f"report: {paths['html']}\n        {paths['markdown']}")
-    elif complete:
-        reason = next((r.folder.read_status().get("reason") for r in runs if state(r) == "failed"), "")
-        raise HeadwiseError(f"no run of {folder} came to a result: {reason}")
+    with alone(folder / LOCK, f"works on the study {folder}"):
+        sweep(folder)
+        write_plan(study, runs, root)
+        display = StudyDisplay(len(runs))
+        try:
+            complete = run_all(runs, workers=study.workers, show=display)
+        finally:
+            display.close()
+        states = [state(run) for run in runs]
+        if any(one in ENDED for one in states) or (complete and "skipped" in states):
+            paths = report.build(folder, sections=sections())
+            print("\n".join(report.conclusions(paths["json"])))
+            print(f"report: {paths['html']}\n        {paths['markdown']}")
+        elif complete:
+            broken = [run for run in runs if state(run) in ("failed", "interrupted")]
+            reason = next((run.folder.read_status().get("reason") for run in broken), "")
+            raise HeadwiseError(f"no run of {folder} came to a result: {reason}")
     if not complete:
         print(f"stopped; what was done is kept. To go on: {study.command}", file=sys.stderr)
         return 130

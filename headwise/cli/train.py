@@ -52,7 +52,8 @@ def _as_it_was(argv: list[str]) -> list[str]:
     folder = RunFolder(Path(known.out))
     if not folder.holds_run():
         raise HeadwiseError(f"--out {known.out} holds no run: it has no config.yaml")
-    return ["--config", str(folder.config), *argv]
+    folder.refuse_newer()
+    return [f"--config={folder.config}", *argv]
 
 
 def _new_folder(config: Config, flags: Any) -> Path:
@@ -87,15 +88,18 @@ def _train(config: Config, *, resume: bool) -> int:
 def _conclusion(summary: dict[str, Any], config: Config) -> str:
     parts = [f"{summary['state']} after {summary['step']} steps ({summary['reason']})"]
     if summary["val_loss"] is not None:
-        parts.append(f"val loss {summary['val_loss']:.4f}")
-    if summary["val_bits_per_byte"] is not None:
-        parts.append(f"{summary['val_bits_per_byte']:.3f} bits/byte")
-    if summary["val_accuracy"] is not None:
-        parts.append(f"accuracy {summary['val_accuracy']:.1%}")
+        of_now = summary.get("val_step") in (None, summary["step"])
+        at = "" if of_now else f" at step {summary['val_step']}, the last that was evaluated"
+        parts.append(f"val loss {summary['val_loss']:.4f}{at}")
+        if of_now and summary["val_bits_per_byte"] is not None:
+            parts.append(f"{summary['val_bits_per_byte']:.3f} bits/byte")
+        if of_now and summary["val_accuracy"] is not None:
+            parts.append(f"accuracy {summary['val_accuracy']:.1%}")
     if summary["tokens_per_sec"]:
         parts.append(f"{summary['tokens_per_sec']:,.0f} tokens/s")
     line = ", ".join(parts)
-    if summary["val_loss"] is not None and summary["val_loss"] > 0.99 * summary["chance_loss"]:
+    evaluated = summary["val_loss"] is not None and summary.get("val_step") in (None, summary["step"])
+    if evaluated and summary["val_loss"] > 0.99 * summary["chance_loss"]:
         line += (
             f"\nat chance: nothing was learned (ln {summary['vocab_size']} = {summary['chance_loss']:.4f})"
         )

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -211,6 +212,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
     """
     _check_files(list(argv))
     try:
+        _refuse_nothing(argv)
         namespace = parser.parse_args(list(argv))
         namespace = parser.instantiate(namespace)
     except (argparse.ArgumentError, TypeError, ValueError, OverflowError, reading.Unreadable) as error:
@@ -222,6 +224,17 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
     config.plugins = list(dict.fromkeys([*config.plugins, *LOADED]))
     config.validate()
     return config, namespace
+
+
+def _refuse_nothing(arguments: Sequence[str]) -> None:
+    """Refuse a value that YAML reads as nothing although something is written: a folder `#x`, or `&x`."""
+    for argument in arguments:
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        if value[:1] in ("#", "&") and reading.parse_yaml(value) is None:
+            raise HeadwiseError(
+                f"{argument!r} reads as nothing, for YAML takes {value[0]} as its own: "
+                f"write ./{value} if it is a file or folder"
+            )
 
 
 def _check_files(argv: Sequence[str]) -> None:
@@ -281,8 +294,6 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         HeadwiseError: as `parse`.
     """
-    import json
-
     load_plugins(values.get("plugins") or ())
     known = keys()
     arguments = []
@@ -301,7 +312,7 @@ def load(path: str | Path) -> Config:
         HeadwiseError: it is missing, unreadable, or not a configuration.
     """
     _load_plugins_of(Path(path))
-    return parse(_plain_parser(), ["--config", str(path)])[0]
+    return parse(_plain_parser(), [f"--config={path}"])[0]
 
 
 def explain(message: str, keys: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headwise.errors import HeadwiseError, in_range, one_of
+from headwise.files import local
 
 SYNTHETIC = ("copy", "repeat", "ngram")
 TEXT = ("pystdlib", "enwik8", "text", "wikitext103")
@@ -66,7 +67,7 @@ class DataConfig:
     def cache_folder(self) -> Path:
         """Where downloads and tokenised text are kept."""
         given = self.cache or os.environ.get("HEADWISE_CACHE") or "~/.cache/headwise"
-        return Path(given).expanduser()
+        return local(given)
 
     def batch_size_at(self, length: int) -> int:
         """Sequences of `length` tokens that hold as many tokens as a batch does, at least one."""

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from headwise import reading
+from headwise.data.folders import files_of
 from headwise.data.hub import load_dataset
 from headwise.errors import HeadwiseError
+from headwise.files import local
 
 _TEXT_PIECE = 1 << 20
 _LONGEST = 64 << 20
@@ -79,12 +81,11 @@ def open_documents(
     Raises:
         HeadwiseError: there is nothing of that name.
     """
-    path = Path(source).expanduser()
+    path = local(source)
     if path.is_file():
         return Files([path], path.parent, fields)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob(pattern)) if file.is_file()]
-        files = [file for file in files if not file.name.startswith(".")]
+        files = [file for file in files_of(path, _matching(path, pattern)) if not file.name.startswith(".")]
         if not files:
             raise HeadwiseError(
                 f"the folder {source!r} has no files that fit {pattern!r}; give jsonl, parquet or text files"
@@ -95,6 +96,18 @@ def open_documents(
     if source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
         raise HeadwiseError(f"{source!r} does not exist; give a file, a folder or a dataset's name")
     return HubDataset(source, fields, dataset_config, split, streaming, cache)
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder and of those in it that fit a pattern."""
+    if ".." in Path(pattern).parts:
+        raise HeadwiseError(f"--pattern {pattern!r} leads out of the folder; give one such as *.c")
+    try:
+        return list(folder.rglob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise HeadwiseError(
+            f"--pattern {pattern!r} cannot be used ({error}); give one such as *.c"
+        ) from error
 
 
 def field(record: Any, path: str, place: str, hint: str) -> Any:
@@ -121,11 +134,23 @@ def _document(record: Any, fields: Fields, place: str, following: Position) -> D
     text = field(record, fields.text, place, hints[fields.text])
     if not isinstance(text, str):
         raise HeadwiseError(f"{place} has {type(text).__name__} instead of a text in {fields.text!r}")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in set(text)):
-        raise HeadwiseError(f"{place} has half of a character (a lone surrogate); repair or remove it")
+    _refuse_surrogate(text, place, fields.text)
     if fields.source is None:
         return Document(text, None, following)
-    return Document(text, str(field(record, fields.source, place, hints[fields.source])), following)
+    source = str(field(record, fields.source, place, hints[fields.source]))
+    _refuse_surrogate(source, place, fields.source)
+    return Document(text, source, following)
+
+
+def _refuse_surrogate(text: str, place: str, name: str) -> None:
+    """Refuse half of a character, which JSON can write (`\\ud83d`) and no UTF-8 can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise HeadwiseError(
+            f"{place} has half of a character in {name!r} (\\u{ord(text[error.start]):04x}, the character "
+            f"{error.start + 1}); repair or remove it"
+        ) from error
 
 
 class Files:
@@ -166,9 +191,10 @@ class Files:
             ) from error
 
     def _parquet(self, file: Path, skip: int) -> Iterator[dict[str, Any]]:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(file)
+        table = pq.ParquetFile(pa.OSFile(str(file)))
         names = table.schema_arrow.names
         columns = {path.split(".")[0]: hint for path, hint in self.fields.hints().items()}
         for column, hint in columns.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from headwise.errors import HeadwiseError
+from headwise.names import hub_name
 
 
 def load_dataset(path: str, otherwise: str, **options: Any) -> Any:
@@ -15,6 +17,8 @@ def load_dataset(path: str, otherwise: str, **options: Any) -> Any:
     Raises:
         HeadwiseError: `datasets` is not installed, or cannot load the data set.
     """
+    if not os.path.exists(path):
+        hub_name(path, "the dataset")
     try:
         import datasets
     except ImportError as error:
@@ -54,6 +58,8 @@ def ask_for(name: str, *files: str) -> None:
         Exception: of several libraries; it says why not.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
+
+    hub_name(name)
 
     if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         HfApi().model_info(name, timeout=20)

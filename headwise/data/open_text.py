@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from headwise.data.config import DataConfig
 from headwise.data.enwik8 import enwik8
+from headwise.data.folders import files_of, walk
 from headwise.data.stdlib import standard_library
 from headwise.data.text import (
     Text,
@@ -23,7 +23,7 @@ from headwise.data.text import (
 )
 from headwise.data.wikitext import open_wikitext
 from headwise.errors import HeadwiseError
-from headwise.files import replacing
+from headwise.files import local, replacing
 
 
 def open_text(config: DataConfig) -> Text:
@@ -40,7 +40,7 @@ def open_text(config: DataConfig) -> Text:
         whole, facts = map_bytes(enwik8(config.cache_folder)), {"files": 1}
     else:
         assert config.path is not None  # DataConfig.validate
-        whole, facts = open_path(Path(config.path).expanduser(), config.cache_folder)
+        whole, facts = open_path(local(config.path), config.cache_folder)
     return Text(split_90_5_5(whole[: config.bytes]), facts)
 
 
@@ -57,13 +57,8 @@ def open_path(path: Path, cache: Path) -> tuple[np.ndarray, dict[str, Any]]:
                 f"data.path={str(path)!r} is not text (it has a NUL byte); give a text file, unpacked"
             )
         return map_bytes(path), {"files": 1}
-    found = sorted(
-        Path(folder, name)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if not any(part.startswith(".") for part in Path(folder, name).relative_to(path).parts)
-    )
-    files = [file for file in found if file.is_file() and not is_binary(file)]
+    found = files_of(path, walk(path), cache)
+    files = [file for file in found if not is_binary(file)]
     if not files:
         raise HeadwiseError(f"data.path={str(path)!r} is a folder without text files; give another")
     names = [file.relative_to(path).as_posix() for file in files]

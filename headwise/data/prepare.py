@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
-from filelock import FileLock, Timeout
 from msgspec import Meta
 
 from headwise import reading
@@ -30,7 +28,7 @@ from headwise.data.shards import MANIFEST, read_manifest, read_shard
 from headwise.data.text import files_checksum
 from headwise.data.tokenizer import Tokenizer, load_tokenizer
 from headwise.errors import HeadwiseError
-from headwise.files import replacing, write_json
+from headwise.files import alone, must_be_folder, replacing, sweep, write_json
 
 KEEP = ("CommonCrawl", "C4", "Wikipedia", "StackExchange")
 _UNFINISHED = ".unfinished.npz"
@@ -154,15 +152,22 @@ def prepare_shards(config: PrepareConfig) -> Iterator[Path]:
     )
     settings = _settings(config, tokenizer, documents)
     out = Path(config.out)
-    with _alone_in(out):
+    must_be_folder(out)
+    with alone(out / ".lock", f"prepares {str(out)!r}"):
+        sweep(out)
         if _finished(out, settings):
             return
         work = _resume(out, settings)
-        with progress("preparing", config.max_sequences, "sequences", work.written) as advance:
-            for shard, rows in _write_all(config, tokenizer, documents, settings, work):
-                advance(rows)
-                yield shard
-        _finish(config, tokenizer, settings, work)
+        try:
+            with progress("preparing", config.max_sequences, "sequences", work.written) as advance:
+                for shard, rows in _write_all(config, tokenizer, documents, settings, work):
+                    advance(rows)
+                    yield shard
+            _finish(config, tokenizer, settings, work)
+        except HeadwiseError:
+            if work.shards == 0:  # nothing was done that could be gone on with
+                (out / _UNFINISHED).unlink(missing_ok=True)
+            raise
 
 
 def _needs_sources(config: PrepareConfig) -> bool:
@@ -308,6 +313,7 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
         with reading.Arrays.open(path) as saved:
             facts = reading.check(reading.parse_json(saved.read("facts", "u", 1).tobytes()), _Unfinished)
             waiting = saved.read("waiting", "i", 2)
+        _same(out, facts["settings"], settings, "an unfinished preparation")
         if len(waiting) != len(facts["origins"]) or waiting.shape[1] != settings["length"]:
             raise reading.Unreadable(path, f"its waiting sequences are {waiting.shape}")
         if stray := next((name for name in facts["origins"] if name not in facts["sources"]), None):
@@ -316,7 +322,6 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
         raise HeadwiseError(
             f"{path} is damaged ({error.reason}); delete the folder and start again"
         ) from error
-    _same(out, facts["settings"], settings, "an unfinished preparation")
     return _Work(
         position=tuple(facts["position"]),
         shards=facts["shards"],
@@ -379,22 +384,3 @@ def _checked(path: Path, length: int, tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.pad_id is not None and (ids == tokenizer.pad_id).any():
         raise HeadwiseError(f"{path} has the padding token {tokenizer.pad_id}; delete the folder")
     return {"file": path.name, "sequences": len(ids), "sha256": files_checksum([path])}
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process alone."""
-    lock = FileLock(out / ".lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise HeadwiseError(f"another process prepares {str(out)!r}; wait for it") from error
-    except OSError as error:
-        raise HeadwiseError(
-            f"--out {str(out)!r} cannot be written ({error.strerror or error}); choose another"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -15,10 +15,11 @@ import numpy as np
 from msgspec import Meta
 
 from headwise import reading
+from headwise.data.folders import files_of
 from headwise.data.progress import progress
 from headwise.data.text import files_checksum, only_one
 from headwise.errors import HeadwiseError
-from headwise.files import replacing, write_json
+from headwise.files import local, replacing, write_json
 
 KEYS = ("input_ids", "tokens", "ids", "arr_0")
 MANIFEST = "manifest.json"
@@ -40,10 +41,11 @@ def shard_files(path: str | Path) -> list[Path]:
     Raises:
         HeadwiseError: there is none.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if not path.exists():
         raise HeadwiseError(f"shards {str(path)!r} do not exist; give an .npz file or a folder of them")
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    files = files_of(path, path.glob("*.npz")) if path.is_dir() else [path]
+    files = [file for file in files if not (path.is_dir() and file.name.startswith("."))]
     if not files:
         raise HeadwiseError(
             f"the folder {str(path)!r} has no .npz shards; `headwise data prepare` makes them"

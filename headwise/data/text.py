@@ -8,18 +8,19 @@ the same validation text.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from headwise import reading
 from headwise.errors import HeadwiseError
+from headwise.files import alone
 
 _BLOCK = 1 << 20
 
@@ -42,7 +43,7 @@ class Text:
 
 def file_facts(names: list[str]) -> dict[str, Any]:
     """The number of files and a checksum of their list."""
-    return {"files": len(names), "files_checksum": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    return {"files": len(names), "files_checksum": hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()}
 
 
 def map_bytes(path: Path) -> np.ndarray:
@@ -96,16 +97,12 @@ def only_one(target: Path) -> Iterator[None]:
     Raises:
         HeadwiseError: the cache cannot be written.
     """
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise HeadwiseError(
-            f"the cache {target.parent} cannot be written ({error.strerror or error}); "
-            "set data.cache or HEADWISE_CACHE to a folder that can"
-        ) from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone(target.with_name(f".{target.name}.lock"), "fills the cache", wait=True))
+        except (HeadwiseError, OSError) as error:
+            raise HeadwiseError(
+                f"the cache {target.parent} cannot be written ({getattr(error, 'strerror', None) or error}); "
+                "set data.cache or HEADWISE_CACHE to a folder that can"
+            ) from error
         yield
-    finally:
-        lock.release()

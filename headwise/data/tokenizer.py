@@ -15,7 +15,7 @@ from headwise.data.hub import ask_for
 from headwise.data.progress import progress
 from headwise.data.text import Text, character_start, only_one
 from headwise.errors import HeadwiseError, in_range
-from headwise.files import replacing, write_json
+from headwise.files import local, replacing, write_json
 
 LIMIT = 256 << 20
 """Bytes of a tokenizer.json."""
@@ -115,7 +115,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
-    path = Path(name).expanduser()
+    path = local(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         return _from_file(name, file)
@@ -179,12 +179,13 @@ def tokenised(text: Text, tokenizer: Tokenizer, cache: Path) -> tuple[dict[str, 
     """The splits of `text` as mapped token ids, and how many bytes of it each split holds.
 
     Tokenised in pieces, so memory stays small, and once: the cache's key is the checksum of text
-    and tokenizer.
+    and tokenizer, and where the text is split.
 
     Raises:
         HeadwiseError: the text is not UTF-8.
     """
-    key = hashlib.sha256(f"{text.checksum} {tokenizer.checksum} {_PIECE}".encode()).hexdigest()
+    splits_at = [(split, len(part)) for split, part in text.splits.items()]
+    key = hashlib.sha256(f"{text.checksum} {tokenizer.checksum} {_PIECE} {splits_at}".encode()).hexdigest()
     folder = cache / "tokens" / key[:32]
     with only_one(folder):
         if not folder.exists():

@@ -17,6 +17,7 @@ import numpy as np
 
 from headwise import reading
 from headwise.data.config import DataConfig
+from headwise.data.folders import files_of
 from headwise.data.hub import load_dataset
 from headwise.data.text import (
     Text,
@@ -28,7 +29,7 @@ from headwise.data.text import (
     split_90_5_5,
 )
 from headwise.errors import HeadwiseError
-from headwise.files import replacing
+from headwise.files import local, replacing
 
 HUB_NAME, HUB_CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 _SPLIT_NAMES = {"train": "train", "valid": "val", "validation": "val", "val": "val", "test": "test"}
@@ -44,7 +45,7 @@ def open_wikitext(config: DataConfig) -> Text:
         splits = _from_hub(config.cache_folder)
         facts: dict[str, object] = {"hub": f"{HUB_NAME}/{HUB_CONFIG}"}
     else:
-        files = _files(Path(config.path).expanduser())
+        files = _files(local(config.path), config.cache_folder)
         facts = file_facts([file.name for file in files])
         splits = _from_files(files, config.cache_folder)
     keep = character_start(splits["train"], int(len(splits["train"]) * config.fraction))
@@ -52,8 +53,8 @@ def open_wikitext(config: DataConfig) -> Text:
     return Text(splits, {**facts, "fraction": config.fraction})
 
 
-def _files(path: Path) -> list[Path]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+def _files(path: Path, cache: Path) -> list[Path]:
+    files = files_of(path, path.rglob("*"), cache) if path.is_dir() else [path]
     files = [file for file in files if file.is_file() and not file.name.startswith(".")]
     files = [file for file in files if file.suffix == ".parquet"] or files
     if not files or not path.exists():
@@ -96,7 +97,7 @@ def parquet_column(file: Path, column: str) -> Iterator[str]:
 
     try:
         reading.must_be_regular(file)
-        table = pq.ParquetFile(file)
+        table = pq.ParquetFile(pa.OSFile(str(file)))
         if column not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise HeadwiseError(f"{file} has no column {column!r}; it has {names}")

@@ -7,7 +7,7 @@ of attention cannot offer is absent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import polars
     import pyarrow
 
+
+FORMAT = 1
+"""Of a part; 0 had no number."""
+FORMAT_KEY = "headwise_format"
 
 _KINDS = {"string": "text", "int64": "integer", "int32": "integer"}
 MOST = 1 << 16
@@ -64,8 +68,9 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
             arrays.append(pa.array(values.astype(dtype, copy=False)))
             fields.append(pa.field(measure, arrays[-1].type, nullable=False))
     path = Path(folder) / f"{name}.parquet"
-    with replacing(path) as draft:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields)), draft, **_encoding(fields))
+    schema = pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT)})
+    with replacing(path) as draft, draft.open("wb") as file:  # a path may look like a URI to a library
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, **_encoding(fields))
     return path
 
 
@@ -93,6 +98,20 @@ def _encoding(fields: list[pyarrow.Field]) -> dict[str, Any]:
     }
 
 
+def refuse_newer(part: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a part that a newer headwise wrote.
+
+    Raises:
+        HeadwiseError: the format in its metadata is newer than this headwise knows.
+    """
+    number = metadata.get(FORMAT_KEY, "0")
+    if number not in [str(known) for known in range(FORMAT + 1)]:
+        raise HeadwiseError(
+            f"head table part {part} has format {number} and this headwise reads up to {FORMAT}; "
+            "upgrade headwise to use it"
+        )
+
+
 def read(folder: str | Path) -> polars.DataFrame:
     """All parts of a head table as one polars frame, measures as float32, in the order of their names.
 
@@ -110,8 +129,10 @@ def read(folder: str | Path) -> polars.DataFrame:
     for part in parts:
         try:
             check_part(part)
-            with reading.library_problems(part):
-                frame = polars.read_parquet(part).rename(FORMER_NAMES, strict=False)
+            with reading.library_problems(part), part.open("rb") as file:  # a path may look like a pattern
+                refuse_newer(part, polars.read_parquet_metadata(file))
+                file.seek(0)
+                frame = polars.read_parquet(file).rename(FORMER_NAMES, strict=False)
             frames.append(frame.cast({polars.Float16: polars.Float32}))
             _refuse_places(part, frame)
         except reading.Unreadable as error:
@@ -134,7 +155,7 @@ def read_columns(part: str | Path, columns: Sequence[str]) -> pyarrow.Table:
         today = {FORMER_NAMES.get(name, name): name for name in check_part(part)}
         if missing := next((name for name in columns if name not in today), None):
             raise reading.Unreadable(part, f"it has no column {missing!r}")
-        with reading.library_problems(part), pq.ParquetFile(part) as file:
+        with reading.library_problems(part), part.open("rb") as raw, pq.ParquetFile(raw) as file:
             return file.read(columns=[today[name] for name in columns]).rename_columns(list(columns))
     except reading.Unreadable as error:
         raise error.so("delete it and run again") from error

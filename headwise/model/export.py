@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headwise.attention import KINDS, Attention
 from headwise.errors import HeadwiseError
-from headwise.files import replacing
+from headwise.files import local, replacing
 from headwise.model.config import ModelConfig
 from headwise.model.convert import NANOGPT
 from headwise.model.decoder import Decoder
@@ -58,7 +58,7 @@ def export(
     Raises:
         HeadwiseError: the setting that no architecture expresses, a folder that is taken, or a full disk.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = local(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise HeadwiseError(f"{folder} exists and is not an empty folder; give another --out")
     from transformers import GenerationConfig
@@ -242,7 +242,7 @@ def local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of that path or name as far as it is on this machine; else None."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = Path(name).expanduser()
+    path = local(name)
     if path.is_file() and path.name != "tokenizer.json":
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     folder = path.parent if path.is_file() else path

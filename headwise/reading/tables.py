@@ -29,7 +29,7 @@ def parquet_columns(path: str | Path, required: Mapping[str, str] | None = None)
 
     size = must_be_regular(path)
     with library_problems(path):
-        with pq.ParquetFile(path) as file:
+        with open(path, "rb") as raw, pq.ParquetFile(raw) as file:  # a path may look like a URI
             rows, schema = file.metadata.num_rows, file.schema_arrow
         found = {field.name: _kind(field.type) for field in schema}
         if len(found) < len(schema):

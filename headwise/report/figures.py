@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,9 @@ def draw(
         save(head_atlas(data, measure), title, f"atlas_{measure['name']}.png")
     for variant, (run, prompts) in maps.items():
         title = f"Attention maps of {variant}, seed {run.seed}, first prompt"
-        save(attention_maps(prompts), title, f"maps_{variant.replace('/', '_')}.png")
+        name = f"maps_{re.sub(r'[^A-Za-z0-9_.@=,+-]+', '_', variant)[:100]}"
+        taken = [other for other in made.values() if other.startswith(name)]
+        save(attention_maps(prompts), title, f"{name}.{len(taken)}.png" if taken else f"{name}.png")
     return made
 
 

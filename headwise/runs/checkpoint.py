@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 
 from headwise import reading
 from headwise.errors import HeadwiseError
-from headwise.files import replacing, write_json
+from headwise.files import remove_folder, replacing, write_json
 from headwise.runs.schemas import Best, CheckpointState, Manifest
 
 FORMAT = 1
@@ -173,7 +170,7 @@ def prune(folder: Path, keep: int) -> None:
     kept = best(folder)
     for path in sorted(_all(folder))[:-keep]:
         if path != kept:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -257,13 +254,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))  # the library's own error hides the system's
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
 def _digest(path: Path) -> str:

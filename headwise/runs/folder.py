@@ -1,12 +1,18 @@
 """The run folder: everything a run leaves behind, found and read without a server or a registry.
 
 config.yaml env.json metrics.csv heads/ maps/ checkpoints/step_<n>/ status.json summary.json log.txt
+
+status.json and summary.json carry the number of the format; a folder without one is of format 0. Older
+formats are read whole and resumed: a column of metrics.csv that did not exist is empty. Newer ones are left
+alone.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -17,9 +23,21 @@ from typing import Any, TextIO
 
 from headwise import reading
 from headwise.errors import HeadwiseError
-from headwise.files import refuse_full_disk, replacing, sweep, write_json, write_text
+from headwise.files import (
+    is_draft,
+    no_folder,
+    replacing,
+    shortened,
+    sweep,
+    write_json,
+    write_text,
+    writing,
+)
 from headwise.reading.csvfile import LIMIT as CSV_LIMIT
 from headwise.runs.schemas import Environment, Status, Summary
+
+FORMAT = 1
+"""Of the files of a run folder and of a study's plan; 0 had no number."""
 
 STATES = (
     "planned", "running", "interrupted", "finished", "failed", "timed_out", "diverged", "skipped",
@@ -35,6 +53,11 @@ METRICS = (
     "penalty",
 )  # fmt: skip
 """Columns of metrics.csv; a value that does not apply is empty."""
+
+_LONGEST_LINE = 1 << 16
+
+BEGINNING = ("status.json", "log.txt")
+"""Files that a run may leave when it ends before its config.yaml is in place."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +108,33 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
-        return self.config.exists()
+        return os.path.exists(self.config)  # a name that is too long holds none
 
     def refuse_taken(self) -> None:
-        """Refuse to start a run here when something else is.
+        """Refuse to start a run here when something else is; what a run left that ended at once is taken up.
 
         Raises:
-            HeadwiseError: the folder holds another run or other files.
+            HeadwiseError: the folder cannot be one, or holds another run or other files.
         """
         if self.holds_run():
             raise HeadwiseError(
                 f"{self.path} holds another run; pass --resume to continue it, or another --out"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if os.path.lexists(self.path) and not self.path.is_dir():
             raise HeadwiseError(f"{self.path} exists and is no run folder; pass another --out")
+        if reason := no_folder(self.path):
+            raise HeadwiseError(f"cannot write to --out {shortened(self.path)}: {reason}; pass another --out")
+        if not self.path.is_dir():
+            return
+        if not self._only(*BEGINNING, drafts=True):
+            raise HeadwiseError(f"{self.path} exists and is no run folder; pass another --out")
+        sweep(self.path)
+        if not self._only(*BEGINNING) or state_of(self.read_status()) == "running":
+            raise HeadwiseError(f"another process is starting a run in {self.path}; pass another --out")
+
+    def _only(self, *names: str, drafts: bool = False) -> bool:
+        """Whether nothing but these files lies in the folder."""
+        return all(name in names or (drafts and is_draft(name)) for name in os.listdir(self.path))
 
     def start(self, config_yaml: str) -> None:
         """Claim the folder for a run.
@@ -111,6 +147,20 @@ class RunFolder:
             write_text(self.config, config_yaml)
         except OSError as error:
             raise HeadwiseError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
+    def refuse_newer(self) -> None:
+        """Refuse a folder that a newer headwise wrote, before anything in it is changed.
+
+        Raises:
+            HeadwiseError: its format is newer than this headwise knows.
+        """
+        for path in (self.path / "status.json", self.summary):
+            try:
+                values = reading.read_json(path)
+            except reading.Unreadable:  # told of by whoever needs them
+                continue
+            if reason := newer(values):
+                raise HeadwiseError(f"{path} {reason}")
 
     def read_status(self) -> dict[str, Any]:
         """status.json as it stands, or `{"state": "planned"}`.
@@ -131,6 +181,7 @@ class RunFolder:
             raise ValueError(f"{state!r} is not one of {STATES}")
         status = self.read_status() | {
             "state": state, "pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time(),
+            "format": FORMAT,
         }  # fmt: skip
         write_json(self.path / "status.json", status | values)
 
@@ -152,46 +203,92 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the last file of a run."""
-        write_json(self.summary, summary)
+        write_json(self.summary, summary | {"format": FORMAT})
 
     def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows to metrics.csv in one write.
+        """Append rows to metrics.csv in one write; a file with fewer columns gets the others first.
 
         Raises:
-            HeadwiseError: the disk is full.
+            HeadwiseError: the disk is full, or the file is damaged.
         """
-        fresh = not self.metrics.exists()
+        fresh = not self.metrics.exists() or self.metrics.stat().st_size == 0
+        if not fresh and not set(METRICS) <= set(self._columns()):
+            self._rewrite(self.read_metrics())
         with _appending(self.metrics) as file:
-            writer = csv.DictWriter(file, METRICS)
+            writer = csv.DictWriter(file, METRICS if fresh else self._columns())
             if fresh:
                 writer.writeheader()
             for row in rows:
                 writer.writerow({k: "" if v is None else v for k, v in row.items()})
 
     def read_metrics(self) -> list[dict[str, str]]:
-        """The whole rows of metrics.csv; a last line that a kill cut short is left out."""
+        """The rows of metrics.csv, `METRICS` first; a column that the file does not have is empty.
+
+        A last line that a kill cut short is left out.
+
+        Raises:
+            HeadwiseError: a line cannot be read; names it.
+        """
         try:
             text = reading.read_text(self.metrics, limit=CSV_LIMIT)
         except reading.Missing:
             return []
+        except reading.Unreadable as error:
+            raise error.so("it was left as it is") from error
         whole = text[: text.rfind("\n") + 1]
         try:
-            return [row for row in csv.DictReader(whole.splitlines()) if _whole(row)]
+            lines = list(csv.reader(io.StringIO(whole, newline="")))
         except csv.Error as error:
-            raise reading.Unreadable(self.metrics, f"it is no CSV: {error}") from error
+            raise HeadwiseError(f"{self.metrics} is no CSV ({error}); it was left as it is") from error
+        if not lines and text and not re.fullmatch(r"s|st|ste|step[a-z_,]*", text):
+            raise self._damaged(1, "it does not begin with the column step")
+        if not lines:
+            return []
+        columns = lines[0]
+        if not {"step", "split"} <= set(columns) or len(set(columns)) < len(columns):
+            raise self._damaged(1, "it does not name the columns step, split and others, each once")
+        for number, line in enumerate(lines[1:], 2):
+            if len(line) != len(columns):
+                raise self._damaged(number, f"it has {len(line)} cells for {len(columns)} columns")
+            if not re.fullmatch(r"[0-9]{1,18}", line[columns.index("step")]):
+                raise self._damaged(number, "its step is not a number")
+        known = dict.fromkeys(METRICS, "")
+        return [known | dict(zip(columns, line, strict=True)) for line in lines[1:]]
+
+    def _damaged(self, number: int, reason: str) -> HeadwiseError:
+        return HeadwiseError(
+            f"{self.metrics} is damaged in line {number}: {reason}; mend or delete the line "
+            "(nothing was changed)"
+        )
+
+    def _columns(self) -> list[str]:
+        """The columns that metrics.csv names; none where a kill cut its first line short."""
+        with self.metrics.open(newline="", encoding="utf-8", errors="replace") as file:
+            line = file.readline(_LONGEST_LINE)
+        return next(csv.reader([line])) if line.endswith("\n") else []
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        """Replace metrics.csv."""
+        columns = list(rows[0]) if rows else list(METRICS)
+        with replacing(self.metrics) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
     def drop_after(self, step: int) -> None:
-        """Forget what was measured after `step`, and what a killed process left; before a resume."""
+        """Forget what was measured after `step`, and what a killed process left; before a resume.
+
+        Raises:
+            HeadwiseError: a newer headwise wrote the folder, or metrics.csv is damaged; nothing is changed.
+        """
+        self.refuse_newer()
+        rows = [row for row in self.read_metrics() if int(row["step"]) <= step]
         sweep(self.path)
         if self.metrics.exists():
-            rows = [row for row in self.read_metrics() if int(row["step"]) <= step]
-            with replacing(self.metrics) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, METRICS)
-                writer.writeheader()
-                writer.writerows(rows)
+            self._rewrite(rows)
         for part in [*self.heads.glob("step_*.parquet"), *self.maps.glob("step_*.npz")]:
-            number = part.stem.removeprefix("step_").split("-")[0]
-            if _is_step(number) and int(number) > step:
+            number = re.match(r"step_([0-9]+)", part.name)
+            if number and int(number[1]) > step:
                 part.unlink()
         self.summary.unlink(missing_ok=True)
 
@@ -208,10 +305,9 @@ class RunFolder:
 @contextmanager
 def _appending(path: Path) -> Iterator[TextIO]:
     try:
-        with path.open("a", newline="", encoding="utf-8") as file:
+        with writing(path), path.open("a", newline="", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        refuse_full_disk(path, error)
         raise HeadwiseError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -224,12 +320,12 @@ def _read_json(path: Path, schema: Any) -> dict[str, Any]:
         raise error.so("delete it and run again") from error
 
 
-def _whole(row: dict[str, Any]) -> bool:
-    return all(isinstance(row.get(column), str) for column in METRICS) and _is_step(row["step"])
-
-
-def _is_step(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 20
+def newer(values: Any) -> str | None:
+    """Why values of a run's or a study's file are left alone: a newer headwise wrote them; else None."""
+    number = values.get("format", 0) if isinstance(values, dict) else 0
+    if number in range(FORMAT + 1) and not isinstance(number, bool):
+        return None
+    return f"has format {number!r} and this headwise reads up to {FORMAT}; upgrade headwise to use it"
 
 
 def state_of(status: dict[str, Any]) -> str:

@@ -20,8 +20,9 @@ import numpy as np
 
 from headwise import reading
 from headwise.errors import HeadwiseError
+from headwise.names import place_inside
 from headwise.reading.csvfile import LIMIT as CSV_LIMIT
-from headwise.runs.folder import STALE_S, STATES, state_of
+from headwise.runs.folder import STALE_S, STATES, newer, state_of
 from headwise.runs.schemas import Environment, RunConfig, Status, StudyPlan, Summary
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ class Run:
                 getattr(self, name)
             except Unreadable as error:
                 return str(error)
+        for name in ("status", "summary"):
+            if reason := newer(getattr(self, name)):
+                return f"{name}.json {reason}"
         if self.status.get("state") == "finished" and not self.summary:
             return "unreadable summary.json: it is missing although the run finished"
         return None
@@ -144,9 +148,12 @@ class Run:
 
     def _from_summary(self, name: str) -> Any:
         try:
-            return self.summary.get(name)
+            summary = self.summary
         except Unreadable:
             return None
+        if name.startswith("val_") and summary.get("val_step") not in (None, summary.get("step")):
+            return None  # of a step before the last: not what the run came to
+        return summary.get(name)
 
     def _from_folder(self, name: str) -> Any:
         if name == "seed":
@@ -215,14 +222,21 @@ class Study:
             raise HeadwiseError(f"no folder {str(path)!r}: give a study folder or a run folder")
         if (path / "study.yaml").is_file():
             try:
-                plan = _yaml(path / "study.yaml", StudyPlan)
+                plan = read_plan(path)
             except Unreadable as error:
                 raise HeadwiseError(f"{path}: {error}") from error
+            if reason := newer(plan):
+                raise HeadwiseError(f"{path / 'study.yaml'} {reason}")
             return cls(path, plan, list(_planned_runs(path, plan)))
         runs = find_runs(path)
         if not runs:
             raise HeadwiseError(f"no runs below {str(path)!r}: a run is a folder with a status.json")
         return _study_of(path, runs)
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """`study.yaml` of a study's folder; empty where there is none. Raises `Unreadable`."""
+    return _yaml(folder / "study.yaml", StudyPlan)
 
 
 def find_runs(root: str | Path) -> list[Run]:
@@ -240,9 +254,11 @@ def find_runs(root: str | Path) -> list[Run]:
 def _planned_runs(path: Path, plan: dict[str, Any]) -> Iterator[Run]:
     for variant, details in (plan.get("variants") or {}).items():
         seeds = (details or {}).get("seeds") or plan.get("seeds") or []
+        home = place_inside(path, variant, f"{path / 'study.yaml'}")
         for seed in seeds:
-            yield Run(path / variant / f"seed_{seed}", variant, seed, details)
-        for folder in sorted((path / variant).glob("seed_*")):
+            place_inside(home, f"seed_{seed}", f"{path / 'study.yaml'}")
+            yield Run(home / f"seed_{seed}", variant, seed, details)
+        for folder in sorted(home.glob("seed_*")):
             if _int(folder.name.removeprefix("seed_")) not in seeds and _is_run(folder):
                 yield Run(folder, variant, None, details)
 

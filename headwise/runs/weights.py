@@ -13,6 +13,7 @@ from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.convert import from_nanogpt
 from headwise.model.decoder import Decoder
+from headwise.names import hub_name, place_inside
 from headwise.runs import checkpoint
 from headwise.runs.folder import RunFolder
 
@@ -29,6 +30,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Dec
     folder = RunFolder(Path(run))
     if not folder.holds_run():
         raise HeadwiseError(f"{run} is no run folder: it has no config.yaml")
+    folder.refuse_newer()
     config = load(folder.config)
     saved = checkpoint.load(find_checkpoint(folder))
     least, held = config.model.least_parameters(), sum(tensor.numel() for tensor in saved.model.values())
@@ -182,6 +184,8 @@ def _download(source: str) -> Path:
     parts = source.removeprefix("hf://").split("/", 2)
     if len(parts) != 3:
         raise HeadwiseError(f"{source!r} is no hf://owner/name/file")
+    hub_name(f"{parts[0]}/{parts[1]}", source)
+    place_inside(Path(parts[1]), parts[2], source)
     from huggingface_hub import hf_hub_download
 
     try:

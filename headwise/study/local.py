@@ -59,14 +59,16 @@ def run_all(
     active: list[_Worker] = []
     try:
         while waiting or active:
-            while waiting and len(active) < workers:
+            while len(active) < workers and (run := _next(waiting)):
                 taken = [worker.gpu for worker in active]
                 gpu = min(gpus, key=taken.count) if gpus else None
-                active.append(_start(context, waiting.pop(0), threads, gpu))
+                active.append(_start(context, run, threads, gpu))
             active = [worker for worker in active if not _ended(worker)]
             show(runs)
             if active:
                 active[0].process.join(POLL_S)
+            elif waiting:
+                time.sleep(POLL_S)
         return True
     except KeyboardInterrupt:
         for worker in active:
@@ -80,6 +82,20 @@ def run_all(
                 worker.process.kill()
                 worker.process.join()
         show(runs)
+
+
+def _next(waiting: list[PlannedRun]) -> PlannedRun | None:
+    """Take the next run that has not ended and that no other process runs just now; None where there is none.
+
+    Others are those of a study that was killed: they finish their step, save, and leave the run interrupted.
+    """
+    for run in list(waiting):
+        now = state(run)
+        if now != "running":
+            waiting.remove(run)
+            if now not in ENDED:
+                return run
+    return None
 
 
 def state(run: PlannedRun) -> str:
@@ -126,8 +142,12 @@ def _ended(worker: _Worker) -> bool:
         return False
     worker.process.join()
     worker.pipe.close()
-    if state(worker.run) not in (*ENDED, "failed", "interrupted"):
-        worker.run.folder.write_status("failed", reason=f"its process ended with {worker.process.exitcode}")
+    code, now = worker.process.exitcode or 0, state(worker.run)
+    if code < 0 and now not in ENDED:
+        reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
+        worker.run.folder.write_status("interrupted", reason=reason)
+    elif now not in (*ENDED, "failed", "interrupted"):
+        worker.run.folder.write_status("failed", reason=f"its process ended with {code}")
     return True
 
 

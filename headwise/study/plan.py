@@ -37,7 +37,9 @@ from headwise.errors import HeadwiseError, did_you_mean, in_range, one_of
 from headwise.files import write_text
 from headwise.model.count import parameters_by_part
 from headwise.model.decoder import Decoder
-from headwise.runs.folder import RunFolder
+from headwise.names import cleaned, folder_name, refuse_clash
+from headwise.runs.folder import FORMAT, RunFolder, newer
+from headwise.runs.read import Unreadable, read_plan
 from headwise.training.distributed import find_device
 from headwise.training.run import SAME_RUN, refuse_device
 
@@ -45,6 +47,11 @@ BUDGETS = {"flops": "max_flops", "steps": "max_steps", "tokens": "max_tokens"}
 MOST_RUNS = 10_000
 MATCHED = 0.02
 """Parameters within this share of the baseline's count as equal."""
+OWN = (
+    "study.yaml", "report.md", "report.html", "report.json", "figures", "config.yaml", "env.json",
+    "status.json", "summary.json", "metrics.csv", "log.txt", "heads", "maps", "checkpoints", "eval.json",
+)  # fmt: skip
+"""Names that mean something in the folder of a study or of a run: no variant is called so."""
 
 
 @dataclass
@@ -112,8 +119,12 @@ class Study:
         Raises:
             HeadwiseError: one line with the value received and what to do.
         """
+        folder_name(self.name, "study")
         if not self.variants:
             raise HeadwiseError(f"study {self.name!r} has no variants")
+        for name in self.variants:
+            _variant_name(name)
+        refuse_clash(zip(self.variants, self.variants, strict=True), "variants")
         self.baseline = self.baseline or next(iter(self.variants))
         one_of("baseline", self.baseline, self.variants)
         for name in self.variants:
@@ -185,6 +196,13 @@ class PlannedRun:
         """Where it runs."""
         assert self.config.out is not None
         return RunFolder(Path(self.config.out))
+
+
+def _variant_name(name: str) -> None:
+    folder_name(name, "variant", reserved=OWN)
+    if "@" in name or name.lower().startswith("seed_"):
+        reason = "@ comes before an axis's value" if "@" in name else "runs are in folders seed_<n>"
+        raise HeadwiseError(f"variant {name!r} cannot name a folder: {reason}; choose another name")
 
 
 def read_study(path: str | Path) -> Study:
@@ -309,7 +327,12 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
         HeadwiseError: a configuration that cannot be, or a folder that holds another one.
     """
     device = find_device(study.device)
-    configs = {name: _configure(study, values) for name, values in _variants(study)}
+    refuse_newer_plan(root / study.name)
+    refuse_clash(((name, given) for name, given, _ in _variants(study)), "variants")
+    configs = {
+        folder_name(name, "variant", reserved=OWN): _configure(study, values)
+        for name, _, values in _variants(study)
+    }
     if study.match_parameters:
         baseline = configs[next(name for name in configs if _origin(name) == study.baseline)]
         configs = {name: match_parameters(config, baseline) for name, config in configs.items()}
@@ -332,16 +355,18 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
     return runs
 
 
-def _variants(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and dotted values of every variant at every combination of the axes."""
+def _variants(study: Study) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, what it was made of, and dotted values of every variant at every combination of the axes."""
     combinations = [
         list(zip(study.axes, values, strict=True)) for values in itertools.product(*study.axes.values())
     ]
     for name, variant in study.variants.items():
         for combination in combinations:
-            suffix = "".join(f"@{key.rpartition('.')[2]}={value}" for key, value in combination)
+            axes = [(key.rpartition(".")[2], value) for key, value in combination]
+            suffix = "".join(f"@{key}={cleaned(value)}" for key, value in axes)
+            given = "".join(f"@{key}={value!r}" for key, value in axes)
             overrides = {"expected_engine": variant.expected_engine} | variant.overrides | dict(combination)
-            yield name + suffix, overrides
+            yield name + suffix, name + given, overrides
 
 
 def _origin(name: str) -> str:
@@ -385,9 +410,24 @@ def match_parameters(config: Config, baseline: Config) -> Config:
     return at(max(1, round(1 + (wanted - count_parameters(at(1))) / per_unit)))
 
 
+def refuse_newer_plan(folder: Path) -> None:
+    """Refuse a study's folder whose plan a newer headwise wrote.
+
+    Raises:
+        HeadwiseError: that is so; the folder is left as it is.
+    """
+    try:
+        reason = newer(read_plan(folder))
+    except Unreadable:  # an earlier plan that is damaged is replaced
+        return
+    if reason:
+        raise HeadwiseError(f"{folder / 'study.yaml'} {reason}")
+
+
 def _refuse_other(run: PlannedRun) -> None:
     if not run.folder.holds_run():
         return
+    run.folder.refuse_newer()
     before, now = (dict(flatten(to_dict(c))) for c in (load(run.folder.config), run.config))
     for key, value in before.items():
         if key in SAME_RUN or key == "model.vocab_size" or now[key] == value:
@@ -428,6 +468,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
         "baseline": baseline,
         "variants": variants,
         "device": str(find_device(study.device)),
+        "format": FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     folder = root / study.name

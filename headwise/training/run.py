@@ -224,6 +224,7 @@ def summarise(trainer: Trainer, state: str, reason: str, about: dict[str, Any]) 
         **trainer.telemetry.speed(),
         "data_wait": trainer.telemetry.totals()["data_wait"],
         "wall_s": trainer.telemetry.trained_s,
+        "val_step": trainer.evaluated_at,
         "val_loss": last.loss if last else None,
         "val_bits_per_byte": last.bits_per_byte if last else None,
         "val_perplexity": last.perplexity if last else None,
@@ -257,6 +258,7 @@ def summarise(trainer: Trainer, state: str, reason: str, about: dict[str, Any]) 
 def _refuse_running(folder: RunFolder) -> None:
     if not folder.holds_run():
         raise HeadwiseError(f"{folder.path} holds no run to resume; leave --resume out to start one there")
+    folder.refuse_newer()
     status = folder.read_status()
     if state_of(status) == "running" and status["pid"] != os.getpid():  # a restarted container reuses ids
         raise HeadwiseError(

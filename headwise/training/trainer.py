@@ -93,6 +93,11 @@ class Trainer:
         """bf16 where the configuration or the device says so."""
         return self.world.autocast(self.config.training.precision)
 
+    @property
+    def evaluated_at(self) -> int | None:
+        """The step that `last` belongs to."""
+        return self._evaluated_at if self.last else None
+
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint of this run.
 

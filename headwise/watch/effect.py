@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError, one_of
+from headwise.files import local
 from headwise.watch.load import DTYPES, Loaded, is_run, load
 from headwise.watch.tensors import find, tensors_of_folder
 
@@ -59,7 +60,7 @@ def load_speaker(name: str, *, dtype: str = "auto", device: torch.device | str =
         loaded = load(name, dtype=dtype, device=device)
         return Speaker(replace(loaded, forward=loaded.model), True, True)
     one_of("dtype", dtype, ("auto", *DTYPES))
-    path = Path(name).expanduser()
+    path = local(name)
     folder = find(path if path.exists() else name)
     assert isinstance(folder, Path)
     tensors_of_folder(folder)  # says clearly what is missing, before transformers says it otherwise

@@ -15,6 +15,7 @@ from headwise import reading
 from headwise.attention.base import Attention
 from headwise.data.hub import ask_for
 from headwise.errors import HeadwiseError, one_of
+from headwise.files import local
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -84,7 +85,7 @@ class Loaded:
 
 def is_run(name: str) -> bool:
     """Whether `name` is the folder of a headwise run."""
-    return (Path(name).expanduser() / "config.yaml").is_file()
+    return (local(name) / "config.yaml").is_file()
 
 
 def load(name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Loaded:
@@ -99,7 +100,7 @@ def load(name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") 
         HeadwiseError: nothing of that name, no weights, or an architecture that is not known.
     """
     one_of("dtype", dtype, ("auto", *DTYPES))
-    path = Path(name).expanduser()
+    path = local(name)
     if is_run(name):
         from headwise.runs.weights import load_model
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headwise.data.config import TEXT, DataConfig
 from headwise.errors import HeadwiseError
+from headwise.files import local
 from headwise.watch.load import Loaded
 
 RECORDS = (".jsonl", ".json", ".ndjson", ".parquet")
@@ -136,7 +137,7 @@ def _open(
     """Token rows `(rows, S)` and what they are."""
     if source.data is None:
         return _data_of_run(loaded, n_samples, context_length)
-    path = Path(source.data).expanduser()
+    path = local(source.data)
     if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
         from headwise.data.shards import open_shards
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headwise import reading
 from headwise.errors import HeadwiseError
+from headwise.files import local
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -34,7 +35,7 @@ def find(model: str | Path) -> Path | nn.Module:
     Raises:
         HeadwiseError: there is nothing of that name, here or on the hub.
     """
-    path = Path(model).expanduser()
+    path = local(model)
     if (path / "config.yaml").is_file():
         from headwise.runs.weights import load_model
 
