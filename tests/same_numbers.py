@@ -1,6 +1,6 @@
 """Do two checkouts give the same numbers? `python -m tests.same_numbers OLD_CHECKOUT NEW_CHECKOUT`
 
-Runs the same small commands (`small_commands.py`) through the command line of each checkout, with this Python,
+Runs the same small commands (small_commands.py) through the command line of each checkout, with this Python,
 on one thread of a CPU, and compares every number that they write, bit for bit. It knows verbs, options and
 files, and no module of headwise, so that the two checkouts may be laid out differently.
 
@@ -193,7 +193,7 @@ def compare(old: Path, new: Path) -> dict[str, Result]:
     after = files_of(new)
     for label, path in files_of(old).items():
         top = label.split("/")[0] if not label.startswith("printed/") else path.stem
-        if path.suffix in UNREAD or top == "cache" or path.name == "env.json":
+        if path.suffix in UNREAD or path.name.startswith(".") or top == "cache" or path.name == "env.json":
             continue
         result = results.setdefault(top, Result())
         there = next((after[name] for name in renamed(label) if name in after), None)
