@@ -80,7 +80,8 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
 
 
 def _norm(q: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(q.detach(), dim=-1, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(q.detach(), dim=-1, dtype=torch.float32)
+    return norm
 
 
 def wanted_measures(names: Iterable[str] | None) -> tuple[str, ...]:

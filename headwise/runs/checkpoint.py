@@ -116,7 +116,8 @@ def latest(folder: Path) -> Path | None:
 def best(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, or None where none was marked."""
     try:
-        return folder / json.loads((folder / "best.json").read_text())["checkpoint"]
+        name: str = json.loads((folder / "best.json").read_text())["checkpoint"]
+        return folder / name
     except (OSError, ValueError, TypeError, LookupError):
         return None
 

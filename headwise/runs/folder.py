@@ -113,7 +113,8 @@ class RunFolder:
     def read_status(self) -> dict[str, Any]:
         """status.json as it stands, or `{"state": "planned"}`."""
         try:
-            return json.loads((self.path / "status.json").read_text())
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text())
+            return status
         except (FileNotFoundError, json.JSONDecodeError):
             return {"state": "planned"}
 
@@ -205,7 +206,8 @@ def _appending(path: Path) -> Iterator[TextIO]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
     except FileNotFoundError as error:
         raise HeadwiseError(f"{path.parent} has no {path.name}: its run has not come that far") from error
     except (json.JSONDecodeError, OSError) as error:
@@ -218,7 +220,7 @@ def _whole(row: dict[str, Any]) -> bool:
 
 def state_of(status: dict[str, Any]) -> str:
     """The state that `status` tells of; a `running` that stopped breathing is `interrupted`."""
-    state = status.get("state", "planned")
+    state: str = status.get("state", "planned")
     if state != "running":
         return state
     here = status.get("host") == socket.gethostname()

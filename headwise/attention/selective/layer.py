@@ -22,9 +22,9 @@ from headwise.attention.flash import FlashAttention
 from headwise.attention.observation import Observation, Scores
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.engines import fallback
+from headwise.functional.dispatch import fits_kernel
 from headwise.functional.selective import (
     Protection,
-    fits_kernel,
     fits_own_masks,
     memory_penalty,
     own_mask_attention,
