@@ -80,7 +80,10 @@ def of_safetensors(path: Path) -> dict[str, object]:
     import torch
     from safetensors.torch import load_file
 
-    return {name: t.contiguous().view(-1).view(torch.uint8).numpy() for name, t in load_file(path).items()}
+    tensors = load_file(path)
+    return {
+        name: (t.view(torch.int16) if t.dtype is torch.bfloat16 else t).numpy() for name, t in tensors.items()
+    }
 
 
 def of_npz(path: Path) -> dict[str, object]:
