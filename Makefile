@@ -13,8 +13,8 @@ test: $(VENV)/.installed-test  ## install, run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: $(VENV)/.installed-test  ## ruff and mypy
-	$(BIN)/ruff check headwise tests
-	$(BIN)/ruff format --check headwise tests
+	$(BIN)/ruff check headwise tests scripts
+	$(BIN)/ruff format --check headwise tests scripts
 	$(BIN)/mypy
 
 install: $(VENV)/.installed

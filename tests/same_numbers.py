@@ -1,8 +1,8 @@
 """Do two checkouts give the same numbers? `python -m tests.same_numbers OLD_CHECKOUT NEW_CHECKOUT`
 
-Runs the same small commands (`small_commands.py`) through the command line of each checkout, with this
-Python, on one thread of a CPU, and compares every number that they write, bit for bit. It knows verbs,
-options and files, and no module of headwise, so that the two checkouts may be laid out differently.
+Runs the same small commands (small_commands.py) through the command line of each checkout, with this Python,
+on one thread of a CPU, and compares every number that they write, bit for bit. It knows verbs, options and
+files, and no module of headwise, so that the two checkouts may be laid out differently.
 
 A file or a number that is only in NEW is fine. One that is only in OLD, or that differs, is a difference, and
 the exit code is 1; differences that are meant are listed in `INTENDED`, names that changed in `RENAMED`.
@@ -80,7 +80,10 @@ def of_safetensors(path: Path) -> dict[str, object]:
     import torch
     from safetensors.torch import load_file
 
-    return {name: t.contiguous().view(-1).view(torch.uint8).numpy() for name, t in load_file(path).items()}
+    tensors = load_file(path)
+    return {
+        name: (t.view(torch.int16) if t.dtype is torch.bfloat16 else t).numpy() for name, t in tensors.items()
+    }
 
 
 def of_npz(path: Path) -> dict[str, object]:
@@ -193,7 +196,7 @@ def compare(old: Path, new: Path) -> dict[str, Result]:
     after = files_of(new)
     for label, path in files_of(old).items():
         top = label.split("/")[0] if not label.startswith("printed/") else path.stem
-        if path.suffix in UNREAD or top == "cache" or path.name == "env.json":
+        if path.suffix in UNREAD or path.name.startswith(".") or top == "cache" or path.name == "env.json":
             continue
         result = results.setdefault(top, Result())
         there = next((after[name] for name in renamed(label) if name in after), None)

@@ -164,7 +164,8 @@ class Attention(nn.Module):
         y = self.attend(x, q, k, v, mask=attn_mask, causal=causal, rope=rope, carry=carry or Carry())
         if self.observer is not None:
             self.observer(self.observation(q, k, v, q_pre, k_pre, mask=attn_mask, causal=causal))
-        return self.out(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`."""

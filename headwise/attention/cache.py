@@ -173,7 +173,8 @@ class KeyValueCache:
             f = f[:, torch.arange(len(self.own), device=q.device)[:, None, None], self.own]
         y = self.core(q, k, v, f.flatten(1, 2))
         y = y[:, self.inverse] if len(self.order) > 1 else y
-        return self.attention.out(y.flatten(1)[:, None])
+        projected: Tensor = self.attention.out(y.flatten(1)[:, None])
+        return projected
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
         """Attention of one query a head to the slots; q `(B, K, R, D)`, k and v `(B, K, S, D)`.

@@ -63,14 +63,17 @@ class FlexAttention(SoftmaxAttention):
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+    y: Tensor
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, **arguments)
-    if q.is_cuda:
+        y = flex_attention(q, k, v, **arguments)
+    elif q.is_cuda:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return _compiled()(q, k, v, **arguments)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return flex_attention(q, k, v, **arguments)
+            y = _compiled()(q, k, v, **arguments)
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            y = flex_attention(q, k, v, **arguments)
+    return y
 
 
 @lru_cache(maxsize=1)

@@ -84,7 +84,8 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
 
 
 def _norm(q: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(q.detach(), dim=-1, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(q.detach(), dim=-1, dtype=torch.float32)
+    return norm
 
 
 def _handed_over(observation: Observation, found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ def _described(header: reading.TensorHeader | None) -> str:
 def weights_digest(path: Path) -> str | None:
     """SHA-256 of a checkpoint's weights, by its manifest; None where there is none to read."""
     try:
-        manifest = reading.read_json(path / "manifest.json", Manifest)
+        manifest: Manifest = reading.read_json(path / "manifest.json", Manifest)
     except reading.Unreadable:
         return None
     return manifest["sha256"].get(FILES[0])
@@ -155,7 +155,8 @@ def latest(folder: Path) -> Path | None:
 def best(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, or None where none was marked."""
     try:
-        return folder / reading.read_json(folder / "best.json", Best)["checkpoint"]
+        found: Best = reading.read_json(folder / "best.json", Best)
+        return folder / found["checkpoint"]
     except reading.Unreadable:
         return None
 

@@ -169,7 +169,8 @@ class RunFolder:
             HeadwiseError: it is damaged.
         """
         try:
-            return {"state": "planned"} | reading.read_json(self.path / "status.json", Status)
+            status: dict[str, Any] = reading.read_json(self.path / "status.json", Status)
+            return {"state": "planned"} | status
         except reading.Missing:
             return {"state": "planned"}
         except reading.Unreadable as error:
@@ -313,7 +314,8 @@ def _appending(path: Path) -> Iterator[TextIO]:
 
 def _read_json(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        return reading.read_json(path, schema)
+        content: dict[str, Any] = reading.read_json(path, schema)
+        return content
     except reading.Missing as error:
         raise HeadwiseError(f"{path.parent} has no {path.name}: its run has not come that far") from error
     except reading.Unreadable as error:
@@ -330,7 +332,7 @@ def newer(values: Any) -> str | None:
 
 def state_of(status: dict[str, Any]) -> str:
     """The state that `status` tells of; a `running` that stopped breathing is `interrupted`."""
-    state = status.get("state", "planned")
+    state: str = status.get("state", "planned")
     if state != "running":
         return state
     here = status.get("host") == socket.gethostname()

@@ -304,15 +304,17 @@ def _silence(status: dict[str, Any]) -> str:
 
 
 def _json(path: Path, schema: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {}
     with _unreadable():
-        return reading.read_json(path, schema)
-    return {}
+        content = reading.read_json(path, schema)
+    return content
 
 
 def _yaml(path: Path, schema: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {}
     with _unreadable():
-        return reading.read_yaml(path, schema)
-    return {}
+        content = reading.read_yaml(path, schema)
+    return content
 
 
 def _metrics(path: Path) -> polars.DataFrame:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from headwise.measures.spec import Measure
 from torch import Tensor, nn
 
 from headwise.attention import Attention, AttentionShape, register
 from headwise.attention.cache import LayerCache
 from headwise.attention.observation import Observation, scores_of
 from headwise.errors import HeadwiseError
+from headwise.measures.spec import Measure
 from outside_kind.cache import NothingCache
 from outside_kind.functional import log_sum_exp, nothing_attention, takes_kernel
 

@@ -125,6 +125,7 @@ class SelectiveCache(KeyValueCache):
     def _logits(self, selector: Selector, stored: Tensor | None, first: int) -> Tensor:
         """Of this query with every slot, `(B, G, U or 1, S)`; keys that are not stored apart are k's."""
         precise = self.taken.dtype
+        logits: Tensor
         q = selector.q[:, :, 0].to(precise)
         with torch.autocast(q.device.type, enabled=False):
             if stored is None:  # a sum, which compiles to one pass over the keys
@@ -173,7 +174,8 @@ class SelectiveCache(KeyValueCache):
         at = self.masks[:, :, None] * width + self._column()[:, :, None]
         row = logits.new_zeros(len(logits), masks * width)
         row.scatter_(1, at.flatten(1), logits.flatten(1))
-        return row.unflatten(1, (masks, width))
+        by_position: Tensor = row.unflatten(1, (masks, width))
+        return by_position
 
     def _column(self) -> Tensor:
         return self.position.masked_fill(self.position < 0, self.length).long()

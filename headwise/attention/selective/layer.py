@@ -28,18 +28,18 @@ from headwise.attention.selective.budget import Pruner
 from headwise.attention.selective.cache import SelectiveCache
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.engines import fallback
+from headwise.functional.dispatch import fits_kernel
 from headwise.functional.selective import (
     Protection,
-    fits_kernel,
     fits_own_masks,
     memory_penalty,
     own_mask_attention,
-    per_head,
     selection,
     selection_logits,
     selection_mask,
     selective_attention,
 )
+from headwise.functional.sharing import per_head
 
 BIG_CONSTANT = 50.0
 MASK_BYTES = 1 << 29

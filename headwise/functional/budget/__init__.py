@@ -101,7 +101,8 @@ def least_taken(taken: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
     """
     if taken.shape[1] == 1:
         return taken
-    return per_head(taken, n_heads).unflatten(1, (n_kv_heads, -1)).amin(2)
+    least: Tensor = per_head(taken, n_heads).unflatten(1, (n_kv_heads, -1)).amin(2)
+    return least
 
 
 def without_dropped(taken: Tensor, keep: Tensor, n_heads: int) -> Tensor:

@@ -197,7 +197,7 @@ def _count_keys(e: Tensor, total: Tensor, mass: float) -> Tensor:
     last = blocks.gather(-2, whole.unsqueeze(-1).expand(*whole.shape, BLOCK)).squeeze(-2)
     running = last.cumsum(-1, dtype=torch.float64) + before
     dropped = whole * BLOCK + torch.searchsorted(running, droppable, right=True)
-    count = (upto.shape[-1] * BLOCK - dropped).squeeze(-1).clamp_(min=1).to(e.dtype)
+    count: Tensor = (upto.shape[-1] * BLOCK - dropped).squeeze(-1).clamp_(min=1).to(e.dtype)
     return count.where(total.isfinite(), torch.nan)
 
 

@@ -123,9 +123,10 @@ def _fused(
         guard = [protection.slope, protection.offset, protection.scale, protection.bias]
         if guard_q is None:
             guard[0] = 0.0  # x = 0, whatever the kernel reads in its place
-    return kernel(
+    taken: Tensor = kernel(
         q, k, bias, guard_q, guard_k, scale, guard_scale, relu_leak, guard, protect_bos, protect_self, after
     )[0]
+    return taken
 
 
 def selection_logits(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -210,7 +211,8 @@ def selective_attention(
     if fused and fits_kernel(q):
         from headwise.functional.selective.kernel_masked import masked_attention
 
-        return masked_attention(q, k, v, mask.to(torch.float32).contiguous(), scale)[0]
+        y: Tensor = masked_attention(q, k, v, mask.to(torch.float32).contiguous(), scale)[0]
+        return y
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-2, -1)).to(mask.dtype) * scale - per_head(mask, q.shape[1])
@@ -252,7 +254,8 @@ def own_mask_attention(
         from headwise.functional.selective.kernel_own_mask import own_mask_attention as kernel
 
         switches = (relu_leak, protect_bos, protect_self, relu_after_cumsum)
-        return kernel(q, k, v, select_q, select_k, bias, scale, select_scale, *switches)[0]
+        y: Tensor = kernel(q, k, v, select_q, select_k, bias, scale, select_scale, *switches)[0]
+        return y
     mask = selection(
         select_q, select_k, scale=select_scale, bias=bias, protect_bos=protect_bos,
         protect_self=protect_self, relu_leak=relu_leak, relu_after_cumsum=relu_after_cumsum,

@@ -31,7 +31,8 @@ def running_sum(x: Tensor, accumulate: str = "torch") -> Tensor:
     if accumulate == "float64":
         return x.double().cumsum(-2).to(x.dtype)
     if accumulate == "sequential":
-        return _SequentialSum.apply(x)
+        total: Tensor = _SequentialSum.apply(x)  # type: ignore[no-untyped-call]
+        return total
     raise ValueError(f"accumulate is {accumulate!r}; it is one of {', '.join(SUMS)}")
 
 
