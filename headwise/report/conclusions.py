@@ -24,6 +24,7 @@ from headwise.report.compare import Family, Material, family, most, relative_to
 from headwise.runs.read import Run
 
 COSTS = {"parameters": "parameters", "compute": "compute", "memory": "memory", "tokens_per_sec": "tokens/s"}
+MEMORY = {"device": "peak_vram_mb", "process": "peak_rss_mb"}
 METRICS = {"val_loss": "validation loss", "train_loss": "training loss, smoothed"}
 ONLY_ONE = "No conclusion: {} is the only variant here, and a conclusion compares variants with a baseline."
 
@@ -57,12 +58,13 @@ def conclude_all(
         return found | {"conclusion_note": ONLY_ONE.format(reference or "none")}
     metric = "val_loss" if summarize(material.values(reference, "val_loss").values()).n else "train_loss"
     losses = family(material, reference, metric)
+    memories = {of: family(material, reference, key) for of, key in MEMORY.items()}
     smallest = smallest_difference(size, summarize(material.values(reference, metric).values()).mean)
     for name in others:
-        result = conclude(
-            losses.pairs[name], smallest, losses.comparisons, doubt=_doubt(material, reference, name, flags)
-        )
-        evidence = _evidence(material, losses, name, result, signals)
+        doubt = _doubt(material, reference, name, flags)
+        result = conclude(losses.pairs[name], smallest, losses.comparisons, doubt=doubt)
+        memory = memories[memory_of(material, reference, name)]
+        evidence = _evidence(material, losses, memory, name, result, signals)
         found["conclusions"].append(_row(material, losses, name, result, flags))
         found["verdicts"].append(_verdict(material, reference, name, evidence, criteria))
     return found
@@ -191,7 +193,7 @@ def _costs(row: dict[str, Any]) -> list[str]:
 
 def _cost_ratios(material: Material, reference: str, name: str) -> tuple[dict[str, float | None], str | None]:
     """Ratios of means to the baseline on the same seeds, and whose memory it is: device or process."""
-    key, of = memory_of(material, reference, name)
+    of = memory_of(material, reference, name)
 
     def ratio(key: str) -> float | None:
         a, b = material.pair(reference, name, key)
@@ -201,15 +203,15 @@ def _cost_ratios(material: Material, reference: str, name: str) -> tuple[dict[st
 
     costs = {
         "parameters": ratio("params_total"), "compute": ratio("flops"),
-        "memory": ratio(key), "tokens_per_sec": ratio("tokens_per_sec"),
+        "memory": ratio(MEMORY[of]), "tokens_per_sec": ratio("tokens_per_sec"),
     }  # fmt: skip
     return costs, of if costs["memory"] is not None else None
 
 
-def memory_of(material: Material, reference: str, name: str) -> tuple[str, str]:
-    """The figure that both have for their peak memory: of the device, else of the process."""
-    a, b = material.pair(reference, name, "peak_vram_mb")
-    return ("peak_vram_mb", "device") if set(a) & set(b) else ("peak_rss_mb", "process")
+def memory_of(material: Material, reference: str, name: str) -> str:
+    """Whose peak memory both have: the device's, else the process's."""
+    a, b = material.pair(reference, name, MEMORY["device"])
+    return "device" if set(a) & set(b) else "process"
 
 
 def _distrust(material: Material, losses: Family, name: str, flags: Sequence[Flag]) -> list[str]:
@@ -229,21 +231,26 @@ def _distrust(material: Material, losses: Family, name: str, flags: Sequence[Fla
 
 
 def _evidence(
-    material: Material, losses: Family, name: str, result: Conclusion, signals: dict[str, dict[str, Any]]
+    material: Material,
+    losses: Family,
+    memory: Family,
+    name: str,
+    result: Conclusion,
+    signals: dict[str, dict[str, Any]],
 ) -> Evidence:
     reference = losses.reference
     facts = material.facts_of(name)
     lengths = [most(run.get("seq_len") for run in material.usable(v)) for v in (reference, name)]
-    memory, of = memory_of(material, reference, name)
     flops, base_flops = (_mean(material, v, "flops") for v in (name, reference))
     mine, base = (signals.get(v) for v in (name, reference))
     return Evidence(
-        loss=relative_to(material, reference, name, losses.metric),
+        loss=relative_to(material, losses, name),
         baseline=reference,
-        memory=relative_to(material, reference, name, memory),
-        on_cpu=of == "process",
+        memory=relative_to(material, memory, name),
+        on_cpu=memory.metric == MEMORY["process"],
         length_factor=lengths[1] / lengths[0] if all(lengths) else None,
         difference=result.difference,
+        doubt=result.doubt,
         smallest=result.smallest,
         compute=flops / base_flops if flops and base_flops else None,
         signal=_signal(mine),
