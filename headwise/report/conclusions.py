@@ -56,7 +56,7 @@ def conclude_all(
     smallest_difference(size, None)
     if reference is None or not others:
         return found | {"conclusion_note": ONLY_ONE.format(reference or "none")}
-    metric = "val_loss" if summarize(material.values(reference, "val_loss").values()).n else "train_loss"
+    metric = next((m for m in METRICS if any(material.values(v, m) for v in material.variants)), "val_loss")
     losses = family(material, reference, metric)
     memories = {of: family(material, reference, key) for of, key in MEMORY.items()}
     smallest = smallest_difference(size, summarize(material.values(reference, metric).values()).mean)
@@ -163,8 +163,9 @@ def _row(
     }  # fmt: skip
     parts = words(row)
     to = {"better": " than", "worse": " than", "equivalent": " to"}.get(result.conclusion, " against")
+    size = "" if row["mean"] is None else f"{METRICS[losses.metric]} {parts['difference']}, "
     row["text"] = (
-        f"{result.conclusion}{to} {reference}: {METRICS[losses.metric]} {parts['difference']}, {result.why}. "
+        f"{result.conclusion}{to} {reference}: {size}{result.why}. "
         f"Costs: {parts['costs']}. Distrust: {parts['distrust']}."
     )
     return row
@@ -176,7 +177,7 @@ def _interval(summary: Summary) -> dict[str, Any]:
 
 def _difference(row: dict[str, Any]) -> str:
     if row["mean"] is None:
-        return "without a difference"
+        return "none"
     interval = "no interval" if row["low"] is None else f"[{signed(row['low'])}, {signed(row['high'])}]"
     seeds = f"{row['n']} seed{'' if row['n'] == 1 else 's'}"
     return f"{signed(row['mean'])} {row['unit']} {interval} ({seeds})"
@@ -221,7 +222,7 @@ def _distrust(material: Material, losses: Family, name: str, flags: Sequence[Fla
         if not flag.about or name in flag.about:
             found.append(flag.short)
         elif losses.reference in flag.about:
-            found.append(f"{losses.reference}: {flag.short}")
+            found.append(f"{flag.short} ({losses.reference})")
     planned = {f.seed for v in (name, losses.reference) for f in material.facts_of(v) if f.seed is not None}
     missing = sorted(planned - set(losses.pairs[name].seeds))
     if missing and losses.pairs[name].seeds:

@@ -205,6 +205,14 @@ def test_one_seed_is_undecided_and_a_missing_pair_is_named(tmp_path: Path, make)
     assert "seed 2 without a pair" in conclusion(lost, "b")["distrust"]
 
 
+def test_a_variant_without_a_run_to_use_says_why(of_demo: dict[str, Any]) -> None:
+    found = conclusion(of_demo, "flex")
+    assert found["text"].startswith(
+        "undecided against flash: no run of flex can be used (skipped: flex cannot train on cpu; "
+    )
+    assert found["mean"] is None
+
+
 @pytest.mark.parametrize(
     ("code", "change"),
     [
