@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from headwise.attention.base import KINDS, AttentionShape
+from headwise.attention import KINDS, AttentionShape
 
 
 def test_the_example_kind_runs_and_keeps_causality(tmp_path: Path) -> None:

@@ -1,11 +1,21 @@
-"""Kinds of attention, exchangeable by name. A new kind adds its file and one line here."""
+"""Kinds of attention, exchangeable by name: those of this package, and those that other packages add."""
 
 from headwise.attention import flash, flex, mha
-from headwise.attention.base import KINDS, Attention, AttentionShape, Carry, attention_kind, register
+from headwise.attention.base import (
+    Attention,
+    AttentionShape,
+    Carry,
+    NewHead,
+    Preserved,
+    SoftmaxAttention,
+)
 from headwise.attention.config import AttentionConfig
+from headwise.attention.kinds import KINDS, attention_kind, load_installed, register
 from headwise.attention.selective import layer as selective
 
+load_installed()
+
 __all__ = [
-    "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "attention_kind",
-    "flash", "flex", "mha", "register", "selective",
+    "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "NewHead", "Preserved",
+    "SoftmaxAttention", "attention_kind", "flash", "flex", "mha", "register", "selective",
 ]  # fmt: skip

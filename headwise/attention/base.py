@@ -1,21 +1,25 @@
 """The contract that every kind of attention keeps.
 
-A kind is one file: a subclass of `Attention` with its `core`, what it supports, its options as a
-dataclass, and `@register`. The base class owns what all kinds share: projections, heads,
-rotation, the output projection, and the place where an observer looks.
+A kind is one file or one folder: a subclass of `Attention` with its `core`, its options as a dataclass, and
+`@register` (kinds.py). The base class owns what all kinds share: projections, heads, rotation, the output
+projection, and the place where an observer looks. All that other parts of the project need to know of a kind
+is a class attribute or a method here; none of them names a kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from headwise.attention.cache import KeyValueCache, LayerCache
 from headwise.attention.observation import Observation, Observer, Scores
-from headwise.errors import one_of
+from headwise.functional.budget import keys_of_share
+from headwise.measures.spec import Measure
 
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -60,16 +64,64 @@ class Carry:
     penalty: Tensor | float = 0.0
 
 
+@dataclass(frozen=True)
+class NewHead:
+    """A head that surgery adds to a layer.
+
+    Attributes:
+        index: its place among the heads afterwards.
+        n_heads: heads before it was added.
+        zero_output: whether its output is 0 at the start.
+        zero_logits: whether its keys are 0 at the start, and so its logits.
+    """
+
+    index: int
+    n_heads: int
+    zero_output: bool
+    zero_logits: bool
+
+
+class Preserved(NamedTuple):
+    """Whether a change leaves a model's function as it was, to rounding, and why (not)."""
+
+    holds: bool
+    why: str
+
+
 class Attention(nn.Module):
     """One attention layer: `y = forward(x, attn_mask=…, causal=…, rope=…)`, `x, y (B, T, d_model)`.
 
-    Subclasses set `supports` (names out of `FEATURES`), `engine_family` and implement `core`.
+    Subclasses set `engine_family` and `supports`, and implement `core`. The rest has defaults.
+
+    Attributes:
+        kind: its name, set by `@register`.
+        options: the dataclass of `model.attention.<kind>`, or None. Where it has them, `validate_values()`
+            refuses values that have no meaning, whichever kind is chosen, and
+            `validate(n_heads=…, head_dim=…)` what does not go together where this one is.
+        supports: names out of `FEATURES`.
+        engine_family: what the engines of this kind are called before the first hyphen.
+        measures: those of its own; its observations carry their values in `extra`.
+        sections: what the kind adds to a report, each as `package.module:NAME` of a
+            `headwise.report.section.Section`.
+        benchmarks: what `headwise bench NAME` runs: name to the module whose `main(argv)` it calls.
+        monitors: what the log gets at every evaluation, by the key of `measure` that turns it on: each as
+            `package.module:NAME` of a class that is made and called as `headwise.training.run.Monitor`.
+        inspector: for a kind whose queries mask keys, the module from which `headwise masks` takes
+            `selections`, `rules`, `switches` and `notes`.
+        engine_table: `package.module:NAME` of a function that gives a Markdown table: which engine computes
+            which option.
     """
 
     kind: ClassVar[str]
     options: ClassVar[type | None] = None
     supports: ClassVar[frozenset[str]] = frozenset()
     engine_family: ClassVar[str]
+    measures: ClassVar[tuple[Measure, ...]] = ()
+    sections: ClassVar[tuple[str, ...]] = ()
+    benchmarks: ClassVar[Mapping[str, str]] = {}
+    monitors: ClassVar[Mapping[str, str]] = {}
+    inspector: ClassVar[str | None] = None
+    engine_table: ClassVar[str | None] = None
 
     def __init__(self, shape: AttentionShape, options: Any = None) -> None:
         super().__init__()
@@ -162,6 +214,85 @@ class Attention(nn.Module):
         """Learning-rate multipliers by name of parameters with one of their own; they do not decay."""
         return {}
 
+    @property
+    def selects(self) -> bool:
+        """Whether queries of this layer decide which keys later queries see."""
+        return False
+
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the first key is always held within a context budget."""
+        return False
+
+    def whole_context_only(self) -> str | None:
+        """Why this layer can hold nothing less than its whole context; None where it can hold less."""
+        if "padding" in self.supports:
+            return None
+        return f"its kind, {self.kind}, has no F and takes no window"
+
+    def within_share(self, share: float, *, readmit: bool = False) -> AbstractContextManager[None]:
+        """While it lasts, hold at most `share` of the sequence: by default a window over the last keys.
+
+        Args:
+            share: in (0, 1).
+            readmit: every query chooses among all keys anew; means nothing for a window.
+        """
+        return self._window(share)
+
+    @contextmanager
+    def _window(self, share: float) -> Iterator[None]:
+        def narrow(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
+            length = inputs[0].shape[1]
+            keys = keys_of_share(share, length, protect_bos=False)
+            age = torch.arange(length, device=inputs[0].device)
+            age = age[:, None] - age
+            return inputs, options | {"attn_mask": ((age >= 0) & (age < keys))[None]}
+
+        handle = self.register_forward_pre_hook(narrow, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def undecodable(self) -> str | None:
+        """Why this layer cannot go on token by token; None where it can."""
+        return f"attention kind {self.kind!r} has no cache"
+
+    def cache(self, batch: int, slots: int, length: int, like: Tensor) -> LayerCache:
+        """What this layer holds while text is read token by token; `KeyValueCache` documents the arguments.
+
+        Called only where `undecodable` gives no reason.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def computes(cls, options: Any) -> str:
+        """A name for what a head computes; two kinds with one name compute the same from the same weights."""
+        return cls.kind if options is None else f"{cls.kind} {options}"
+
+    @classmethod
+    def heads_interact(cls, options: Any) -> bool:
+        """Whether a head's output depends on other heads of its layer."""
+        return False
+
+    @classmethod
+    def head_ranges(cls, leaf: str, index: int, options: Any) -> dict[int, list[tuple[int, int]]]:
+        """Where a head lies in the kind's own parameter `leaf`: along each axis, ranges `[start, stop)`.
+
+        Surgery inserts a new head there and takes a removed one out. Empty for what all heads share.
+        """
+        return {}
+
+    @classmethod
+    def preserves(cls, head: NewHead, before: Any, after: Any) -> Preserved:
+        """Whether a head whose output is 0 leaves the others as they were; asked where `heads_interact`.
+
+        Args:
+            before: the kind's options before; None where the heads did not act on one another.
+            after: its options afterwards.
+        """
+        return Preserved(False, f"heads of kind {cls.kind} act on one another")
+
     def dropout(self) -> float:
         """The share of weights to drop now: none outside of training."""
         return self.shape.dropout if self.training else 0.0
@@ -213,27 +344,18 @@ def _as_bias(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)[:, None]
 
 
-KINDS: dict[str, type[Attention]] = {}
+class SoftmaxAttention(Attention):
+    """What kinds share whose heads are a softmax of q·k over keys and values that a cache can hold."""
 
+    def undecodable(self) -> str | None:
+        """Nothing speaks against it."""
+        return None
 
-def register(kind: str) -> Callable[[type[Attention]], type[Attention]]:
-    """Make a subclass of `Attention` known as `model.attention.kind = kind`."""
+    def cache(self, batch: int, slots: int, length: int, like: Tensor) -> LayerCache:
+        """Keys and values of the last tokens."""
+        return KeyValueCache(self, batch, slots, length, like)
 
-    def add(cls: type[Attention]) -> type[Attention]:
-        unknown = cls.supports - set(FEATURES)
-        if unknown:
-            raise ValueError(f"attention kind {kind!r} declares unknown features {sorted(unknown)}")
-        cls.kind = kind
-        KINDS[kind] = cls
-        return cls
-
-    return add
-
-
-def attention_kind(kind: str) -> type[Attention]:
-    """The class registered as `kind`.
-
-    Raises:
-        HeadwiseError: there is none; names the nearest.
-    """
-    return KINDS[one_of("model.attention.kind", kind, KINDS)]
+    @classmethod
+    def computes(cls, options: Any) -> str:
+        """Softmax attention, whichever engine computes it."""
+        return "softmax"

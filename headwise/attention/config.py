@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
-from headwise.attention.base import attention_kind
-from headwise.attention.selective.config import SelectiveConfig
+from headwise.attention.base import Attention
+from headwise.attention.kinds import KINDS, attention_kind, on_registration
 from headwise.errors import HeadwiseError
 
 
@@ -14,39 +15,69 @@ from headwise.errors import HeadwiseError
 class AttentionConfig:
     """Which attention, and how.
 
+    Every kind with options has a section of its own here, a field with the kind's name that appears when the
+    kind is registered.
+
     Attributes:
-        kind: a registered kind: mha, flash, flex, selective.
+        kind: a registered kind, of this package or of another; `headwise train --help` lists them.
         dropout: share of attention weights dropped in training.
-        selective: options of kind selective.
     """
 
     kind: str = "flash"
     dropout: float = 0.0
-    selective: SelectiveConfig = field(default_factory=SelectiveConfig)
 
     def options(self) -> Any:
         """The options of the chosen kind, or None where it has none."""
         return getattr(self, self.kind, None)
 
     def validate(self, *, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-        """Refuse what the chosen kind cannot do.
+        """Refuse what no kind can do with its options, and what the chosen kind cannot do.
 
         Raises:
             HeadwiseError: an unknown kind, a dropout outside [0, 1), or an unsupported combination.
         """
         supports = attention_kind(self.kind).supports
+        for kind in dataclasses.fields(self):
+            options = getattr(self, kind.name)
+            if hasattr(options, "validate_values"):
+                options.validate_values()
         if not 0 <= self.dropout < 1:
             raise HeadwiseError(f"model.attention.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
         if self.dropout and "dropout" not in supports:
             raise HeadwiseError(
                 f"model.attention.dropout is {self.dropout}, but kind {self.kind!r} cannot drop weights; "
-                "set it to 0 or choose mha or flash"
+                "set it to 0 or choose flash"
             )
         options = self.options()
-        if options is not None:
+        if hasattr(options, "validate"):
             options.validate(n_heads=n_heads, head_dim=head_dim)
         if n_kv_heads != n_heads and "gqa" not in supports:
             raise HeadwiseError(
                 f"model.n_kv_heads is {n_kv_heads}, but kind {self.kind!r} needs as many key/value heads "
                 f"as query heads ({n_heads})"
             )
+
+
+_OWN = {known.name: known for known in dataclasses.fields(AttentionConfig)}
+_DOC = AttentionConfig.__doc__
+
+
+@on_registration
+def declare_sections(registered: type[Attention] | None = None) -> None:
+    """Make the options of every kind in `KINDS` a field of `AttentionConfig`, as if written there.
+
+    The class stays the same, since others hold it: its fields are declared anew, and `dataclass` writes its
+    methods again.
+    """
+    own = {name: dataclasses.field(default=known.default) for name, known in _OWN.items()}
+    sections = {name: kind.options for name, kind in KINDS.items() if kind.options is not None}
+    types = {name: known.type for name, known in _OWN.items()} | sections
+    fields = own | {name: dataclasses.field(default_factory=options) for name, options in sections.items()}
+    for written in ("__init__", "__repr__", "__eq__", "__match_args__"):
+        delattr(AttentionConfig, written)
+    AttentionConfig.__annotations__ = types
+    for name, declared in fields.items():
+        setattr(AttentionConfig, name, declared)
+    lines = "".join(f"    {name}: options of kind {name}.\n    " for name in sections)
+    AttentionConfig.__doc__ = f"{_DOC}{lines}"
+    dataclass(AttentionConfig)

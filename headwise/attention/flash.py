@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from headwise.attention.base import Attention, register
+from headwise.attention.base import SoftmaxAttention
+from headwise.attention.kinds import register
 from headwise.functional.softmax_attention import additive_mask, zero_rows
 
 BACKENDS = [
@@ -25,7 +26,7 @@ BACKENDS = [
 
 
 @register("flash")
-class FlashAttention(Attention):
+class FlashAttention(SoftmaxAttention):
     """Softmax attention on fused kernels."""
 
     supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training"})

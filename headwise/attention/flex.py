@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from headwise.attention.base import Attention, register
+from headwise.attention.base import SoftmaxAttention
+from headwise.attention.kinds import register
 from headwise.functional.softmax_attention import additive_mask, zero_rows
 
 KERNEL: dict[str, Any] = {"BACKEND": "TRITON"}
@@ -32,7 +33,7 @@ RECOMPILE_LIMIT = 128
 
 
 @register("flex")
-class FlexAttention(Attention):
+class FlexAttention(SoftmaxAttention):
     """Softmax attention whose masks are programs."""
 
     supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa"})

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headwise.attention.base import Attention, register
+from headwise.attention.base import SoftmaxAttention
+from headwise.attention.kinds import register
 from headwise.functional.softmax_attention import softmax_attention
 
 
 @register("mha")
-class VanillaAttention(Attention):
+class VanillaAttention(SoftmaxAttention):
     """Softmax attention as written down."""
 
     supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training"})

@@ -1,12 +1,14 @@
-"""The four forms of what an attention layer offers to be measured.
+"""The five forms of what an attention layer offers to be measured.
 
-A layer computes; an observer measures. While no observer is attached nothing of this is built.
+A layer computes; an observer measures. While no observer is attached nothing of this is built. `extra`
+holds measures that the layer computes itself, `(B, H, T)` by the name of a registered measure (see
+`headwise.measures.spec`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -41,6 +43,7 @@ class Scores:
     q_pre: Tensor | None = None
     k_pre: Tensor | None = None
     taken: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Weights:
 
     weights: Tensor
     window: int
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,14 @@ class Margins:
     """Tropical margins γ, `(B, H, T)`; +inf where fewer than two keys are visible."""
 
     margin: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Measures that the layer computes itself, and nothing else to be measured."""
+
+    extra: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,5 +77,5 @@ class Unmeasured:
     reason: str
 
 
-Observation = Scores | Weights | Margins | Unmeasured
+Observation = Scores | Weights | Margins | Values | Unmeasured
 Observer = Callable[[Observation], None]

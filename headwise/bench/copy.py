@@ -10,6 +10,7 @@ from typing import Any
 
 from headwise.bench import harness
 from headwise.config.run import load
+from headwise.errors import one_of
 from headwise.runs.folder import RunFolder
 from headwise.training.progress import for_terminal
 from headwise.training.run import train
@@ -18,13 +19,19 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def main(argv: list[str]) -> int:
-    """Train both kinds, print the table and write the JSON; returns the exit code."""
+    """Train each kind, print the table and write the JSON; returns the exit code."""
     parser = argparse.ArgumentParser(prog="headwise bench copy", description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--kind", action="append", choices=("mha", "flash"))
+    parser.add_argument(
+        "--kind",
+        action="append",
+        metavar="KIND",
+        help="a kind of which configs/ has exp.copy.KIND.yaml; repeat",
+    )
     arguments = parser.parse_args(argv)
-    kinds = arguments.kind or ["mha", "flash"]
+    ready = sorted(path.name.split(".")[2] for path in CONFIGS.glob("exp.copy.*.yaml"))
+    kinds = [one_of("--kind", kind, ready) for kind in arguments.kind or reversed(ready)]
     rows = [_row(kind, arguments.device) for kind in kinds]
     harness.print_table(rows)
     harness.save("copy", rows, arguments.out, device=arguments.device)

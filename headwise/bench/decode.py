@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.attention.config import AttentionConfig
+from headwise.attention import KINDS, AttentionConfig
 from headwise.bench import harness
 from headwise.functional.budget import keys_of_share, slot_attention
-from headwise.model.budget import protects_bos
 from headwise.model.cache import Cache
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
@@ -28,9 +27,7 @@ from headwise.training.distributed import find_device
 
 SHAPE = ModelConfig(d_model=768, n_layers=12, n_heads=12, vocab_size=50304)
 SMALL = ModelConfig(d_model=64, n_layers=2, n_heads=4, vocab_size=512)
-ROWS = (("flash", 1.0), ("selective", 1.0), ("selective", 0.25), ("selective", 0.125))
-FULL = 1
-"""The row that the others are compared with."""
+SHARES = (1.0, 0.25, 0.125)
 
 
 def main(argv: list[str]) -> int:
@@ -49,12 +46,13 @@ def main(argv: list[str]) -> int:
         batch, context, shape = 4, 256, SMALL
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"error of the kernel's attention: {kernel_error(device, dtype):.2g}")
+    cases = [("flash", 1.0), *((name, s) for name, kind in KINDS.items() if kind.inspector for s in SHARES)]
     rows = [
         measure(kind, share, shape, batch, context, device, dtype, eager=arguments.eager)
-        for kind, share in ROWS
+        for kind, share in cases
     ]
-    full = rows[FULL]
     for row in rows:
+        full = next((one for one in rows[1:] if one["kind"] == row["kind"]), rows[1])
         row["speed_vs_full"] = row["tokens_per_sec"] / full["tokens_per_sec"]
         row["bytes_vs_full"] = row["cache_mb"] / full["cache_mb"]
     harness.print_table(rows)
@@ -79,7 +77,7 @@ def measure(
     model = (
         Decoder(dataclasses.replace(shape, attention=AttentionConfig(kind)), context).to(device, dtype).eval()
     )
-    slots = keys_of_share(share, context, protects_bos(model.attentions()[0]))
+    slots = keys_of_share(share, context, model.attentions()[0].keeps_first)
     cache = make_cache(model, batch, context, slots)
     fill(cache, context)
     tokens = torch.randint(shape.vocab_size or 1, (batch,), device=device)
@@ -100,13 +98,7 @@ def measure(
 def fill(cache: Cache, context: int) -> None:
     """Make a cache look as after `context` tokens: random keys of all of them, every slot in use."""
     for layer in cache.layers:
-        for part in (layer.k, layer.v, layer.selection_keys, layer.protection_keys):
-            if part is not None:
-                part.normal_()
-        spread = torch.arange(layer.slots, device=layer.k.device) * context // layer.slots
-        layer.position.copy_(spread.to(torch.int32).expand_as(layer.position))
-        if layer.taken is not None:
-            layer.taken.uniform_(0, 4)
+        layer.fill(context)
     cache.position.fill_(context - 1)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from headwise import reading
 from headwise.files import write_text
 
 HEADING = """# Performance
@@ -16,6 +16,24 @@ HEADING = """# Performance
 Every number below comes from a JSON file in `benchmarks/results/`, written by the command named with it;
 `headwise bench page` writes this page. Compare ratios within a table, never times across machines.
 """
+
+
+class About(TypedDict):
+    """Where a benchmark was measured, as far as the page tells."""
+
+    threads: int
+    device: str
+    device_name: str
+    torch: str
+
+
+class Result(TypedDict):
+    """A benchmark's JSON."""
+
+    benchmark: str
+    measured: str
+    environment: About
+    rows: list[dict[str, Any]]
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +53,7 @@ def page(results: Path) -> str:
 
 
 def _section(path: Path) -> str:
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = reading.read_json(path, Result)
     about = result["environment"]
     cores = "one CPU thread" if about["threads"] == 1 else f"{about['threads']} CPU threads"
     device = about["device_name"] if about["device"] != "cpu" else cores

@@ -6,15 +6,18 @@ import importlib
 
 from headwise.errors import one_of
 
-BENCHMARKS = (
-    "train-step", "head-stats", "selective", "selective-step", "decode", "profile", "copy", "observe", "page",
-)  # fmt: skip
+BENCHMARKS = ("train-step", "head-stats", "decode", "profile", "copy", "observe", "page")
 
 
 def main(argv: list[str]) -> int:
-    """Run one benchmark; returns the exit code."""
+    """Run one benchmark, of the project or of a kind of attention; returns the exit code."""
+    from headwise.attention import KINDS
+
+    modules = {name: f"headwise.bench.{name.replace('-', '_')}" for name in BENCHMARKS}
+    for kind in KINDS.values():
+        modules |= kind.benchmarks
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: headwise bench NAME [--device cuda] [--out DIR]\n\nnames: " + ", ".join(BENCHMARKS))
+        print("usage: headwise bench NAME [--device cuda] [--out DIR]\n\nnames: " + ", ".join(modules))
         return 0
-    name = one_of("benchmark", argv[0], BENCHMARKS)
-    return importlib.import_module(f"headwise.bench.{name.replace('-', '_')}").main(argv[1:])
+    name = one_of("benchmark", argv[0], modules)
+    return importlib.import_module(modules[name]).main(argv[1:])

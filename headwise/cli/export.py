@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headwise.cli.quiet import quiet_transformers
 from headwise.data.config import TEXT, DataConfig
-from headwise.data.shards import MANIFEST
+from headwise.data.shards import read_manifest
+from headwise.errors import HeadwiseError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def _of_shards(data: DataConfig) -> str | None:
     if data.name != "shards" or data.path is None:
         return None
     try:
-        manifest = json.loads((Path(data.path).expanduser() / MANIFEST).read_text(encoding="utf-8"))
-        return str(manifest["settings"]["tokenizer"]["name"])
-    except (OSError, ValueError, LookupError, TypeError):  # gone, a single file, or made elsewhere
+        manifest = read_manifest(Path(data.path).expanduser())
+        return str(manifest["settings"]["tokenizer"]["name"]) if manifest else None
+    except (HeadwiseError, LookupError):  # damaged, a single file, or made elsewhere
         return None

@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwise generate",
-        description="Continue a text token by token. Within a budget, a selective model drops the keys it "
-        "masked most and uses their memory again; others keep their last keys.",
+        description="Continue a text token by token. Within a budget, a model that masks keys drops "
+        "those it masked most and uses their memory again; others keep their last keys.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder")

@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import write_json, write_text
+from headwise.measures.table import check_part
 from headwise.questions.geometry import correlation
 from headwise.questions.geometry import numbers as geometry
 
 if TYPE_CHECKING:
     from headwise.questions.geometry.projections import HeadWeights
 
+LARGEST = 512 << 20
+"""Bytes of document 001's file: every singular value of every head as text."""
 CIRCUITS = {"query_key": "query-key circuit W_Kᵀ W_Q", "value_output": "value-output circuit W_O W_V"}
 
 
@@ -170,13 +173,11 @@ def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], weights: H
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return reading.read_json(path, limit=LARGEST)
+    except reading.Missing:
         raise HeadwiseError(
             f"{path} does not exist; `headwise geometry MODEL --json FILE` makes it"
         ) from None
-    except (OSError, ValueError) as error:
-        raise HeadwiseError(f"{path} is not a JSON file: {error}") from error
 
 
 def _dynamics(folder: Path) -> dict[str, np.ndarray]:
@@ -193,11 +194,17 @@ def _dynamics(folder: Path) -> dict[str, np.ndarray]:
         raise HeadwiseError(
             f"no head table in {folder}: it holds no .parquet part; `headwise profile` makes one"
         )
-    try:
+    columns: set[str] = set()
+    for part in parts:
+        try:
+            columns |= check_part(part).keys()
+        except reading.Unreadable as error:
+            raise HeadwiseError(f"a part of {folder} is damaged ({error})") from error
+    missing = [name for name in correlation.DYNAMICS if name not in columns]
+    if missing:
+        raise HeadwiseError(f"the profile {folder} has no column {missing[0]}; profile with that measure")
+    with reading.library_problems(folder):
         table = polars.scan_parquet(parts, missing_columns="insert")
-        missing = [name for name in correlation.DYNAMICS if name not in table.collect_schema()]
-        if missing:
-            raise HeadwiseError(f"the profile {folder} has no column {missing[0]}; profile with that measure")
         last = polars.col("step").max()
         means = (
             table.filter(polars.col("step").is_null() | (polars.col("step") == last))
@@ -206,8 +213,6 @@ def _dynamics(folder: Path) -> dict[str, np.ndarray]:
             .sort("layer", "head")
             .collect()
         )
-    except polars.exceptions.PolarsError as error:
-        raise HeadwiseError(f"a part of {folder} is damaged ({str(error).splitlines()[0]})") from error
     layers, heads = means["layer"].n_unique(), means["head"].n_unique()
     if len(means) != layers * heads:
         raise HeadwiseError(f"the profile {folder} does not hold every head of every layer; finish it first")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise import reading
 from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError, one_of
@@ -342,9 +343,6 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
+        return reading.read_csv(path)
+    except reading.Missing:
         raise HeadwiseError(f"{path} does not exist; `headwise intervene MODEL …` makes it") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise HeadwiseError(f"{path} is not a CSV file ({error})") from error

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb not in VERBS:
             known = ", ".join(VERBS)
             raise HeadwiseError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; choose from {known}")
+        rest = with_plugins(rest)
         module = importlib.import_module(f"headwise.cli.{verb.replace('-', '_')}")
         return module.main(rest)
     except HeadwiseError as error:
@@ -57,6 +58,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
+def with_plugins(argv: list[str]) -> list[str]:
+    """`argv` without every `--plugins MODULE`, which is imported: it registers kinds for any verb."""
+    names: list[str] = []
+    rest: list[str] = []
+    flags = iter(argv)
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        if name != "--plugins":
+            rest.append(flag)
+            continue
+        value = value if equals else next(flags, "")
+        if not value or value.startswith("-"):
+            raise HeadwiseError("--plugins names no module; give one, such as --plugins my_package.my_module")
+        names += [part.strip(" '\"") for part in value.strip("[]").split(",")]
+    if names:
+        from headwise.attention.kinds import load_plugins
+
+        load_plugins(names)
+    return rest
+
+
 def usage() -> str:
     """The list of verbs."""
     width = max(map(len, VERBS))
@@ -64,7 +86,8 @@ def usage() -> str:
     return (
         "headwise: a laboratory for attention heads\n\n"
         f"usage: headwise VERB [options]\n\nverbs:\n{verbs}\n\n"
-        "`headwise VERB --help` tells the options of one."
+        "`headwise VERB --help` tells the options of one.\n"
+        "Every verb takes --plugins MODULE, whose import adds attention kinds of your own."
     )
 
 

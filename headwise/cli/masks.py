@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import must_be_folder
+
+MOST = 64 << 20
+"""Bytes of a text to look at."""
 
 
 def main(argv: list[str]) -> int:
@@ -33,19 +37,16 @@ def main(argv: list[str]) -> int:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        what = f"{error.reason} at byte {error.start}"
-        raise HeadwiseError(f"--file {file} is no UTF-8 text: {what}") from error
-    except OSError as error:
-        raise HeadwiseError(f"--file {file} cannot be read: {error.strerror}") from error
+        return reading.read_text(file, limit=MOST)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"--file {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwise masks",
-        description="Run a prompt through a selective run and write an interactive page, figures and JSON: "
-        "what every token has left over time, and which queries took it.",
+        description="Run a prompt through a run whose attention masks tokens, and write an interactive page, "
+        "figures and JSON: what every token has left over time, and which queries took it.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, source_of
 from headwise.errors import HeadwiseError
-from headwise.measures.table import MEASURES
+from headwise.measures.spec import measures
 
 if TYPE_CHECKING:
     from headwise.questions.profile.config import ProfileConfig
@@ -43,10 +43,15 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add("--seed", type=int, help="draw contexts at random; default: in order from the first")
     add("--scores", default="pre_rope", help="pre_rope or post_rope: logits before or after rotation "
         "(%(default)s)")  # fmt: skip
-    add("--measures", nargs="+", default=list(MEASURES), metavar="NAME",
-        help="columns of the table, of: " + ", ".join(MEASURES))  # fmt: skip
+    add("--measures", nargs="+", default=list(measures()), metavar="NAME",
+        help="columns of the table, of: " + ", ".join(measures()))  # fmt: skip
     add("--aggregate", action="store_true", help="one row per (sample, layer, head), not one per token")
-    add("--ignore-first", type=int, default=2, help="first tokens without an entropy (%(default)s)")
+    add(
+        "--ignore-first",
+        type=int,
+        default=2,
+        help="first tokens without an entropy, or another measure that needs a context (%(default)s)",
+    )
     add("--raw-layers", type=int, nargs="+", default=[], metavar="L", help="keep q, k, v of these layers")
     add("--export", choices=["csv"], help="csv: document 004's columns and file name")
     add("--dtype", default="auto", help="of the model: auto (as stored), float32, bfloat16, float16")

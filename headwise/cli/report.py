@@ -18,9 +18,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: the folder read)")
     arguments = parser.parse_args(argv)
 
+    from headwise.questions.sections import sections
     from headwise.report import build, conclusions
 
-    paths = build(arguments.folder, baseline=arguments.baseline, out=arguments.out)
+    paths = build(arguments.folder, baseline=arguments.baseline, out=arguments.out, sections=sections())
     print("\n".join(conclusions(paths["json"])))
     for name, path in paths.items():
         print(f"{name:<9} {path}")

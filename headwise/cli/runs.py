@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sort", metavar="COLUMN", help="ascending; -COLUMN descending, as --sort=-step")
     parser.add_argument(
         "--filter", action="append", default=[], metavar="COLUMN=VALUE",
-        help="keep runs where it holds, as kind=mha, state!=finished, 'val_loss<2'; repeat to combine",
+        help="keep runs where it holds, as kind=flash, state!=finished, 'val_loss<2'; repeat to combine",
     )  # fmt: skip
     parser.add_argument("--limit", type=_count, metavar="N", help="show the first N")
     parser.add_argument("--json", action="store_true", help="print every field of every run as JSON")
@@ -98,7 +98,7 @@ def _check(column: str, known: list[str]) -> str:
 def _matches(run: Run, text: str, known: list[str], root: Path) -> bool:
     found = re.fullmatch(r"([\w.]+)\s*(!=|<=|>=|=|<|>)\s*(.*)", text)
     if not found:
-        raise HeadwiseError(f"--filter {text!r} is not COLUMN=VALUE, as kind=mha or 'val_loss<2'")
+        raise HeadwiseError(f"--filter {text!r} is not COLUMN=VALUE, as kind=flash or 'val_loss<2'")
     column, sign, wanted = found.groups()
     actual = value(run, _check(column, known), root)
     if isinstance(actual, int | float) and not isinstance(actual, bool):

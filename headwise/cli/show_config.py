@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from headwise import reading
 from headwise.cli.profile import config_of, make_parser
-from headwise.measures.table import MEASURES
+from headwise.errors import HeadwiseError, one_of
+from headwise.measures.spec import CORRELATED_WITH, SOURCES, correlated, measure_of, measure_table, measures
 
 
 def main(argv: list[str]) -> int:
     """Print what `headwise profile` with the same options would do."""
     if "--engines" in argv:
-        from headwise.attention.selective.engines import engine_table
-
-        print(engine_table(), end="")
+        return _engines(argv)
+    if "--list-measures" in argv:
+        print(measure_table(), end="")
         return 0
     parser = make_parser("headwise show-config")
     parser.description = "Print every decision and formula of a profile before it runs; takes its options."
     parser.add_argument(
-        "--engines", action="store_true", help="instead, for every switch of kind selective: what runs fused"
+        "--engines", nargs="?", metavar="KIND", help="instead, for every option of a kind: what runs fused"
+    )
+    parser.add_argument(
+        "--list-measures", action="store_true", help="instead, every measure with its definition"
     )
     for action in parser._actions:
         action.required = action.required and action.dest != "out"
@@ -33,6 +37,18 @@ def main(argv: list[str]) -> int:
         width = max(len(name) for name, _ in lines)
         for name, what in lines:
             print(f"{name:<{width}}  {what}")
+    return 0
+
+
+def _engines(argv: list[str]) -> int:
+    """Print which engine computes which option, of one kind or of all that have such a table."""
+    from headwise.attention import KINDS
+    from headwise.attention.kinds import resolve
+
+    having = {name: kind.engine_table for name, kind in KINDS.items() if kind.engine_table}
+    asked = [name for name in argv if name != "--engines"]
+    for name in asked or having:
+        print(resolve(having[one_of("kind with an engine table", name, having)])(), end="")
     return 0
 
 
@@ -86,29 +102,26 @@ def _attention(config: Any) -> list[tuple[str, str]]:
 
 
 def _measures(config: Any) -> list[tuple[str, str]]:
-    lines = []
-    for name, (definition, unit) in MEASURES.items():
-        if name in config.measures:
-            lines.append((name, definition + (f"  [{unit}]" if unit else "")))
-    notes = []
-    if "entropy" in config.measures:
-        notes.append(("", f"entropy is NaN for the first {config.ignore_first} tokens of a context"))
-    if "k_eff" in config.measures:
-        notes.append(("", "k_eff is exact: weights sorted in descending order, mass 0.9"))
-    if "margin" in config.measures:
-        notes.append(("", "margin is there for tropical attention only"))
-    if "memory" in config.measures:
-        notes.append(("", "memory is there for selective attention only"))
-    return lines + notes
+    found = [measure_of(name) for name in config.measures]
+    lines = [(m.name, m.definition + (f"  [{m.unit}]" if m.unit else "")) for m in found]
+    for m in found:
+        if m.needs_context:
+            lines.append(("", f"{m.name} is NaN for the first {config.ignore_first} tokens of a context"))
+        if m.remark:
+            lines.append(("", f"{m.name}: {m.remark}"))
+        if m.source not in ("weights", "logits", "query"):
+            lines.append(("", f"{m.name} is there only where a layer offers {SOURCES[m.source]}"))
+    return lines
 
 
 def _correlations(config: Any) -> list[tuple[str, str]]:
-    against = [n for n in ("entropy", "max_weight", "k_eff") if n in config.measures]
-    if "query_norm" not in config.measures or not against:
-        return [("none", "they need query_norm and one of entropy, max_weight, k_eff")]
+    against = correlated(config.measures)[1:]
+    if not against:
+        others = ", ".join(correlated(measures())[1:])
+        return [("none", f"they need {CORRELATED_WITH} and one of {others}")]
     tokens = f"over tokens from number {config.ignore_first} on, of all contexts"
     lines = [
-        ("of", f"query_norm with {', '.join(against)}, {tokens}"),
+        ("of", f"{CORRELATED_WITH} with {', '.join(against)}, {tokens}"),
         ("pearson", "Σ(x-x̄)(y-ȳ) / √(Σ(x-x̄)² Σ(y-ȳ)²), float64"),
     ]
     if config.aggregate:
@@ -137,8 +150,9 @@ def _table(args: argparse.Namespace, config: Any, shape: dict[str, str]) -> list
         kept = ", ".join(map(str, config.raw_layers))
         lines.append(("raw", f"q, k ({config.scores}) and v of layer {kept}, safetensors in raw/"))
     if args.export:
-        lines.append(("csv", "attention_metrics_{timestamp}.csv: sample_id, layer, head, token_pos, "
-                      "query_norm, entropy, max_attn, k_eff"))  # fmt: skip
+        from headwise.questions.profile.export import COLUMNS
+
+        lines.append(("csv", "attention_metrics_{timestamp}.csv: " + ", ".join(COLUMNS.values())))
     return lines
 
 
@@ -151,10 +165,11 @@ def _shape(model: str) -> dict[str, str]:
         own = load(folder / "config.yaml").model
         return {"layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head())}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = reading.read_json(folder / "config.json", dict[str, Any])
+    except reading.Missing:
         return {}
-    config = config.get("text_config", config)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
     names = {
         "layers": ("num_hidden_layers", "n_layer"),
         "heads": ("num_attention_heads", "n_head"),
@@ -162,4 +177,7 @@ def _shape(model: str) -> dict[str, str]:
         "head_dim": ("head_dim",),
     }
     found = {label: next((config[k] for k in keys if config.get(k)), None) for label, keys in names.items()}
+    for label, value in found.items():
+        if value is not None and (type(value) is not int or not 0 < value < 1 << 20):
+            raise HeadwiseError(f"{folder / 'config.json'} has {value!r} {label}; it must be a whole number")
     return {label: str(value) for label, value in found.items() if value is not None}

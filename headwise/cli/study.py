@@ -64,6 +64,7 @@ def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
 def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ignore[no-untyped-def]
     """Run a study, print its conclusions and where its report is; 1 when no run came to a result."""
     from headwise import report
+    from headwise.questions.sections import sections
     from headwise.study.display import StudyDisplay
     from headwise.study.local import ENDED, run_all, state
     from headwise.study.plan import plan, write_plan
@@ -81,7 +82,7 @@ def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ig
         display.close()
     states = [state(run) for run in runs]
     if any(one in ENDED for one in states) or (complete and "skipped" in states):
-        paths = report.build(folder)
+        paths = report.build(folder, sections=sections())
         print("\n".join(report.conclusions(paths["json"])))
         print(f"report: {paths['html']}\n        {paths['markdown']}")
     elif complete:

@@ -26,7 +26,7 @@ USAGE = (
 DESCRIPTION = """Write a new run: the weights of RUN with one head more in every layer, of the same width, and
 the validation loss before and after. RUN is a run folder, a checkpoint's folder, a nanoGPT-layout .pt file or
 hf://owner/name/file. The new run has RUN's configuration; every key of it is a flag here too, such as
---model.attention.kind=selective. With a length of training among the flags (--training.max_steps,
+--model.attention.kind=KIND. With a length of training among the flags (--training.max_steps,
 max_tokens or max_flops) it is trained at once; without one, `headwise train --resume --out DIR` trains it,
 and `headwise train --init-from DIR` starts others from it."""
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     """Operate, then train where a length is given; returns the exit code."""
     parser = configuration.make_parser(prog="headwise surgery", usage=USAGE, description=DESCRIPTION)
     _add_own(parser)
-    configuration.add_arguments(parser)
+    configuration.add_arguments(parser, argv)
     if not argv or {"-h", "--help"} & set(argv):
         parser.print_help()
         return 0
@@ -66,7 +66,11 @@ def main(argv: list[str]) -> int:
 
 def _add_own(parser: Any) -> None:
     add = parser.add_argument
-    add("--add-head", metavar="PLACE", help="start (index 0, which selects under kind selective) or end")
+    add(
+        "--add-head",
+        metavar="PLACE",
+        help="start (index 0, whose logits some kinds read for all heads) or end",
+    )
     add("--init", metavar="NAME", help="normal, zero, ko_zero, o_zero, k_zero or o_rescaled")
     add("--keep-optimizer", action="store_true",
         help="carry RUN's optimizer state along, with zeros for the new head")  # fmt: skip
@@ -107,14 +111,13 @@ def _refuse_no_data(source: Source, rest: list[str]) -> None:
 
 def _as_trained(before: ModelConfig, source: Source, kind: str | None, config: Config) -> ModelConfig:
     """The model of a `.pt` file with what only the user knows of it: its GELU and its attention."""
-    from headwise.attention.config import AttentionConfig
     from headwise.model.config import MLPS
 
     if not source.nanogpt:
         if kind is not None:
             raise HeadwiseError(f"--source-kind is for .pt files; {source.name} has a config.yaml that says")
         return before
-    attention = AttentionConfig(kind=kind or "flash", selective=config.model.attention.selective)
+    attention = dataclasses.replace(config.model.attention, kind=kind or "flash")
     mlp = one_of("model.mlp", config.model.mlp, MLPS)
     before = dataclasses.replace(before, mlp=mlp, attention=attention)
     before.validate()

@@ -22,12 +22,13 @@ def main(argv: list[str]) -> int:
         usage="headwise train --config FILE [--SECTION.KEY=VALUE ...] [--out DIR [--resume | --eval_only]]",
         description="Train one model and measure its heads. Every key of the configuration is a flag.",
     )
-    configuration.add_arguments(parser)
+    argv = _as_it_was(argv)
+    configuration.add_arguments(parser, argv)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly")
     parser.add_argument(
         "--eval_only", "--eval-only", action="store_true", help="evaluate the run in --out, train nothing"
     )
-    config, flags = configuration.parse(parser, _as_it_was(argv))
+    config, flags = configuration.parse(parser, argv)
     if flags.eval_only:
         return _evaluate(config)
     config = dataclasses.replace(config, out=config.out or str(_new_folder(config, flags)))

@@ -1,6 +1,6 @@
 """The configuration of a run: typed dataclasses, filled from YAML and dotted overrides.
 
-    headwise train --config configs/exp.copy.mha.yaml --model.attention.kind=flash --seed 1337
+    headwise train --config configs/exp.copy.flash.yaml --training.lr=1e-3 --seed 1337
 
 Everything is checked before anything starts; a wrong key names the nearest right one.
 """
@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import yaml
-
+from headwise import reading
+from headwise.attention.kinds import KINDS, LOADED, load_plugins
 from headwise.config.training import MeasureConfig, TrainingConfig
 from headwise.data.config import DataConfig
 from headwise.errors import HeadwiseError, did_you_mean
@@ -41,6 +42,7 @@ class Config:
         out: the run folder; a new one below `runs/` where not given.
         expected_engine: fail unless this attention engine ran (eager, sdpa, flex); any where not given.
         init_from: first weights: a run folder, a nanoGPT-layout .pt file, or hf://owner/name/file.
+        plugins: modules outside of this package whose import registers attention kinds.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -52,6 +54,7 @@ class Config:
     out: str | None = None
     expected_engine: str | None = None
     init_from: str | None = None
+    plugins: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
         """Refuse what cannot run, whichever section is at fault.
@@ -86,8 +89,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """`config` as YAML that `parse` reads back to the same value."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """`config` as YAML that `parse` reads back to the same value.
+
+    Options of kinds that are not chosen are left out where they are the default, so that a run can be read
+    where such a kind is not installed.
+    """
+    values = to_dict(config)
+    attention = values["model"]["attention"]
+    default = dataclasses.asdict(type(config.model.attention)())
+    for kind, options in list(attention.items()):
+        if isinstance(options, dict) and kind != config.model.attention.kind and options == default[kind]:
+            del attention[kind]
+    return reading.to_yaml(values)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -99,14 +112,24 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-KEYS = [key for key, _ in flatten(to_dict(Config()))]
-"""Every dotted key of the configuration."""
+def keys() -> list[str]:
+    """Every dotted key of the configuration, the options of every registered kind among them."""
+    return [key for key, _ in flatten(to_dict(Config()))]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Give a jsonargparse parser `--config` and every key of `Config`."""
+def add_arguments(parser: ArgumentParser, argv: Sequence[str] = ()) -> None:
+    """Give a jsonargparse parser `--config` and every key of `Config`.
+
+    Args:
+        argv: the command line, whose configuration files may name plug-ins that add keys.
+
+    Raises:
+        HeadwiseError: a plug-in that cannot be imported.
+    """
     from jsonargparse import ActionConfigFile
 
+    for path in _configuration_files(argv):
+        _load_plugins_of(path)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; later flags override it")
     types = get_type_hints(Config)
     for key in dataclasses.fields(Config):
@@ -126,16 +149,55 @@ def _explanation(key: str) -> str | None:
 
 def make_parser(**kwargs: Any) -> ArgumentParser:
     """A parser of run configurations that raises instead of printing and leaving."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_loader
 
-    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+    set_loader(YAML, _load_value, exceptions=(reading.Unreadable,))
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode=YAML, **kwargs)
+
+
+YAML = "headwise"
+"""The parser's mode: YAML as `headwise.reading` reads it."""
+
+
+def _load_value(text: str) -> Any:
+    """The value of a flag or a file. `key:` and `{a, b}`, mappings to nothing, are meant as text."""
+    value = reading.parse_yaml(text)
+    if isinstance(value, dict) and value and all(inner is None for inner in value.values()):
+        bare = text.strip(" {}").replace(" ", "").split(",")
+        if text.strip() == f"{next(iter(value))}:" or set(bare) == set(value):
+            return text
+    return value
+
+
+def _plain_parser() -> ArgumentParser:
+    return _parser_with(tuple(KINDS))
 
 
 @functools.cache  # building one takes longer than parsing with it
-def _plain_parser() -> ArgumentParser:
+def _parser_with(kinds: tuple[str, ...]) -> ArgumentParser:
     parser = make_parser()
     add_arguments(parser)
     return parser
+
+
+def _configuration_files(argv: Sequence[str]) -> Iterator[Path]:
+    """The files that `--config` names."""
+    for flag, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, _, value = flag.partition("=")
+        if name == "--config":
+            yield Path(value or following)
+
+
+def _load_plugins_of(path: Path) -> None:
+    """Import the plug-ins that a configuration file names; of a run's own file, which `config.yaml` is, only
+    those that are installed."""
+    try:
+        values = reading.read_yaml(path)
+    except reading.Unreadable:
+        return  # the parser says what is wrong with it
+    named = values.get("plugins") if isinstance(values, dict) else None
+    if isinstance(named, list):
+        load_plugins(named, recorded_in=str(path) if path.name == "config.yaml" else None)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespace]:
@@ -147,28 +209,67 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
     Raises:
         HeadwiseError: one line: the key or value at fault and the nearest right key.
     """
+    _check_files(list(argv))
     try:
         namespace = parser.parse_args(list(argv))
-        for path in namespace.config or []:
-            _refuse_scalar_sections(yaml.safe_load(path.read_text()) or {}, to_dict(Config()))
         namespace = parser.instantiate(namespace)
-    except UnicodeDecodeError as error:
-        raise HeadwiseError(f"--config is no text: {error}") from None
-    except (argparse.ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, OverflowError, reading.Unreadable) as error:
         raise HeadwiseError(explain(str(error), _flags(parser))) from None
+    except RecursionError:
+        raise HeadwiseError("a flag is nested too deeply to be read; give plain values") from None
     names = [f.name for f in dataclasses.fields(Config)]
     config = Config(**{name: getattr(namespace, name) for name in names})
+    config.plugins = list(dict.fromkeys([*config.plugins, *LOADED]))
     config.validate()
     return config, namespace
 
 
-def _refuse_scalar_sections(values: dict[str, Any], sections: dict[str, Any], prefix: str = "") -> None:
+def _check_files(argv: Sequence[str]) -> None:
+    """Read every file that flags name for `--config` or a section, before the parser opens it.
+
+    Raises:
+        HeadwiseError: it is not a regular file, too large, or no YAML of keys and values.
+    """
+    sections = to_dict(Config())
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        value = value if equals else following
+        section = sections if name == "config" else _section(sections, name)
+        if flag.startswith("--") and section is not None and not value.lstrip().startswith("{"):
+            _check_file(Path(value), section, f"--{name}", "" if name == "config" else f"{name}.")
+
+
+def _section(sections: dict[str, Any], name: str) -> dict[str, Any] | None:
+    found: Any = sections
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _check_file(path: Path, section: dict[str, Any], flag: str, prefix: str) -> None:
+    try:
+        values = reading.read_yaml(path)
+    except reading.Missing:
+        return  # the parser tells what it looked for
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"{flag}: {error}") from error
+    if not isinstance(values, dict):
+        what = "it is empty" if values is None else f"it holds a {type(values).__name__}"
+        raise HeadwiseError(f"{flag} {path} is no YAML of keys and values: {what}")
+    _check_sections(values, section, prefix, path.parent)
+
+
+def _check_sections(values: dict[str, Any], sections: dict[str, Any], prefix: str, folder: Path) -> None:
     """Refuse `training: 5` in a file: the parser reads past it. A string names a file with the section."""
     for key, value in values.items():
         section = sections.get(key)
-        if isinstance(section, dict) and isinstance(value, dict):
-            _refuse_scalar_sections(value, section, f"{prefix}{key}.")
-        elif isinstance(section, dict) and not isinstance(value, str):
+        if not isinstance(section, dict):
+            continue
+        if isinstance(value, dict):
+            _check_sections(value, section, f"{prefix}{key}.", folder)
+        elif isinstance(value, str):
+            _check_file(folder / value, section, f"{prefix}{key}", f"{prefix}{key}.")
+        else:
             raise HeadwiseError(
                 f"{prefix}{key}: got {value}, expected keys below it, such as {next(iter(section))}"
             )
@@ -182,10 +283,12 @@ def from_dict(values: dict[str, Any]) -> Config:
     """
     import json
 
+    load_plugins(values.get("plugins") or ())
+    known = keys()
     arguments = []
     for key, value in flatten(values):
-        if key not in KEYS:
-            raise HeadwiseError(f"unknown key {key!r}{did_you_mean(key, KEYS)}")
+        if key not in known:
+            raise HeadwiseError(f"unknown key {key!r}{did_you_mean(key, known)}")
         if value is not None:
             arguments.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     return parse(_plain_parser(), arguments)[0]
@@ -197,6 +300,7 @@ def load(path: str | Path) -> Config:
     Raises:
         HeadwiseError: it is missing, unreadable, or not a configuration.
     """
+    _load_plugins_of(Path(path))
     return parse(_plain_parser(), ["--config", str(path)])[0]
 
 
@@ -237,4 +341,5 @@ def _expectation(message: str) -> str:
 
 def _flags(parser: ArgumentParser) -> list[str]:
     flags = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
-    return KEYS + [flag for flag in flags if flag not in KEYS]
+    known = keys()
+    return known + [flag for flag in flags if flag not in known]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from headwise.errors import HeadwiseError, one_of
+from headwise.errors import HeadwiseError, in_range, one_of
+
+MOST_STEPS = 10**12
+MOST_FLOPS = 1e30
+"""A thousand times what the largest run of anybody took, and more than a number means to any counter here."""
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -92,19 +95,17 @@ class TrainingConfig:
             raise HeadwiseError(
                 "the run has no end: set training.max_steps, training.max_tokens or training.max_flops"
             )
-        for name in ("max_steps", "max_tokens", "max_flops", "timeout_s", "total_batch_tokens", "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise HeadwiseError(f"training.{name} is {value}; it must be a number above 0")
-        for name in ("log_every", "keep_checkpoints", "max_nonfinite"):
-            if getattr(self, name) < 1:
-                raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in (
-            "warmup_steps", "eval_every", "checkpoint_every", "debug_steps", "profile_steps",
-            "grad_clip", "weight_decay",
+        for name, most in (
+            ("max_steps", MOST_STEPS), ("max_tokens", 1e18), ("max_flops", MOST_FLOPS), ("timeout_s", 1e9),
+            ("total_batch_tokens", 2**40), ("lr", 1e3),
         ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must not be negative")
+            in_range(f"training.{name}", getattr(self, name), 0, most, above=True)
+        for name in ("log_every", "keep_checkpoints", "max_nonfinite"):
+            in_range(f"training.{name}", getattr(self, name), 1, MOST_STEPS)
+        for name in ("warmup_steps", "eval_every", "checkpoint_every", "debug_steps", "profile_steps"):
+            in_range(f"training.{name}", getattr(self, name), 0, MOST_STEPS)
+        for name, most in (("grad_clip", 1e12), ("weight_decay", 1e3), ("eps", 1.0)):
+            in_range(f"training.{name}", getattr(self, name), 0, most)
         for name in ("smoothing", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise HeadwiseError(f"training.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -128,7 +129,7 @@ class MeasureConfig:
         prompts: texts for the maps; the first validation sequences where empty.
         importance: at the last evaluation, measure the loss without each head on the fixed batch: one pass
             a head.
-        sums: with kind selective, log how far running sums and their gradients are off float64.
+        sums: for a kind with running sums, log how far they and their gradients are off float64.
     """
 
     heads: bool = True
@@ -149,9 +150,7 @@ class MeasureConfig:
             HeadwiseError: one line with the value received and what to do.
         """
         one_of("measure.scores", self.scores, ("pre_rope", "post_rope"))
-        for name in ("sequences", "map_tokens"):
-            if getattr(self, name) < 1:
-                raise HeadwiseError(f"measure.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("ignore_first", "maps"):
-            if getattr(self, name) < 0:
-                raise HeadwiseError(f"measure.{name} is {getattr(self, name)}; it must not be negative")
+        for name, least, most in (
+            ("sequences", 1, 2**20), ("map_tokens", 1, 2**16), ("ignore_first", 0, 2**24), ("maps", 0, 2**12),
+        ):  # fmt: skip
+            in_range(f"measure.{name}", getattr(self, name), least, most)

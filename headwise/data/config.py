@@ -6,11 +6,14 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headwise.errors import HeadwiseError, one_of
+from headwise.errors import HeadwiseError, in_range, one_of
 
 SYNTHETIC = ("copy", "repeat", "ngram")
 TEXT = ("pystdlib", "enwik8", "text", "wikitext103")
 NAMES = (*SYNTHETIC, "shards", *TEXT)
+
+LONGEST = 2**24
+MOST_TOKENS = 2**31
 
 _TAKES_PATH = ("shards", "enwik8", "text", "wikitext103")
 _NEEDS_PATH = ("shards", "text")
@@ -99,28 +102,32 @@ class DataConfig:
             )
 
     def _check_ranges(self) -> None:
-        for key, least in (
-            ("seq_len", 2),
-            ("batch_size", 1),
-            ("num_workers", 0),
-            ("bytes", 1),
-            ("eval_sequences", 1),
+        for key, least, most in (
+            ("seq_len", 2, LONGEST),
+            ("batch_size", 1, 2**20),
+            ("num_workers", 0, 2**10),
+            ("bytes", 1, 2**50),
+            ("eval_sequences", 1, 2**24),
+            ("vocab_size", 2, 2**24),
         ):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise HeadwiseError(f"data.{key}={value} is too small; it must be at least {least}")
+            in_range(f"data.{key}", getattr(self, key), least, most)
+        for key in ("batch_size", "eval_sequences"):
+            if getattr(self, key) * self.seq_len > MOST_TOKENS:
+                raise HeadwiseError(
+                    f"data.{key} {getattr(self, key)} x data.seq_len {self.seq_len} are more tokens than "
+                    f"the {MOST_TOKENS:,} that can be read at a time; lower one of them"
+                )
         for key in ("fraction", "eval_fraction"):
             value = getattr(self, key)
             if not 0.0 < value <= 1.0:
                 raise HeadwiseError(f"data.{key}={value} is not a share; it must be above 0 and at most 1")
         for length in self.eval_seq_lens:
-            if length < 2:
-                raise HeadwiseError(f"data.eval_seq_lens has {length}; each length must be at least 2")
+            in_range("data.eval_seq_lens", length, 2, LONGEST)
 
     def _check_synthetic(self) -> None:
         vocab_size = 256 if self.vocab_size is None else self.vocab_size
-        if vocab_size < 2:
-            raise HeadwiseError(f"data.vocab_size={vocab_size} is too small; it must be at least 2")
+        in_range("data.ngram_order", self.ngram_order, 2, 17)
+        in_range("data.ngram_branching", self.ngram_branching, 1, 2**24)
         if self.name != "ngram":
             return
         if not 2 <= self.ngram_branching <= vocab_size:
@@ -128,8 +135,8 @@ class DataConfig:
                 f"data.ngram_branching={self.ngram_branching} must be between 2 and "
                 f"data.vocab_size={vocab_size}"
             )
-        if self.ngram_order < 2 or vocab_size ** (self.ngram_order - 1) > 2**16:
+        if vocab_size ** (self.ngram_order - 1) > 2**16:
             raise HeadwiseError(
-                f"data.ngram_order={self.ngram_order} with data.vocab_size={vocab_size} must be at "
-                "least 2 and have at most 65536 contexts, vocab_size ** (ngram_order - 1)"
+                f"data.ngram_order={self.ngram_order} with data.vocab_size={vocab_size} must "
+                "have at most 65536 contexts, vocab_size ** (ngram_order - 1)"
             )

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from headwise import reading
 from headwise.data.hub import load_dataset
 from headwise.errors import HeadwiseError
 
 _TEXT_PIECE = 1 << 20
+_LONGEST = 64 << 20
+"""Bytes of the longest line."""
+
 _PACKED = (".gz", ".bz2", ".zst", ".lz4")
 
 Position = tuple[int, int]
@@ -86,6 +90,8 @@ def open_documents(
                 f"the folder {source!r} has no files that fit {pattern!r}; give jsonl, parquet or text files"
             )
         return Files(files, path, fields)
+    if path.exists():
+        reading.must_be_regular(path)
     if source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
         raise HeadwiseError(f"{source!r} does not exist; give a file, a folder or a dataset's name")
     return HubDataset(source, fields, dataset_config, split, streaming, cache)
@@ -115,6 +121,8 @@ def _document(record: Any, fields: Fields, place: str, following: Position) -> D
     text = field(record, fields.text, place, hints[fields.text])
     if not isinstance(text, str):
         raise HeadwiseError(f"{place} has {type(text).__name__} instead of a text in {fields.text!r}")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in set(text)):
+        raise HeadwiseError(f"{place} has half of a character (a lone surrogate); repair or remove it")
     if fields.source is None:
         return Document(text, None, following)
     return Document(text, str(field(record, fields.source, place, hints[fields.source])), following)
@@ -152,8 +160,10 @@ class Files:
             for number, record in enumerate(records, start=skip):
                 place = f"record {number + 1} of {file}"
                 yield _document(record, self.fields, place, (index, number + 1))
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise HeadwiseError(f"{file} cannot be read ({error}); is it damaged?") from error
+        except (pa.ArrowException, OSError, EOFError, ValueError, MemoryError, OverflowError) as error:
+            raise HeadwiseError(
+                f"{file} cannot be read ({reading.first_line(error)}); is it damaged?"
+            ) from error
 
     def _parquet(self, file: Path, skip: int) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as pq
@@ -175,14 +185,20 @@ class Files:
                 yield from kept.to_pylist()
 
     def _json_lines(self, file: Path, skip: int) -> Iterator[Any]:
-        for number, line in enumerate(self._open(file)):
-            if number < skip:
+        stream, number = self._open(file), 0
+        while line := stream.readline(_LONGEST + 1):
+            number += 1
+            if len(line) > _LONGEST:
+                raise HeadwiseError(
+                    f"line {number} of {file} is longer than the {_LONGEST >> 20} MB that a record may have"
+                )
+            if number <= skip:
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise HeadwiseError(
-                    f"line {number + 1} of {file} is not a JSON record ({error}); repair or remove it"
+                    f"line {number} of {file} is not a JSON record ({error}); repair or remove it"
                 ) from error
 
     def _text(self, index: int, skip: int) -> Iterator[Document]:
@@ -194,6 +210,11 @@ class Files:
                 yield self._piece(index, number, rest[:end])
             number += bool(end)
             rest = rest[end:]
+            if len(rest) > _LONGEST:
+                raise HeadwiseError(
+                    f"{self.files[index]} has {_LONGEST >> 20} MB without the end of a line or a space; "
+                    "break its lines"
+                )
         if rest and number >= skip:
             yield self._piece(index, number, rest)
 

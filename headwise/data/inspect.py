@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from headwise.data.shards import MANIFEST, read_shard, shard_files
+from headwise.data.shards import read_manifest, read_shard, shard_files
 from headwise.data.text import blocks
 from headwise.data.tokenizer import Tokenizer
 from headwise.errors import HeadwiseError
@@ -114,11 +113,9 @@ def inspect_shards(
 
 def _manifest(folder: Path, damage: list[str]) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        damage.append(f"{folder / MANIFEST} cannot be read ({error})")
+        return read_manifest(folder)
+    except HeadwiseError as error:
+        damage.append(str(error))
         return None
 
 

@@ -51,7 +51,7 @@ def open_path(path: Path, cache: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """
     if not path.exists():
         raise HeadwiseError(f"data.path={str(path)!r} does not exist; give a text file or a folder")
-    if path.is_file():
+    if not path.is_dir():
         if is_binary(path):
             raise HeadwiseError(
                 f"data.path={str(path)!r} is not text (it has a NUL byte); give a text file, unpacked"

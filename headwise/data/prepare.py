@@ -17,14 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from filelock import FileLock, Timeout
+from msgspec import Meta
 
+from headwise import reading
 from headwise.data.documents import Document, Documents, Fields, Position, open_documents
 from headwise.data.progress import progress
-from headwise.data.shards import MANIFEST, read_shard
+from headwise.data.shards import MANIFEST, read_manifest, read_shard
 from headwise.data.text import files_checksum
 from headwise.data.tokenizer import Tokenizer, load_tokenizer
 from headwise.errors import HeadwiseError
@@ -132,7 +134,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     out = Path(config.out)
     for _ in prepare_shards(config):
         pass
-    return json.loads((out / MANIFEST).read_text())
+    return read_manifest(out) or {}
 
 
 def prepare_shards(config: PrepareConfig) -> Iterator[Path]:
@@ -276,6 +278,23 @@ def _save(out: Path, settings: dict[str, Any], work: _Work) -> None:
         )
 
 
+class _Counts(TypedDict):
+    kept: int
+    documents: int
+    too_short: int
+    tokens: int
+    sequences: int
+
+
+class _Unfinished(TypedDict):
+    settings: dict[str, Any]
+    position: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
+    shards: Annotated[int, Meta(ge=0)]
+    written: Annotated[int, Meta(ge=0)]
+    sources: dict[str, _Counts]
+    origins: list[str]
+
+
 def _resume(out: Path, settings: dict[str, Any]) -> _Work:
     path = out / _UNFINISHED
     if not path.exists():
@@ -286,11 +305,17 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
         _save(out, settings, work)
         return work
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            facts = json.loads(saved["facts"].tobytes())
-            waiting = saved["waiting"]
-    except (OSError, ValueError, KeyError) as error:
-        raise HeadwiseError(f"{path} is damaged ({error}); delete the folder and start again") from error
+        with reading.Arrays.open(path) as saved:
+            facts = reading.check(reading.parse_json(saved.read("facts", "u", 1).tobytes()), _Unfinished)
+            waiting = saved.read("waiting", "i", 2)
+        if len(waiting) != len(facts["origins"]) or waiting.shape[1] != settings["length"]:
+            raise reading.Unreadable(path, f"its waiting sequences are {waiting.shape}")
+        if stray := next((name for name in facts["origins"] if name not in facts["sources"]), None):
+            raise reading.Unreadable(path, f"it counts no source {stray[:80]!r}")
+    except reading.Unreadable as error:
+        raise HeadwiseError(
+            f"{path} is damaged ({error.reason}); delete the folder and start again"
+        ) from error
     _same(out, facts["settings"], settings, "an unfinished preparation")
     return _Work(
         position=tuple(facts["position"]),
@@ -303,13 +328,9 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> bool:
-    path = out / MANIFEST
-    if not path.exists():
+    manifest = read_manifest(out)
+    if manifest is None:
         return False
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise HeadwiseError(f"{path} cannot be read ({error}); choose another folder") from error
     _same(out, manifest.get("settings", {}), settings, "shards")
     (out / _UNFINISHED).unlink(missing_ok=True)
     return True

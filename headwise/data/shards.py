@@ -7,15 +7,14 @@ file. Shards are read one at a time, checked, and written once into the cache as
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
+from headwise import reading
 from headwise.data.progress import progress
 from headwise.data.text import files_checksum, only_one
 from headwise.errors import HeadwiseError
@@ -72,7 +71,7 @@ def open_shards(path: str | Path, cache: Path, vocab_size: int | None = None) ->
             with replacing(target) as draft:
                 draft.mkdir()
                 _convert(files, draft)
-    facts = json.loads((target / "shape.json").read_text())
+    facts = _facts_of(target)
     limit = vocab_size or manifest_vocab_size(files[0].parent) or facts["max"] + 1
     if facts["max"] >= limit:
         raise HeadwiseError(
@@ -86,12 +85,78 @@ def open_shards(path: str | Path, cache: Path, vocab_size: int | None = None) ->
 
 def manifest_vocab_size(folder: Path) -> int | None:
     """The vocabulary size that the manifest of `headwise data prepare` states; None without one."""
+    manifest = read_manifest(folder)
+    return manifest["vocab_size"] if manifest else None
+
+
+class ManifestTokenizer(TypedDict, total=False):
+    """The tokenizer that shards were made with."""
+
+    name: str
+    checksum: str
+
+
+class ManifestSettings(TypedDict, total=False):
+    """The options of a preparation, as far as somebody reads them; others are compared whole."""
+
+    tokenizer: ManifestTokenizer
+
+
+class ManifestShard(TypedDict):
+    """One shard of a manifest."""
+
+    file: str
+    sha256: str
+
+
+class _Vocabulary(TypedDict):
+    vocab_size: Annotated[int, Meta(ge=1, le=2**31)]
+
+
+class Manifest(_Vocabulary, total=False):
+    """`manifest.json`, which `headwise data prepare` writes last."""
+
+    sequences: int
+    tokens: int
+    sources: dict[str, dict[str, int | bool]]
+    shards: list[ManifestShard]
+    settings: ManifestSettings
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest beside shards; None where there is none.
+
+    Raises:
+        HeadwiseError: it is damaged.
+    """
     try:
-        return int(json.loads((folder / MANIFEST).read_text())["vocab_size"])
-    except FileNotFoundError:
+        return reading.read_json(folder / MANIFEST, Manifest)
+    except reading.Missing:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HeadwiseError(f"{folder / MANIFEST} cannot be read ({error}); delete or repair it") from error
+    except reading.Unreadable as error:
+        raise error.so("delete or repair it") from error
+
+
+class _Shape(TypedDict):
+    rows: Annotated[int, Meta(ge=1, le=2**40)]
+    width: Annotated[int, Meta(ge=1, le=2**40)]
+    max: Annotated[int, Meta(ge=0, lt=2**31)]
+
+
+def _facts_of(target: Path) -> dict[str, int]:
+    """Rows, width and largest id of a converted folder in the cache, which its file must have room for.
+
+    Raises:
+        HeadwiseError: it is damaged.
+    """
+    try:
+        facts = reading.read_json(target / "shape.json", _Shape)
+        held = reading.must_be_regular(target / "sequences.bin")
+    except reading.Unreadable as error:
+        raise error.so(f"delete {target} and run again") from error
+    if held != 4 * facts["rows"] * facts["width"]:
+        raise HeadwiseError(f"{target / 'sequences.bin'} is damaged; delete {target} and run again")
+    return facts
 
 
 def _convert(files: list[Path], folder: Path) -> None:
@@ -135,37 +200,22 @@ def read_shard(file: Path, vocab_size: int | None = None) -> np.ndarray:
 
 
 def _array(file: Path) -> np.ndarray:
-    found = []
     try:
-        with zipfile.ZipFile(file) as archive:
-            for name, header in _headers(archive):
-                shape, _, dtype = header
-                if len(shape) == 2 and dtype.kind in "iu":
-                    found.append(name)
+        with reading.Arrays.open(file) as arrays:
+            found = [
+                name for name, header in arrays.headers.items()
+                if len(header.shape) == 2 and header.dtype.kind in "iu"
+            ]  # fmt: skip
             named = [name for name in KEYS if name in found]
             if not named and len(found) != 1:
-                names = ", ".join(sorted(Path(entry).stem for entry in archive.namelist()))
+                names = ", ".join(sorted(arrays.headers)[:20])
                 raise HeadwiseError(
                     f"{file} has no 2-D integer array to read: it holds {names or 'nothing'}; "
                     f"name it one of {', '.join(KEYS)}"
                 )
-        with np.load(file, allow_pickle=False) as arrays:
-            return arrays[(named or found)[0]]
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
-        raise HeadwiseError(f"{file} is damaged or not a shard ({error}); make it again") from error
-
-
-def _headers(archive: zipfile.ZipFile) -> Iterator[tuple[str, tuple]]:
-    """Name and (shape, fortran_order, dtype) of each array, without reading its values."""
-    for entry in archive.namelist():
-        with archive.open(entry) as member:
-            version = np.lib.format.read_magic(member)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            yield entry.removesuffix(".npy"), read(member)
+            return arrays.read((named or found)[0])
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"{file} is damaged or not a shard ({error.reason}); make it again") from error
 
 
 def split_rows(sequences: np.ndarray) -> dict[str, np.ndarray]:

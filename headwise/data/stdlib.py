@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from headwise.data.text import file_facts, unreadable
+from headwise import reading
+from headwise.data.text import file_facts
 from headwise.errors import HeadwiseError
 
 _NOT_EVERYWHERE = {
@@ -41,7 +42,7 @@ def standard_library(folder: Path | None = None) -> tuple[np.ndarray, dict[str, 
     try:
         whole = b"".join((folder / name).read_bytes() for name in names)
     except OSError as error:
-        raise unreadable(folder, error) from error
+        raise reading.Unreadable(folder, error.strerror or str(error)) from error
     facts = {**file_facts(names), "python": platform.python_version()}
     return np.frombuffer(whole, dtype=np.uint8), facts
 

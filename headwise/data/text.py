@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 
 _BLOCK = 1 << 20
@@ -46,26 +47,16 @@ def file_facts(names: list[str]) -> dict[str, Any]:
 
 def map_bytes(path: Path) -> np.ndarray:
     """A file's bytes, uint8 `(n,)`, mapped into memory."""
-    try:
-        if path.stat().st_size == 0:
+    with reading.opened(path) as file:
+        if file.seek(0, 2) == 0:
             raise HeadwiseError(f"{path} is empty; give a file with text")
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: OSError) -> HeadwiseError:
-    """The error to raise for a file that the system refuses."""
-    return HeadwiseError(f"{path} cannot be read ({error.strerror or error}); check it and its permissions")
+        return np.memmap(file, dtype=np.uint8, mode="r")
 
 
 def is_binary(path: Path) -> bool:
     """Whether the first megabyte has a NUL byte, which no text has."""
-    try:
-        with path.open("rb") as file:
-            return b"\0" in file.read(_BLOCK)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading.opened(path) as file:
+        return b"\0" in file.read(_BLOCK)
 
 
 def split_90_5_5(whole: np.ndarray) -> dict[str, np.ndarray]:
@@ -93,12 +84,9 @@ def files_checksum(files: Iterable[Path]) -> str:
 def blocks(files: Iterable[Path]) -> Iterator[bytes]:
     """The bytes of `files`, one after the other, a megabyte at a time."""
     for path in files:
-        try:
-            with path.open("rb") as file:
-                while block := file.read(_BLOCK):
-                    yield block
-        except OSError as error:
-            raise unreadable(path, error) from error
+        with reading.opened(path) as file:
+            while block := file.read(_BLOCK):
+                yield block
 
 
 @contextmanager

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from headwise.data.hub import ask_for, reason
+from headwise import reading
+from headwise.data.hub import ask_for
 from headwise.data.progress import progress
 from headwise.data.text import Text, character_start, only_one
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, in_range
 from headwise.files import replacing, write_json
+
+LIMIT = 256 << 20
+"""Bytes of a tokenizer.json."""
 
 BYTES = "bytes"
 """Names the tokenizer that leaves bytes as they are."""
@@ -47,7 +50,10 @@ class Tokenizer:
         else:
             vocabulary = slow.get_vocab()
             content = repr((type(slow).__name__, sorted(vocabulary.items())))
+        if not vocabulary:
+            raise HeadwiseError(f"tokenizer {name!r} has no tokens; give another")
         self.vocab_size = max(vocabulary.values()) + 1
+        in_range(f"the vocabulary of tokenizer {name!r}", self.vocab_size, 1, 2**24)
         self.checksum = hashlib.sha256(content.encode()).hexdigest()
         self.pad_id: int | None = vocabulary.get(pad_token)
 
@@ -121,9 +127,12 @@ def load_tokenizer(name: str) -> Tokenizer:
         if not path.is_dir():
             ask_for(name, "tokenizer.json", "tokenizer_config.json", "config.json")
         loaded = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises errors of many libraries
+    except BaseException as error:  # transformers raises errors of many libraries, and tokenizers panics
+        if not isinstance(error, Exception) and not reading.is_panic(error):
+            raise
         raise HeadwiseError(
-            f"tokenizer {name!r} cannot be loaded ({reason(error)}); give a folder or another name"
+            f"tokenizer {name!r} cannot be loaded ({reading.first_line(error)}); "
+            "give a folder or another name"
         ) from error
     fast = getattr(loaded, "backend_tokenizer", None)
     return Tokenizer(name, fast, loaded, loaded.pad_token)
@@ -133,12 +142,37 @@ def _from_file(name: str, file: Path) -> Tokenizer:
     import tokenizers
 
     try:
-        fast = tokenizers.Tokenizer.from_file(str(file))
-        settings = file.with_name("tokenizer_config.json")
-        pad = json.loads(settings.read_text()).get("pad_token") if settings.is_file() else None
-    except Exception as error:  # tokenizers raises bare Exception
-        raise HeadwiseError(f"tokenizer {str(file)!r} cannot be read ({error})") from error
-    return Tokenizer(name, fast, pad_token=pad["content"] if isinstance(pad, dict) else pad)
+        content = reading.read_bytes(file, limit=LIMIT)
+        pad = _pad_token(file.with_name("tokenizer_config.json"))
+        fast = tokenizers.Tokenizer.from_buffer(content)
+        return Tokenizer(name, fast, pad_token=pad)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"tokenizer {error}") from error
+    except HeadwiseError:
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, and panics
+        if not isinstance(error, Exception) and not reading.is_panic(error):
+            raise
+        raise HeadwiseError(
+            f"tokenizer {str(file)!r} cannot be read ({reading.first_line(error)}); give another"
+        ) from error
+
+
+class _Settings(TypedDict, total=False):
+    """`tokenizer_config.json`, as far as it is read here."""
+
+    pad_token: str | dict[str, Any] | None
+
+
+def _pad_token(file: Path) -> str | None:
+    try:
+        pad = reading.read_json(file, _Settings).get("pad_token")
+    except reading.Missing:
+        return None
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad is not None and not isinstance(pad, str):
+        raise reading.Unreadable(file, f"its pad_token is {pad!r}")
+    return pad
 
 
 def tokenised(text: Text, tokenizer: Tokenizer, cache: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -157,11 +191,15 @@ def tokenised(text: Text, tokenizer: Tokenizer, cache: Path) -> tuple[dict[str, 
             with replacing(folder) as draft:
                 draft.mkdir()
                 _write(text, tokenizer, draft)
-    lengths = json.loads((folder / "lengths.json").read_text())
+    try:
+        lengths = reading.read_json(folder / "lengths.json", dict[str, tuple[int, int]])
+        held = {split: reading.must_be_regular(folder / f"{split}.bin") for split in lengths}
+    except reading.Unreadable as error:
+        raise error.so(f"delete {folder} and run again") from error
     splits = {}
     for split, (n_tokens, _) in lengths.items():
         file = folder / f"{split}.bin"
-        if file.stat().st_size != n_tokens * np.dtype(tokenizer.dtype).itemsize:
+        if held[split] != n_tokens * np.dtype(tokenizer.dtype).itemsize:
             raise HeadwiseError(f"{file} is damaged; delete {folder} and run again")
         empty = np.empty(0, dtype=tokenizer.dtype)
         splits[split] = np.memmap(file, dtype=tokenizer.dtype, mode="r") if n_tokens else empty

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from headwise import reading
 from headwise.data.config import DataConfig
 from headwise.data.hub import load_dataset
 from headwise.data.text import (
@@ -94,14 +95,20 @@ def parquet_column(file: Path, column: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
+        reading.must_be_regular(file)
         table = pq.ParquetFile(file)
         if column not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise HeadwiseError(f"{file} has no column {column!r}; it has {names}")
         for rows in table.iter_batches(batch_size=1024, columns=[column]):
-            yield from (text or "" for text in rows.column(0).to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        raise HeadwiseError(f"{file} cannot be read as parquet ({error}); is it damaged?") from error
+            texts = rows.column(0).to_pylist()
+            if wrong := next((text for text in texts if not isinstance(text, str | None)), None):
+                raise HeadwiseError(f"{file} has a {type(wrong).__name__} in column {column!r}, not a text")
+            yield from (text or "" for text in texts)
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        raise HeadwiseError(
+            f"{file} cannot be read as parquet ({reading.first_line(error)}); is it damaged?"
+        ) from error
 
 
 def _from_hub(cache: Path) -> dict[str, np.ndarray]:

@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
-from headwise.errors import HeadwiseError, one_of
+from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Values, Weights
+from headwise.errors import HeadwiseError
 from headwise.functional.head_stats import head_stats, weights_stats
 from headwise.functional.selective import memory
-from headwise.measures.table import MEASURES
+from headwise.measures.means import counted, without_early
+from headwise.measures.spec import measure_of
+from headwise.measures.spec import measures as all_measures
 
 ScoresFrom = Literal["post_rope", "pre_rope"]
 SCORES = ("post_rope", "pre_rope")
 IGNORE_FIRST = 2
-"""Tokens at the start of a sequence whose entropy is left out: they see too few keys (document 004)."""
+"""Tokens at the start of a sequence that see too few keys for measures that need a context (document 004)."""
 
 
 def measure(
@@ -45,26 +47,28 @@ def measure(
     Returns:
         Column name to a float tensor `(B, H, T)`.
     """
-    wanted = set(MEASURES if measures is None else measures)
+    wanted = set(all_measures() if measures is None else measures)
     if not k_eff:
         wanted.discard("k_eff")
     if isinstance(observation, Unmeasured):
         return {}
+    found: dict[str, Tensor] = {}
     if isinstance(observation, Margins):
         found = {"margin": observation.margin}
     elif isinstance(observation, Weights):
         found = weights_stats(observation.weights, k_eff="k_eff" in wanted).columns()
-    else:
+    elif isinstance(observation, Scores):
         found = _measure_scores(observation, scores, wanted)
+    found |= _handed_over(observation, found)
     return {name: value for name, value in found.items() if name in wanted}
 
 
 def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[str, Tensor]:
     before = seen.q if seen.q_pre is None else seen.q_pre
     held = {}
-    if seen.taken is not None and "memory" in wanted:
-        held["memory"] = memory(seen.taken).expand(seen.q.shape[:3])
-    if not wanted - {"query_norm", "margin", "memory"}:
+    if seen.taken is not None and "kept_context" in wanted:
+        held["kept_context"] = memory(seen.taken).expand(seen.q.shape[:3])
+    if not any(measure_of(name).source in ("weights", "logits") for name in wanted):
         return {"query_norm": _norm(before)} | held
     q, k = seen.q, seen.k
     if scores == "pre_rope" and seen.q_pre is not None and seen.k_pre is not None:
@@ -83,18 +87,23 @@ def _norm(q: Tensor) -> Tensor:
     return torch.linalg.vector_norm(q.detach(), dim=-1, dtype=torch.float32)
 
 
-def wanted_measures(names: Iterable[str] | None) -> tuple[str, ...]:
-    """The asked-for measures in the order of the head table; all of them for None.
-
-    Raises:
-        HeadwiseError: a name is not a measure; names the nearest.
-    """
-    if names is None:
-        return tuple(MEASURES)
-    asked = {one_of("measure", name, MEASURES) for name in names}
-    if not asked:
-        raise HeadwiseError(f"no measure was asked for; choose from {', '.join(MEASURES)}")
-    return tuple(name for name in MEASURES if name in asked)
+def _handed_over(observation: Observation, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The measures that the layer computed itself, `(B, H, T)` by name."""
+    extra, known = getattr(observation, "extra", {}), all_measures()
+    like = next(iter(found.values()), None)
+    for name, value in extra.items():
+        if name not in known:
+            raise HeadwiseError(
+                f"an attention layer hands over the measure {name!r}, which is not registered; list it in "
+                "`measures` of the layer's kind, or call register_measure"
+            )
+        if value.dim() != 3 or (like is not None and value.shape != like.shape):
+            expected = "(B, H, T)" if like is None else str(tuple(like.shape))
+            raise HeadwiseError(
+                f"an attention layer hands over the measure {name!r} of shape {tuple(value.shape)}; "
+                f"expected {expected}"
+            )
+    return dict(extra)
 
 
 @dataclass
@@ -129,13 +138,13 @@ class Collector:
         scores: `post_rope` or `pre_rope`.
         per_token: keep a row per (sample, layer, head, token); otherwise one per (layer, head)
             with means over samples and tokens, summed in float64.
-        ignore_first: real tokens at the start of a sequence whose entropy is NaN per token and
-            left out of the mean.
+        ignore_first: real tokens at the start of a sequence at which measures that need a context are
+            NaN per token, and which their means leave out.
         passes: per token, what each forward pass gave: layer to rows.
         reasons: layer, by its number or name, to why nothing was measured there.
     """
 
-    measures: tuple[str, ...] = tuple(MEASURES)
+    measures: tuple[str, ...] = field(default_factory=lambda: tuple(all_measures()))
     scores: ScoresFrom = "post_rope"
     per_token: bool = False
     ignore_first: int = IGNORE_FIRST
@@ -158,9 +167,7 @@ class Collector:
         if not self.per_token:
             self._accumulate(layer, values, real)
             return
-        if "entropy" in values:
-            early = ~self._with_context(values["entropy"], real)
-            values["entropy"] = values["entropy"].masked_fill(early, torch.nan)
+        values = without_early(values, self._with_context(next(iter(values.values())), real))
         if not self.passes or layer in self.passes[-1]:
             self.passes.append({})
         self.passes[-1][layer] = Rows(values, real, _uniform(observation))
@@ -188,16 +195,9 @@ class Collector:
 
     def _accumulate(self, layer: int, values: dict[str, Tensor], real: Tensor | None) -> None:
         stacked = torch.stack(list(values.values())).double()  # (measures, B, H, T)
-        counted = torch.ones_like(stacked, dtype=torch.bool)
-        if real is not None:
-            counted &= real[:, None]
-        for n, name in enumerate(values):
-            if name == "entropy":
-                counted[n] &= self._with_context(values[name], real)
-            elif name == "margin":  # +inf marks a query with fewer than two keys: no margin there
-                counted[n] &= ~torch.isposinf(values[name])
-        total = torch.where(counted, stacked, 0.0).sum((1, 3))
-        count = counted.sum((1, 3))
+        has = counted(values, self._with_context(stacked, real), real)
+        total = torch.where(has, stacked, 0.0).sum((1, 3))
+        count = has.sum((1, 3))
         known = self._sums.get(layer)
         if known is None:
             self._sums[layer] = _Sums(list(values), total, count)
@@ -245,9 +245,11 @@ def _uniform(seen: Observation) -> tuple[float, float]:
         tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window
     elif isinstance(seen, Weights):
         tokens = seen.weights.shape[-1]
-    else:
-        assert isinstance(seen, Margins)
+    elif isinstance(seen, Margins):
         tokens = seen.margin.shape[-1]
+    else:
+        assert isinstance(seen, Values)
+        tokens = next(iter(seen.extra.values())).shape[-1]
     behind = np.minimum(np.arange(tokens), (window or tokens) - 1)
     ahead = np.zeros_like(behind) if causal else behind[::-1]
     keys = behind + ahead + 1

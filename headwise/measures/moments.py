@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AGAINST = ("entropy", "max_weight", "k_eff")
-"""What the query's norm is correlated with (document 004 chose its target head by it)."""
+from headwise.measures.means import mean_of
+from headwise.measures.spec import CORRELATED_WITH, correlated, measure_of
+
 _AT_ONCE = 1 << 24
 
 
@@ -57,13 +58,12 @@ def _gather(values: Tensor, names: Sequence[str], ignore_first: int) -> dict[str
     n = later.shape[-1]
     centre = later.mean(-1) if n else torch.zeros_like(mean)
     off = (later - centre[..., None]).movedim(0, 1)  # (R, M, n)
-    for m, name in enumerate(names):
-        if name == "entropy":
+    for m, measure in enumerate(map(measure_of, names)):
+        if measure.absent is not None:
+            own = later[m] if measure.needs_context else exact[m].flatten(1)
+            tokens[m], mean[m] = mean_of(measure, own)
+        elif measure.needs_context:
             tokens[m], mean[m] = n, centre[m]
-        elif name == "margin":  # +inf marks a query with fewer than two keys: no margin there
-            has = ~torch.isposinf(exact[m])
-            tokens[m] = has.sum((1, 2))
-            mean[m] = torch.where(has, exact[m], 0).sum((1, 2)) / tokens[m]
     return {"tokens": tokens, "mean": mean, "centre": centre, "products": off @ off.mT}
 
 
@@ -78,7 +78,7 @@ def merge(parts: Sequence[Moments]) -> Moments:
         cross = np.einsum("mr,kr->rmk", step, step) * (total.paired * share)
         total = Moments(
             tokens=tokens,
-            mean=total.mean + (part.mean - total.mean) * part.tokens / np.maximum(tokens, 1),
+            mean=_merged(total, part),
             paired=paired,
             centre=total.centre + step * share,
             products=total.products + part.products + cross,
@@ -86,18 +86,20 @@ def merge(parts: Sequence[Moments]) -> Moments:
     return total
 
 
-def ranked(names: Sequence[str]) -> list[str]:
-    """query_norm, and those of `names` that it is correlated with; nothing without it."""
-    if "query_norm" not in names:
-        return []
-    return ["query_norm", *(name for name in names if name in AGAINST)]
+def _merged(total: Moments, part: Moments) -> np.ndarray:
+    """The mean over both; that of one where the other has no token, and so no mean."""
+    tokens = total.tokens + part.tokens
+    with np.errstate(invalid="ignore"):
+        mean = total.mean + (part.mean - total.mean) * part.tokens / np.maximum(tokens, 1)
+    mean = np.where(part.tokens == 0, total.mean, mean)
+    return np.where((total.tokens == 0) & (part.tokens > 0), part.mean, mean)
 
 
 def pearson(moments: Moments, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Pearson's correlation of query_norm with each of AGAINST, `(R,)`; NaN where one is constant."""
+    """Pearson's correlations of `CORRELATED_WITH`, `(R,)` by measure; NaN where one is constant."""
     found = {}
-    for name in ranked(names)[1:]:
-        x, y = names.index("query_norm"), names.index(name)
+    for name in correlated(names)[1:]:
+        x, y = names.index(CORRELATED_WITH), names.index(name)
         spread = moments.products[:, x, x] * moments.products[:, y, y]
         with np.errstate(invalid="ignore", divide="ignore"):
             found[name] = np.where(spread > 0, moments.products[:, x, y] / np.sqrt(spread), np.nan)

@@ -7,45 +7,27 @@ of attention cannot offer is absent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
+from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, measures
+
+__all__ = ["KEYS", "MEASURES", "read", "read_columns", "write_part"]
 
 if TYPE_CHECKING:
     import polars
     import pyarrow
 
 
-class Measure(NamedTuple):
-    """What one column holds, for tables, plots and documentation."""
-
-    definition: str
-    unit: str
-
-
-KEYS = {
-    "run": "string", "step": "int64", "sample": "int64",
-    "layer": "int32", "head": "int32", "token": "int32",
-}  # fmt: skip
-
-MEASURES = {
-    "entropy": Measure("-Σ p ln p", "nats"),
-    "max_weight": Measure("max_j p_j", ""),
-    "k_eff": Measure("fewest keys whose weights sum to at least 0.9", "keys"),
-    "query_norm": Measure("‖q_i‖₂ before RoPE", ""),
-    "logit_mean": Measure("mean of s[i,j] over visible keys", ""),
-    "logit_std": Measure("standard deviation of s[i,j] over visible keys", ""),
-    "sink_weight": Measure("weight on key 0", ""),
-    "self_weight": Measure("weight on key i", ""),
-    "previous_weight": Measure("weight on key i-1", ""),
-    "mean_distance": Measure("Σ p_j |i-j|", "tokens"),
-    "margin": Measure("tropical margin γ_i", ""),
-    "memory": Measure("Σ_j (1 - min(F[i,j], 1)), what selection leaves of the keys", "keys"),
-}
+_KINDS = {"string": "text", "int64": "integer", "int32": "integer"}
+MOST = 1 << 16
+"""Layers, and heads of a layer."""
 
 
 def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | str | int]) -> Path:
@@ -58,7 +40,8 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    unknown = set(columns) - set(KEYS) - set(MEASURES)
+    known = measures()
+    unknown = set(columns) - set(KEYS) - set(known)
     if unknown:
         raise ValueError(f"head table has no column {sorted(unknown)[0]!r}")
     length = max(len(c) for c in columns.values() if isinstance(c, np.ndarray))
@@ -73,7 +56,7 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
         else:
             arrays.append(pa.repeat(pa.scalar(value, kind), length))
         fields.append(pa.field(key, kind, nullable=value is None))
-    for measure in MEASURES:
+    for measure in known:
         value = columns.get(measure)
         if value is not None:
             values = np.asarray(value)
@@ -113,6 +96,8 @@ def _encoding(fields: list[pyarrow.Field]) -> dict[str, Any]:
 def read(folder: str | Path) -> polars.DataFrame:
     """All parts of a head table as one polars frame, measures as float32, in the order of their names.
 
+    Columns of older tables have today's names; a column that no measure here has is kept.
+
     Raises:
         HeadwiseError: the folder holds no part, or a part is damaged.
     """
@@ -124,9 +109,53 @@ def read(folder: str | Path) -> polars.DataFrame:
     frames = []
     for part in parts:
         try:
-            frames.append(polars.read_parquet(part).cast({polars.Float16: polars.Float32}))
-        except (polars.exceptions.PolarsError, OSError) as error:
+            check_part(part)
+            with reading.library_problems(part):
+                frame = polars.read_parquet(part).rename(FORMER_NAMES, strict=False)
+            frames.append(frame.cast({polars.Float16: polars.Float32}))
+            _refuse_places(part, frame)
+        except reading.Unreadable as error:
             raise HeadwiseError(
-                f"head table part {part} is damaged ({str(error).splitlines()[0]}); delete it and run again"
+                f"head table part {part} is damaged ({error.reason}); delete it and run again"
             ) from error
     return polars.concat(frames, how="diagonal")
+
+
+def read_columns(part: str | Path, columns: Sequence[str]) -> pyarrow.Table:
+    """Some columns of one part under their names of today.
+
+    Raises:
+        HeadwiseError: the part is damaged, or lacks one of them.
+    """
+    import pyarrow.parquet as pq
+
+    part = Path(part)
+    try:
+        today = {FORMER_NAMES.get(name, name): name for name in check_part(part)}
+        if missing := next((name for name in columns if name not in today), None):
+            raise reading.Unreadable(part, f"it has no column {missing!r}")
+        with reading.library_problems(part), pq.ParquetFile(part) as file:
+            return file.read(columns=[today[name] for name in columns]).rename_columns(list(columns))
+    except reading.Unreadable as error:
+        raise error.so("delete it and run again") from error
+
+
+def check_part(path: Path) -> dict[str, str]:
+    """The columns of one part with their kinds, from its footer.
+
+    Raises:
+        reading.Unreadable: it is not a part of a head table.
+    """
+    columns = reading.parquet_columns(path, {key: _KINDS[name] for key, name in KEYS.items()})
+    for name in (*measures(), *FORMER_NAMES):
+        if columns.get(name, "float") != "float":
+            raise reading.Unreadable(path, f"its column {name!r} is {columns[name]}, not float")
+    return columns
+
+
+def _refuse_places(path: Path, frame: polars.DataFrame) -> None:
+    """Refuse layers and heads that no model has: arrays are made of their size."""
+    for key in ("layer", "head"):
+        low, high = frame[key].min(), frame[key].max()
+        if frame[key].null_count() or (low is not None and not 0 <= int(low) <= int(high) < MOST):  # type: ignore[arg-type]
+            raise reading.Unreadable(path, f"its column {key!r} has a place below 0, above {MOST} or empty")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from headwise.attention.base import AttentionShape
 from headwise.attention.config import AttentionConfig
-from headwise.errors import HeadwiseError, one_of
+from headwise.errors import HeadwiseError, in_range, one_of
 
-COUNTS = (
-    "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len",
-)  # fmt: skip
+COUNTS = {
+    "d_model": 2**17, "n_layers": 2**12, "n_heads": 2**12, "n_kv_heads": 2**12, "head_dim": 2**14,
+    "d_ff": 2**20, "vocab_size": 2**24, "max_seq_len": 2**24,
+}  # fmt: skip
+"""Sizes, with the largest that is taken."""
+
+MOST_PARAMETERS = 10**13
 NORMS = ("rmsnorm", "layernorm")
 MLPS = ("gelu", "gelu_tanh", "swiglu")
 POSITIONS = ("rope", "sinusoidal", "learned", "none")
@@ -74,6 +77,14 @@ class ModelConfig:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.d_model
 
+    def least_parameters(self) -> int:
+        """Parameters that a model of these sizes has at least: its matrices, whichever the attention."""
+        heads, own = self.n_heads + self.kv_heads(), self.width_of_head() * self.d_model
+        mlp = (3 if self.mlp == "swiglu" else 2) * self.d_model * self.width_of_mlp()
+        words = (self.vocab_size or 0) * self.d_model * (1 if self.tie_embeddings else 2)
+        table = (self.max_seq_len or 0) * self.d_model if self.position == "learned" else 0
+        return words + table + self.n_layers * (2 * heads * own + mlp)
+
     def attention_shape(self, layer: int) -> AttentionShape:
         """The sizes of the attention in `layer`."""
         return AttentionShape(
@@ -93,14 +104,10 @@ class ModelConfig:
         Raises:
             HeadwiseError: one line with the value received and what to do.
         """
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise HeadwiseError(f"model.{name} is {value}; it must be at least 1")
-        for name in ("rope_theta", "init_std"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise HeadwiseError(f"model.{name} is {value}; it must be greater than 0, and finite")
+        for name, largest in COUNTS.items():
+            in_range(f"model.{name}", getattr(self, name), 1, largest)
+        for name, most in (("rope_theta", 1e15), ("init_std", 1e3)):
+            in_range(f"model.{name}", getattr(self, name), 0, most, above=True)
         one_of("model.norm", self.norm, NORMS)
         one_of("model.mlp", self.mlp, MLPS)
         one_of("model.position", self.position, POSITIONS)
@@ -118,6 +125,11 @@ class ModelConfig:
             raise HeadwiseError(
                 f"model.head_dim is {self.width_of_head()}, and RoPE rotates pairs: "
                 "make it even, or choose another model.position"
+            )
+        if self.least_parameters() > MOST_PARAMETERS:
+            raise HeadwiseError(
+                f"model.d_model {self.d_model}, model.n_layers {self.n_layers} and the other sizes make "
+                f"{self.least_parameters():.1e} parameters; no machine holds that: lower them"
             )
         if not 0 <= self.dropout < 1:
             raise HeadwiseError(f"model.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headwise.attention import KINDS, Attention
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
 from headwise.model.config import ModelConfig
@@ -22,9 +23,6 @@ from headwise.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-KINDS = ("flash", "mha", "flex")
-"""The kinds that are softmax attention and nothing else."""
 
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "Llama": {"norm": ("rmsnorm",), "mlp": ("swiglu",), "position": ("rope",)},
@@ -78,17 +76,24 @@ def export(
         return _difference(model, draft, name)
 
 
+def _is_softmax(kind: type[Attention]) -> bool:
+    """Whether a kind is softmax attention and nothing else."""
+    options = kind.options() if kind.options else None
+    return kind.computes(options) == "softmax" and not kind.heads_interact(options)
+
+
 def family_of(model: Decoder, name: str) -> str:
     """`Llama` or `GPT-2`: the family of architectures that computes what `model` does.
 
     Raises:
         HeadwiseError: there is none; names the settings in the way and what to train instead.
     """
-    kinds = sorted({attention.kind for attention in model.attentions()} - set(KINDS))
+    exported = [name for name, kind in KINDS.items() if _is_softmax(kind)]
+    kinds = sorted({attention.kind for attention in model.attentions()} - set(exported))
     if kinds:
         raise HeadwiseError(
             f"{name} cannot be exported: no Hugging Face architecture computes model.attention.kind="
-            f"{kinds[0]}; train with --model.attention.kind={KINDS[0]} (or {' or '.join(KINDS[1:])})"
+            f"{kinds[0]}; train with --model.attention.kind={exported[0]} (or {' or '.join(exported[1:])})"
         )
     obstacles = {family: _obstacles(model.config, family) for family in NEEDS}
     family = min(obstacles, key=lambda family: len(obstacles[family]))

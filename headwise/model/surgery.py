@@ -1,6 +1,6 @@
 """Head surgery: add a head to every layer of a trained model (document 002's continued pretraining).
 
-The new head comes first (index 0, which selects under `selective` with `source: head_zero`) or last, as the
+The new head comes first (index 0, whose logits some kinds read for all heads) or last, as the
 model itself would draw it: normal, its output columns narrower by √(2·n_layers). Then its init applies:
 
     normal      as drawn
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headwise.attention import attention_kind
 from headwise.errors import HeadwiseError, one_of
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
@@ -76,21 +77,12 @@ class Operation:
 
     def inserted(self, leaf: str) -> Inserted:
         """What of an attention's parameter `leaf` is new."""
-        head = [(self.index, self.index + 1)]
-        latent = self.after.attention.selective.source == "latent"
         if leaf in ("qkv.weight", "qkv.bias"):
             return {0: list(self.rows().values())}
         if leaf == "out.weight":
             return {1: [self.columns()]}
-        if leaf == "combination":
-            return {0: head} if latent else {1: head}
-        if leaf == "protection_combination":
-            return {1: head}
-        if leaf == "combination_bias" and latent:
-            return {0: head}
-        if leaf == "residual" and latent:
-            return {0: head, 1: head}
-        return {}
+        attention = self.after.attention
+        return attention_kind(attention.kind).head_ranges(leaf, self.index, attention.options())
 
 
 def refuse(config: ModelConfig, init: str, source: str) -> None:
@@ -175,13 +167,33 @@ def grow(
     return result
 
 
+def shrink(weights: Mapping[str, Tensor], operation: Operation) -> dict[str, Tensor]:
+    """`weights` of the model after without the head that was added: the inverse of `grow`.
+
+    Args:
+        weights: by parameter of the model after.
+    """
+    result = {}
+    for name, value in weights.items():
+        inserted = operation.inserted(name.rpartition(".attention.")[2]) if ".attention." in name else {}
+        for axis, ranges in inserted.items():
+            value = value.index_select(axis, _others(value.shape[axis], ranges).to(value.device))
+        result[name] = value
+    return result
+
+
+def _others(size: int, ranges: list[tuple[int, int]]) -> Tensor:
+    """The indices below `size` outside of all ranges."""
+    kept = torch.ones(size, dtype=torch.bool)
+    for start, stop in ranges:
+        kept[start:stop] = False
+    return kept.nonzero().flatten()
+
+
 def _graft(old: Tensor, fresh: Tensor, inserted: Inserted) -> Tensor:
     """`fresh` with `old` everywhere but in what is inserted."""
     if not inserted:
         return old.clone()
     (axis, ranges), *rest = inserted.items()
-    kept = torch.ones(fresh.shape[axis], dtype=torch.bool, device=fresh.device)
-    for start, stop in ranges:
-        kept[start:stop] = False
-    index = kept.nonzero().flatten()
+    index = _others(fresh.shape[axis], ranges).to(fresh.device)
     return fresh.index_copy(axis, index, _graft(old, fresh.index_select(axis, index), dict(rest)))

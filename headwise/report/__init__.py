@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from headwise.errors import one_of
@@ -11,11 +12,16 @@ from headwise.files import must_be_folder, replacing, write_text
 from headwise.report import figures, html, maps, markdown
 from headwise.report.collect import collect
 from headwise.report.conclusions import line
+from headwise.report.section import Section
 from headwise.runs.read import Run, Study
 
 
 def build(
-    folder: str | Path, *, baseline: str | None = None, out: str | Path | None = None
+    folder: str | Path,
+    *,
+    baseline: str | None = None,
+    out: str | Path | None = None,
+    sections: Sequence[Section] = (),
 ) -> dict[str, Path]:
     """Write the report of a study, of a single run, or of any folder with runs below it.
 
@@ -24,6 +30,7 @@ def build(
     Args:
         baseline: the variant that the others are compared with; otherwise the plan's.
         out: the report's folder; otherwise `folder` itself.
+        sections: what is added to the report; `headwise.questions.sections` gives those there are.
 
     Returns:
         the paths written: `markdown`, `html`, `json`, and `figures`, a folder.
@@ -39,17 +46,18 @@ def build(
     if baseline is not None:
         plan = study.plan | {"baseline": one_of("variant", baseline, tuple(study.variants))}
         study = dataclasses.replace(study, plan=plan)
-    data = collect(study)
+    data = collect(study, sections)
     prompts = _prompts(study, [variant["name"] for variant in data["variants"]])
     paths = {
         "markdown": root / "report.md", "html": root / "report.html", "json": root / "report.json",
         "figures": root / "figures",
     }  # fmt: skip
     with replacing(paths["figures"]) as draft:
-        drawn = figures.draw(data, prompts, draft)
+        drawn = figures.draw(data, prompts, draft, sections)
     write_text(paths["json"], json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(paths["markdown"], markdown.render(data, {t: f"figures/{name}" for t, name in drawn.items()}))
-    write_text(paths["html"], html.render(data, maps.pack(prompts)))
+    pictures = {title: f"figures/{name}" for title, name in drawn.items()}
+    write_text(paths["markdown"], markdown.render(data, pictures, sections))
+    write_text(paths["html"], html.render(data, maps.pack(prompts), sections))
     return paths
 
 

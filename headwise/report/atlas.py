@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwise.analysis.statistics import summarize
-from headwise.measures.table import MEASURES
+from headwise.measures.spec import KEYS, in_order, measure_of
 from headwise.report.curves import rounded, thin
 from headwise.runs.read import Run, Unreadable
 
+if TYPE_CHECKING:
+    import polars
+
 MAX_STEPS = 40
-NAMES = {
-    "entropy": "Entropy", "max_weight": "Largest weight", "k_eff": "Effective keys",
-    "query_norm": "Query norm",
-    "logit_mean": "Logit mean", "logit_std": "Logit std", "sink_weight": "Weight on the first token",
-    "self_weight": "Weight on itself", "previous_weight": "Weight on the previous token",
-    "mean_distance": "Mean distance", "margin": "Tropical margin",
-    "memory": "Memory",
-}  # fmt: skip
 
 
 def grid(run: Run) -> dict[str, Any] | None:
     """One run's head table as arrays `(S, L, H)` over evaluation steps, layers and heads.
 
-    Values are means over tokens and samples; a head without a value is NaN. None where the run
-    wrote no table. Raises `Unreadable` where it is damaged.
+    Values are means over tokens and samples that have one; a head without a value is NaN. None where
+    the run wrote no table. Raises `Unreadable` where it is damaged.
     """
     import polars as pl
 
     frame = run.heads
     if frame is None:
         return None
-    measures = [name for name in MEASURES if name in frame.columns]
+    measures = in_order(name for name in frame.columns if name not in KEYS)
     try:
-        means = [pl.col(m).cast(pl.Float64).fill_nan(None).mean() for m in measures]
+        means = [_known(pl.col(m).cast(pl.Float64), m).mean() for m in measures]
         rows = frame.drop_nulls(["layer", "head"]).group_by("step", "layer", "head").agg(means)
     except pl.exceptions.PolarsError as error:
         raise Unreadable(f"unreadable heads: {str(error).splitlines()[0]}") from error
@@ -54,6 +50,20 @@ def grid(run: Run) -> dict[str, Any] | None:
     return {"steps": steps, "measures": arrays}
 
 
+def _known(column: polars.Expr, name: str) -> polars.Expr:
+    """The column with null where a token, or a head, has no value."""
+    known, absent = column.fill_nan(None), measure_of(name).absent
+    return known if absent is None else known.replace(absent, None)
+
+
+def about(names: Iterable[str]) -> list[dict[str, str]]:
+    """What pages say of each measure, in the order of the head table."""
+    return [
+        {"name": m.name, "label": m.label, "definition": m.definition, "unit": m.unit}
+        for m in map(measure_of, in_order(names))
+    ]
+
+
 def atlas(grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]]) -> dict[str, Any]:
     """Everything the atlas shows, ready for JSON.
 
@@ -64,10 +74,7 @@ def atlas(grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]]) -> dict[str,
     """
     present = {name for runs in grids.values() for _, _, found in runs for name in found["measures"]}
     return {
-        "measures": [
-            {"name": m, "label": NAMES.get(m, m), "definition": d.definition, "unit": d.unit}
-            for m, d in MEASURES.items() if m in present
-        ],
+        "measures": about(sorted(present)),
         "variants": {
             variant: [
                 {"seed": run.seed, "used": used, "state": run.state, "steps": found["steps"].tolist(),
@@ -92,7 +99,7 @@ def per_layer_head(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 def _table(found: list[dict[str, Any]], cells: Any, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     tables = {}
-    for measure in MEASURES:
+    for measure in in_order(sorted({name for f in found for name in f["measures"]})):
         columns = [cells(f["measures"][measure][-1]) for f in found if measure in f["measures"]]
         rows = []
         for at in sorted({at for column in columns for at in column}):

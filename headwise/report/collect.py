@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from headwise.analysis.honesty import Flag, RunFacts, check
 from headwise.analysis.statistics import Summary, summarize
-from headwise.attention.selective import section as selection
-from headwise.questions.surgery import section as surgery
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
 from headwise.report.compare import Material, comparisons, most, number
 from headwise.report.conclusions import conclude_all
 from headwise.report.curves import curves, gap
+from headwise.report.section import Found, Section
 from headwise.runs.read import Run, Study, Unreadable
 
 RESULTS = ("final_loss", "val_loss", "train_loss", "val_bits_per_byte", "val_perplexity", "val_accuracy",
@@ -30,8 +30,8 @@ ENVIRONMENT = ("headwise", "git_commit", "git_dirty", "python", "torch", "cuda",
                "cpu_count", "threads", "platform", "engine")  # fmt: skip
 
 
-def collect(study: Study) -> dict[str, Any]:
-    """Read a study's runs and work out all that its report says."""
+def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
+    """Read a study's runs and work out all that its report says; what sections add is under their names."""
     facts = {id(run): _facts(run) for run in study.runs}
     names = list(dict.fromkeys([*study.variants, *(str(run.variant) for run in study.runs)]))
     by_variant = {name: [run for run in study.runs if run.variant == name] for name in names}
@@ -46,6 +46,7 @@ def collect(study: Study) -> dict[str, Any]:
     plan = study.plan
     lines = {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))}
     _add_gaps(lines, material, reference)
+    among = Found(study.runs, grids, lines)
     return finite({
         "run_id": study.name,
         "title": plan.get("title") or study.name,
@@ -68,8 +69,7 @@ def collect(study: Study) -> dict[str, Any]:
         **conclude_all(material, reference, plan, flags, grids),
         "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
         "curves": lines,
-        "selection": selection.collect(grids, lines),
-        "surgery": surgery.collect(study.runs),
+        **{section.name: section.collect(among) for section in sections},
         "chance_loss": most(run.get("chance_loss") for run in study.runs),
         "atlas": atlas(grids),
         "environment": _environment(study.runs),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headwise.attention.selective import section as selection
-from headwise.questions.surgery import section as surgery
 from headwise.report.drawing import COLOURS, INK, finish_axis, mosaic_of, new_figure, picture
-from headwise.report.tables import METRICS, heading, measure_label
+from headwise.report.section import Section
+from headwise.report.tables import METRICS, heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,12 @@ EARLY = 0.2
 MAX_SEEDS = 3  # rows of an atlas on paper; the page shows all
 
 
-def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) -> dict[str, str]:
+def draw(
+    data: dict[str, Any],
+    maps: dict[str, tuple[Any, list]],
+    folder: Path,
+    sections: Sequence[Section] = (),
+) -> dict[str, str]:
     """Write all figures into `folder` and return title -> file name."""
     folder.mkdir(parents=True)
     made: dict[str, str] = {}
@@ -33,8 +38,9 @@ def draw(data: dict[str, Any], maps: dict[str, tuple[Any, list]], folder: Path) 
 
     save(loss_curves(data), "Loss over training", "loss.png")
     names = [variant["name"] for variant in data["variants"]]
-    save(selection.figure(data["selection"], names), "Memory kept per layer over training", "memory.png")
-    save(surgery.figure(data["surgery"]), "Head surgery", "surgery.png")
+    for section in sections:
+        for drawn in section.figures(data[section.name], names) if data[section.name] else ():
+            save(*drawn)
     save(comparison(data), "Difference to the baseline", "comparison.png")
     save(costs(data), "Throughput and memory", "costs.png")
     for measure in data["atlas"]["measures"]:
@@ -155,7 +161,7 @@ def head_atlas(data: dict[str, Any], measure: dict[str, Any]) -> Figure | None:
     bar = figure.colorbar(axis.images[0], ax=axis, fraction=0.03, pad=0.02, aspect=30)
     bar.ax.tick_params(labelsize=7)
     unit = f" ({measure['unit']})" if measure["unit"] else ""
-    bar.set_label(measure_label(name) + unit, fontsize=8)
+    bar.set_label(measure["label"] + unit, fontsize=8)
     axis.set_xlabel("head", fontsize=8)
     axis.set_ylabel("layer (first on top)", fontsize=8)
     return figure

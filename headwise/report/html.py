@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from headwise.attention.selective import section as selection
-from headwise.questions.surgery import section as surgery
 from headwise.report import tables
-from headwise.report.markdown import PER_HEAD, budget, sentence
+from headwise.report.markdown import budget, sentence
+from headwise.report.section import Section
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
-SECTIONS = {
-    "conclusion": "Conclusion",
-    "flags": "Flags", "verdict": "Verdict", "curves": "Loss", "selection": "Memory",
-    "surgery": "Head surgery",
+FIRST = {"conclusion": "Conclusion", "flags": "Flags", "verdict": "Verdict", "curves": "Loss"}
+LAST = {
     "comparison": "Comparison", "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs",
     "parts": "Parameters", "heads": "Numbers", "runs": "Runs", "environment": "Environment",
 }  # fmt: skip
 
 
-def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
+def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Section] = ()) -> str:
     """The page, with plotly.js and all data inside.
 
     Args:
         data: what `collect` gathered; embedded whole as `#report-data`.
         maps: packed attention maps, as `maps.pack` makes them.
+        sections: those that `data` was gathered with.
     """
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
@@ -37,7 +36,7 @@ def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
     heads = [
         (
             v["name"],
-            [(title, tables.per_head(v, m)) for m, title in PER_HEAD.items() if m in v["per_head"]],
+            tables.per_head_tables(v),
             tables.per_layer_head(v),
         )
         for v in data["variants"] if v["per_layer_head"]
@@ -46,20 +45,21 @@ def render(data: dict[str, Any], maps: dict[str, Any]) -> str:
         "results": tables.results(data), "compared": tables.comparisons(data), "costs": tables.costs(data),
         "concluded": tables.conclusions(data), "alone": tables.unadjusted(data),
         "parts": tables.parts(data), "runs": tables.runs(data), "splits": tables.other_splits(data),
-        "memory": selection.table(data["selection"]),
-        "operations": surgery.before_and_after(data["surgery"]), "moved": surgery.moved(data["surgery"]),
         "heads": heads, "maps": maps, "facts": _facts(data), "icons": ICONS,
         "colours": {v["name"]: i % 8 for i, v in enumerate(data["variants"])},
     }  # fmt: skip
     empty = {
-        "curves": not data["curves"], "selection": not data["selection"], "surgery": not data["surgery"],
-        "comparison": not data["comparisons"],
+        "curves": not data["curves"], "comparison": not data["comparisons"],
         "atlas": not data["atlas"]["variants"], "maps": not maps, "costs": not content["costs"].rows,
         "parts": not content["parts"].rows, "heads": not heads,
     }  # fmt: skip
-    sections = [(key, name) for key, name in SECTIONS.items() if not empty.get(key)]
+    added = [section for section in sections if data[section.name]]
+    named = FIRST | {section.name: section.link for section in added} | LAST
+    links = [(key, name) for key, name in named.items() if not empty.get(key)]
+    content["added"] = [(section, section.tables(data[section.name])) for section in added]
+    content["scripts"] = [section.script.read_text(encoding="utf-8") for section in added if section.script]
     template = environment.get_template("report.html.j2")
-    return template.render(data=data, sections=sections, sentence=sentence, plotly=get_plotlyjs(), **content)
+    return template.render(data=data, links=links, sentence=sentence, plotly=get_plotlyjs(), **content)
 
 
 def embedded(value: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from headwise import reading
 from headwise.runs.read import Run
 
 MAX_BYTES = 3_000_000  # of packed maps in one page
@@ -24,12 +24,17 @@ def read(run: Run) -> list[tuple[list[str], np.ndarray]]:
     if path is None:
         return []
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            names = sorted(name for name in stored.files if name.startswith("weights_"))
-            found = [(stored[name], stored.get(name.replace("weights", "tokens"))) for name in names]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError):
+        with reading.Arrays.open(path) as stored:
+            names = sorted(name for name in stored.headers if name.startswith("weights_"))
+            found = [(stored.read(name, "f"), _tokens(stored, name)) for name in names]
+    except reading.Unreadable:
         return []
     return [(tokens(raw, w.shape[-1]), w.astype(np.float32)) for w, raw in found if w.ndim == 4 and w.size]
+
+
+def _tokens(stored: reading.Arrays, weights: str) -> np.ndarray | None:
+    name = weights.replace("weights", "tokens")
+    return stored.read(name) if name in stored.headers else None
 
 
 def pack(variants: dict[str, tuple[Run, list]]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from headwise.attention.selective import section as selection
-from headwise.questions.surgery import section as surgery
 from headwise.report import tables
 from headwise.report.conclusions import line
+from headwise.report.section import Section
 from headwise.report.tables import Table
 
 BUDGETS = {
@@ -15,24 +15,24 @@ BUDGETS = {
     "steps": ("Steps/run", ",.0f"),
     "tokens": ("Tokens/run", ",.0f"),
 }
-PER_HEAD = {"entropy": "attention_entropy (per head)", "margin": "tropical margin gamma (per head)"}
 SYMBOL = {"error": "❌", "warning": "⚠️", "note": "ℹ️"}
 
 
-def render(data: dict[str, Any], figures: dict[str, str]) -> str:
+def render(data: dict[str, Any], figures: dict[str, str], sections: Sequence[Section] = ()) -> str:
     """The report as Markdown.
 
     Args:
         data: what `collect` gathered.
         figures: title -> path relative to the report.
+        sections: those that `data` was gathered with.
     """
     blocks = [f"# {data['title']}", _conclusions(data), "## Study", _head(data)]
     blocks += [*_flags(data), *_question(data), *_verdicts(data)]
     blocks += _figures(figures)
-    blocks += _section("Memory kept by selection", selection.table(data["selection"]))
-    if data["surgery"]:
-        blocks += _section("Head surgery", surgery.before_and_after(data["surgery"]))
-        blocks += [_table(table)] if (table := surgery.moved(data["surgery"])).rows else []
+    for section in sections:
+        if found := data[section.name]:
+            tables_of = [titled.table for titled in section.tables(found) if titled.table.rows]
+            blocks += [f"## {section.title}", *(_table(table) for table in tables_of)]
     blocks.append("## Variants")
     for variant in data["variants"]:
         blocks += _variant(data, variant)
@@ -109,12 +109,8 @@ def _variant(data: dict[str, Any], variant: dict[str, Any]) -> list[str]:
         _final_loss(variant),
     ]
     blocks = [f"### {variant['name']}", "\n".join(lines)]
-    for measure, title in (
-        ("entropy", "attention_entropy (per head)"),
-        ("margin", "tropical margin gamma (per head)"),
-    ):
-        if measure in variant["per_head"]:
-            blocks += [f"#### {title}", _table(tables.per_head(variant, measure))]
+    for title, table in tables.per_head_tables(variant):
+        blocks += [f"#### {title}", _table(table)]
     if variant["per_layer_head"]:
         blocks += ["#### Every measure (per layer and head)", _table(tables.per_layer_head(variant))]
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwise.report.atlas import NAMES
+from headwise.measures.spec import in_order, measure_of
 from headwise.report.conclusions import words
 
 
@@ -183,10 +183,16 @@ def other_splits(data: dict[str, Any]) -> Table:
 
 def per_head(variant: dict[str, Any], measure: str) -> Table:
     """Document 000's table: head, mean over layers, std and half-width over seeds."""
-    title = {"margin": "gamma", "entropy": "entropy"}.get(measure, measure)
+    _, title = measure_of(measure).table or ("", measure)
     rows = [[str(r["head"]), fixed(r["mean"]), fixed(r["std"]), fixed(r["ci95"])]
             for r in variant["per_head"].get(measure, [])]  # fmt: skip
     return Table(["head", f"{title}_mean", "std", "ci95"], rows)
+
+
+def per_head_tables(variant: dict[str, Any]) -> list[tuple[str, Table]]:
+    """Title and table of each measure that has a table of its own (document 000's)."""
+    with_table = [(m, measure_of(m).table) for m in in_order(variant["per_head"])]
+    return [(table[0], per_head(variant, m)) for m, table in with_table if table]
 
 
 def per_layer_head(variant: dict[str, Any]) -> Table:
@@ -199,11 +205,6 @@ def per_layer_head(variant: dict[str, Any]) -> Table:
         for layer, head in places
     ]
     return Table(["layer", "head", *found], rows)
-
-
-def measure_label(measure: str) -> str:
-    """A measure's name for people."""
-    return NAMES.get(measure, measure)
 
 
 def heading(metric: str) -> str:

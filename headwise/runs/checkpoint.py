@@ -23,10 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing, write_json
+from headwise.runs.schemas import Best, CheckpointState, Manifest
 
 FORMAT = 1
+FLOATS = ("F64", "F32", "BF16", "F16")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -74,38 +77,77 @@ def load(path: Path) -> Checkpoint:
         HeadwiseError: it is missing, truncated, altered, or of a newer format.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = reading.read_json(path / "manifest.json", Manifest)
         if manifest["format"] > FORMAT:
             raise HeadwiseError(
                 f"checkpoint {path} has format {manifest['format']} and this headwise reads up to {FORMAT}; "
                 "upgrade headwise to use it"
             )
         for name in FILES:
-            if _digest(path / name) != manifest["sha256"][name]:
+            if _digest(path / name) != manifest["sha256"].get(name):
                 raise HeadwiseError(
                     f"checkpoint {path} is damaged: {name} does not match its checksum; "
                     "delete that folder to resume from the one before"
                 )
-        model, optimizer = load_file(path / FILES[0]), load_file(path / FILES[1])
-        return Checkpoint(model, optimizer, json.loads((path / "state.json").read_text()))
-    except FileNotFoundError as error:
+        state = reading.read_json(path / "state.json", CheckpointState)
+        _refuse_misfit(path, state)
+        return Checkpoint(load_file(path / FILES[0]), load_file(path / FILES[1]), state)
+    except reading.Missing as error:
         raise HeadwiseError(
-            f"checkpoint {path} is incomplete: {Path(error.filename).name} is missing"
+            f"checkpoint {path} is incomplete: {Path(str(error.path)).name} is missing"
         ) from error
-    except OSError as error:
-        raise HeadwiseError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, LookupError, SafetensorError) as error:
+    except (reading.Unreadable, SafetensorError, OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, reading.Unreadable) else reading.first_line(error)
+        name = Path(str(error.path)).name if isinstance(error, reading.Unreadable) else "a file"
         raise HeadwiseError(
-            f"checkpoint {path} is damaged ({error}); delete that folder to resume from the one before"
+            f"checkpoint {path} is damaged ({name}: {reason}); "
+            "delete that folder to resume from the one before"
         ) from error
+
+
+def _refuse_misfit(path: Path, state: dict[str, Any]) -> None:
+    """Refuse, by their headers, tensors that are no weights and an optimizer state that is not theirs.
+
+    Such a state is read past its end by the optimizer's kernels, which ends the process.
+    """
+    weights, _ = reading.read_tensor_headers(path / FILES[0])
+    slots, _ = reading.read_tensor_headers(path / FILES[1])
+    for name, header in weights.items():
+        if header.dtype not in FLOATS:
+            raise reading.Unreadable(path / FILES[0], f"{name} is {header.dtype}, and weights are floats")
+    owners: dict[str, dict[str, reading.TensorHeader]] = {}
+    for key, header in slots.items():
+        owners.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = header
+    for name, found in owners.items():
+        if name not in weights:
+            raise reading.Unreadable(path / FILES[1], f"it has a state of {name!r}, which is no parameter")
+        expected = {
+            "step": reading.TensorHeader("F32", ()),
+            "exp_avg": weights[name],
+            "exp_avg_sq": weights[name],
+        }
+        for slot in expected | found:
+            if found.get(slot) != expected.get(slot):
+                is_now, should_be = _described(found.get(slot)), _described(expected.get(slot))
+                raise reading.Unreadable(path / FILES[1], f"{name}.{slot} is {is_now}, expected {should_be}")
+    number = path.name.removeprefix("step_")
+    if number.isdecimal() and int(number) != state["step"]:
+        raise reading.Unreadable(
+            path / FILES[2], f"its step is {state['step']}, and the folder is {path.name}"
+        )
+
+
+def _described(header: reading.TensorHeader | None) -> str:
+    return "not there" if header is None else f"{header.dtype} {header.shape}"
 
 
 def weights_digest(path: Path) -> str | None:
     """SHA-256 of a checkpoint's weights, by its manifest; None where there is none to read."""
     try:
-        return str(json.loads((path / "manifest.json").read_text())["sha256"]["model.safetensors"])
-    except (OSError, ValueError, TypeError, LookupError):
+        manifest = reading.read_json(path / "manifest.json", Manifest)
+    except reading.Unreadable:
         return None
+    return manifest["sha256"].get(FILES[0])
 
 
 def latest(folder: Path) -> Path | None:
@@ -116,8 +158,8 @@ def latest(folder: Path) -> Path | None:
 def best(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, or None where none was marked."""
     try:
-        return folder / json.loads((folder / "best.json").read_text())["checkpoint"]
-    except (OSError, ValueError, TypeError, LookupError):
+        return folder / reading.read_json(folder / "best.json", Best)["checkpoint"]
+    except reading.Unreadable:
         return None
 
 
@@ -154,6 +196,11 @@ def restore_optimizer(
             key.rpartition(".")[2]: value for key, value in saved.items() if key.rpartition(".")[0] == name
         }
         if slots and slots["exp_avg"].shape == parameter.shape:
+            if slots["exp_avg"].dtype != parameter.dtype:
+                raise HeadwiseError(
+                    f"the optimizer state of {name} is {slots['exp_avg'].dtype}, and the parameter "
+                    f"{parameter.dtype}; start a new run with --init-from instead"
+                )
             optimizer.state[parameter] = {
                 slot: value.to(parameter.device).clone() for slot, value in slots.items()
             }
@@ -183,6 +230,8 @@ def load_weights(
             continue
         if name not in weights:
             raise HeadwiseError(f"{source} is from another configuration: it has no parameter {name}")
+        if not weights[name].is_floating_point():
+            raise HeadwiseError(f"{source} holds {name} as {weights[name].dtype}, and weights are floats")
         if weights[name].shape != parameter.shape:
             raise HeadwiseError(
                 f"{source} is from another configuration: {name} is {tuple(weights[name].shape)} there "
@@ -199,7 +248,12 @@ def load_weights(
 
 
 def _all(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step_*") if path.is_dir()] if folder.is_dir() else []
+    return [path for path in folder.glob("step_*") if path.is_dir() and _is_checkpoint(path)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    number = path.name.removeprefix("step_")
+    return number.isascii() and number.isdecimal() and len(number) < 20
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -213,5 +267,5 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ config.yaml env.json metrics.csv heads/ maps/ checkpoints/step_<n>/ status.json 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import socket
 import time
@@ -16,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import refuse_full_disk, replacing, sweep, write_json, write_text
+from headwise.reading.csvfile import LIMIT as CSV_LIMIT
+from headwise.runs.schemas import Environment, Status, Summary
 
 STATES = (
     "planned", "running", "interrupted", "finished", "failed", "timed_out", "diverged", "skipped",
@@ -111,11 +113,17 @@ class RunFolder:
             raise HeadwiseError(f"cannot write to --out {self.path}: {error.strerror}") from error
 
     def read_status(self) -> dict[str, Any]:
-        """status.json as it stands, or `{"state": "planned"}`."""
+        """status.json as it stands, or `{"state": "planned"}`.
+
+        Raises:
+            HeadwiseError: it is damaged.
+        """
         try:
-            return json.loads((self.path / "status.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            return {"state": "planned"} | reading.read_json(self.path / "status.json", Status)
+        except reading.Missing:
             return {"state": "planned"}
+        except reading.Unreadable as error:
+            raise error.so("delete it, and the run counts as planned") from error
 
     def write_status(self, state: str, **values: Any) -> None:
         """Replace status.json, keeping earlier values that are not given again."""
@@ -132,7 +140,7 @@ class RunFolder:
         Raises:
             HeadwiseError: it is missing or damaged.
         """
-        return _read_json(self.summary)
+        return _read_json(self.summary, Summary)
 
     def read_environment(self) -> dict[str, Any]:
         """env.json.
@@ -140,7 +148,7 @@ class RunFolder:
         Raises:
             HeadwiseError: it is missing or damaged.
         """
-        return _read_json(self.environment)
+        return _read_json(self.environment, Environment)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the last file of a run."""
@@ -163,11 +171,14 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, str]]:
         """The whole rows of metrics.csv; a last line that a kill cut short is left out."""
         try:
-            text = self.metrics.read_bytes().decode()
-        except FileNotFoundError:
+            text = reading.read_text(self.metrics, limit=CSV_LIMIT)
+        except reading.Missing:
             return []
         whole = text[: text.rfind("\n") + 1]
-        return [row for row in csv.DictReader(whole.splitlines()) if _whole(row)]
+        try:
+            return [row for row in csv.DictReader(whole.splitlines()) if _whole(row)]
+        except csv.Error as error:
+            raise reading.Unreadable(self.metrics, f"it is no CSV: {error}") from error
 
     def drop_after(self, step: int) -> None:
         """Forget what was measured after `step`, and what a killed process left; before a resume."""
@@ -179,7 +190,8 @@ class RunFolder:
                 writer.writeheader()
                 writer.writerows(rows)
         for part in [*self.heads.glob("step_*.parquet"), *self.maps.glob("step_*.npz")]:
-            if int(part.stem.removeprefix("step_").split("-")[0]) > step:
+            number = part.stem.removeprefix("step_").split("-")[0]
+            if _is_step(number) and int(number) > step:
                 part.unlink()
         self.summary.unlink(missing_ok=True)
 
@@ -203,17 +215,21 @@ def _appending(path: Path) -> Iterator[TextIO]:
         raise HeadwiseError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
+        return reading.read_json(path, schema)
+    except reading.Missing as error:
         raise HeadwiseError(f"{path.parent} has no {path.name}: its run has not come that far") from error
-    except (json.JSONDecodeError, OSError) as error:
-        raise HeadwiseError(f"{path} cannot be read ({error}); delete it and run again") from error
+    except reading.Unreadable as error:
+        raise error.so("delete it and run again") from error
 
 
 def _whole(row: dict[str, Any]) -> bool:
-    return all(isinstance(row.get(column), str) for column in METRICS) and row["step"].isdigit()
+    return all(isinstance(row.get(column), str) for column in METRICS) and _is_step(row["step"])
+
+
+def _is_step(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
 
 
 def state_of(status: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ Runs that start from such a run take both along, so that the report can tell wha
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,8 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing, write_json
+from headwise.runs.schemas import Operation
 
 RECORD = "surgery.json"
 START = "surgery_start.safetensors"
@@ -70,12 +71,10 @@ def read(folder: Path) -> dict[str, Any] | None:
         HeadwiseError: it is damaged.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return record if record["pieces"] and record["val_loss"] else None
-    except FileNotFoundError:
+        record = reading.read_json(folder / RECORD, Operation)
+    except reading.Missing:
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise HeadwiseError(f"{folder / RECORD} cannot be read ({error})") from error
+    return record if record["pieces"] and record["val_loss"] else None
 
 
 def carry(source: Path, folder: Path) -> None:
@@ -100,11 +99,14 @@ def movement(folder: Path) -> tuple[int, list[Movement]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    from headwise.runs.checkpoint import latest
+
     record = read(folder) or {}
-    checkpoint = max((folder / "checkpoints").glob("step_*"), default=None)
+    checkpoint = latest(folder / "checkpoints")
     if checkpoint is None:
         raise HeadwiseError(f"{folder} has no checkpoint")
     try:
+        reading.read_tensor_headers(folder / START)
         start = load_file(folder / START)
         found = []
         for piece, end in _pieces(checkpoint / "model.safetensors", record):
@@ -116,7 +118,7 @@ def movement(folder: Path) -> tuple[int, list[Movement]]:
                 )
             )  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise HeadwiseError(f"{folder}: the new head cannot be read ({error})") from error
+        raise HeadwiseError(f"{folder}: the new head cannot be read ({reading.first_line(error)})") from error
     return int(checkpoint.name.removeprefix("step_")), found
 
 
@@ -124,6 +126,7 @@ def _pieces(weights: Path, record: dict[str, Any]) -> Iterator[tuple[Piece, np.n
     """Every part of the new head in a file of weights."""
     from safetensors import safe_open
 
+    reading.read_tensor_headers(weights)
     with safe_open(weights, framework="np") as file:
         for values in record.get("pieces", []):
             piece = Piece(**values)

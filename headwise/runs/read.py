@@ -7,10 +7,10 @@ Files are read when asked for. A damaged file makes the run's state `failed`, wi
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwise import reading
 from headwise.errors import HeadwiseError
+from headwise.reading.csvfile import LIMIT as CSV_LIMIT
 from headwise.runs.folder import STALE_S, STATES, state_of
+from headwise.runs.schemas import Environment, RunConfig, Status, StudyPlan, Summary
 
 if TYPE_CHECKING:
     import polars
@@ -43,22 +46,22 @@ class Run:
     @cached_property
     def status(self) -> dict[str, Any]:
         """`status.json`; empty where absent. Raises `Unreadable`."""
-        return _json(self.path / "status.json")
+        return _json(self.path / "status.json", Status)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """`summary.json`; empty where absent. Raises `Unreadable`."""
-        return _json(self.path / "summary.json")
+        return _json(self.path / "summary.json", Summary)
 
     @cached_property
     def env(self) -> dict[str, Any]:
         """`env.json`; empty where absent. Raises `Unreadable`."""
-        return _json(self.path / "env.json")
+        return _json(self.path / "env.json", Environment)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """`config.yaml`; empty where absent. Raises `Unreadable`."""
-        return _yaml(self.path / "config.yaml")
+        return _yaml(self.path / "config.yaml", RunConfig)
 
     @cached_property
     def metrics(self) -> polars.DataFrame:
@@ -212,7 +215,7 @@ class Study:
             raise HeadwiseError(f"no folder {str(path)!r}: give a study folder or a run folder")
         if (path / "study.yaml").is_file():
             try:
-                plan = _yaml(path / "study.yaml")
+                plan = _yaml(path / "study.yaml", StudyPlan)
             except Unreadable as error:
                 raise HeadwiseError(f"{path}: {error}") from error
             return cls(path, plan, list(_planned_runs(path, plan)))
@@ -284,63 +287,49 @@ def _silence(status: dict[str, Any]) -> str:
     return f"no sign of life for {age:.0f} s" if "heartbeat" in status else "no heartbeat recorded"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    text = _text(path)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise Unreadable(f"unreadable {path.name}: {error}") from error
-    return _mapping(value, path)
+def _json(path: Path, schema: Any) -> dict[str, Any]:
+    with _unreadable():
+        return reading.read_json(path, schema)
+    return {}
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    text = _text(path)
-    if text is None:
-        return {}
-    try:
-        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise Unreadable(f"unreadable {path.name}: {' '.join(str(error).split())}") from error
-    return _mapping(value, path)
+def _yaml(path: Path, schema: Any) -> dict[str, Any]:
+    with _unreadable():
+        return reading.read_yaml(path, schema)
+    return {}
 
 
 def _metrics(path: Path) -> polars.DataFrame:
     import polars as pl
 
-    text = _text(path)
+    text = ""
+    with _unreadable():
+        text = reading.read_text(path, limit=CSV_LIMIT)
     if not text:
         return pl.DataFrame(schema={"step": pl.Int64, "split": pl.String})
     whole = text[: text.rfind("\n") + 1]
-    try:
+    with _unreadable(), reading.library_problems(path):
         frame = pl.read_csv(whole.encode(), infer_schema=False, truncate_ragged_lines=True)
-    except pl.exceptions.PolarsError as error:
-        raise Unreadable(f"unreadable {path.name}: {str(error).splitlines()[0]}") from error
     if not {"step", "split"} <= set(frame.columns):
         raise Unreadable(f"unreadable {path.name}: no columns step and split in its first line")
     numbers = [pl.col(c).cast(pl.Float64, strict=False) for c in frame.columns if c not in ("step", "split")]
+    empty = frame.null_count()
     frame = frame.with_columns(pl.col("step").cast(pl.Int64, strict=False), *numbers)
-    if frame["step"].null_count():
-        raise Unreadable(f"unreadable {path.name}: a step is not a number")
+    for name in frame.columns:
+        if frame[name].null_count() > (0 if name == "step" else empty[name].item()):
+            raise Unreadable(f"unreadable {path.name}: a value of column {name} is not a number")
     return frame.unique(["step", "split"], keep="last", maintain_order=True).sort("step", maintain_order=True)
 
 
-def _text(path: Path) -> str | None:
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    """Whatever is wrong with a file within, by its name; nothing where there is no file."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unreadable(f"unreadable {path.name}: {error}") from error
-
-
-def _mapping(value: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Unreadable(f"unreadable {path.name}: it holds no mapping")
-    return value
+        yield
+    except reading.Missing:
+        pass
+    except reading.Unreadable as error:
+        raise Unreadable(f"unreadable {Path(str(error.path)).name}: {error.reason}") from error
 
 
 def _int(text: str) -> int | None:

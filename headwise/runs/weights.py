@@ -13,8 +13,8 @@ from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.convert import from_nanogpt
 from headwise.model.decoder import Decoder
-from headwise.runs.folder import RunFolder
 from headwise.runs import checkpoint
+from headwise.runs.folder import RunFolder
 
 SHARED = ("qkv", "out")
 """The parts of an attention that every kind has."""
@@ -31,6 +31,12 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> tuple[Dec
         raise HeadwiseError(f"{run} is no run folder: it has no config.yaml")
     config = load(folder.config)
     saved = checkpoint.load(find_checkpoint(folder))
+    least, held = config.model.least_parameters(), sum(tensor.numel() for tensor in saved.model.values())
+    if least > held:
+        raise HeadwiseError(
+            f"{folder.config} makes a model of at least {least:,} parameters, and its checkpoint holds "
+            f"{held:,}: they are of two runs"
+        )
     model = Decoder(config.model, config.data.seq_len)
     checkpoint.load_weights(model, saved.model, f"checkpoint of {run}")
     return model.to(device).eval(), config
@@ -156,12 +162,19 @@ def _read_pt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
         raise HeadwiseError(f"{path} cannot be read as tensors alone: {_first_line(error)}") from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise HeadwiseError(f"{path} holds no model: expected a dictionary of tensors, or one under 'model'")
     about = loaded.get("model_args")
     n_heads = about.get("n_head") if isinstance(about, dict) else None
     if n_heads is not None and (type(n_heads) is not int or n_heads < 1):
         raise HeadwiseError(f"{path} says n_head is {n_heads!r}; it must be a whole number of at least 1")
+    for name, value in state.items():
+        if value.is_sparse or value.numel() > value.untyped_storage().nbytes():
+            raise HeadwiseError(
+                f"{path} holds {name} as {value.dtype} {tuple(value.shape)}, which is no weight"
+            )
     return {name.removeprefix("_orig_mod."): value for name, value in state.items()}, n_heads
 
 

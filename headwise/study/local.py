@@ -137,7 +137,10 @@ def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> N
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
+    from headwise.attention.kinds import load_plugins
     from headwise.training.run import train
+
+    load_plugins(run.config.plugins)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, args=(pipe,), daemon=True).start()

@@ -18,19 +18,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from headwise import reading
 from headwise.analysis.conclusion import DEFAULT_SMALLEST, smallest_difference
 from headwise.analysis.verdict import DEFAULT_CRITERIA, check_criteria
 from headwise.attention import attention_kind
-from headwise.config.run import KEYS, Config, flatten, from_dict, load, to_dict
-from headwise.errors import HeadwiseError, did_you_mean, one_of
+from headwise.attention.kinds import load_plugins
+from headwise.config.run import Config, flatten, from_dict, keys, load, to_dict
+from headwise.config.training import MOST_FLOPS
+from headwise.errors import HeadwiseError, did_you_mean, in_range, one_of
 from headwise.files import write_text
 from headwise.model.count import parameters_by_part
 from headwise.model.decoder import Decoder
@@ -39,6 +42,7 @@ from headwise.training.distributed import find_device
 from headwise.training.run import SAME_RUN, refuse_device
 
 BUDGETS = {"flops": "max_flops", "steps": "max_steps", "tokens": "max_tokens"}
+MOST_RUNS = 10_000
 MATCHED = 0.02
 """Parameters within this share of the baseline's count as equal."""
 
@@ -67,6 +71,7 @@ class Study:
     Attributes:
         name: the folder's name.
         title, question, hypothesis: for the report.
+        plugins: modules outside of headwise that register the attention kinds of the variants.
         baseline: the variant that the others are compared with; the first where not given.
         base: nested configuration that all runs share.
         variants: by name.
@@ -86,6 +91,7 @@ class Study:
     title: str = ""
     question: str = ""
     hypothesis: str = ""
+    plugins: list[str] = field(default_factory=list)
     baseline: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
@@ -112,9 +118,11 @@ class Study:
         one_of("baseline", self.baseline, self.variants)
         for name in self.variants:
             seeds = self.seeds_of(name)
-            numbers = isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)
+            numbers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
             if not numbers or not seeds or len(set(seeds)) < len(seeds):
                 raise HeadwiseError(f"study {self.name!r} has seeds {seeds}; give a list of different ones")
+            for seed in seeds:
+                in_range("seeds", seed, 0, 2**63 - 1)
             if alone := sorted(set(seeds) - set(self.seeds_of(self.baseline))):
                 raise HeadwiseError(
                     f"variant {name!r} has seeds {alone} and the baseline {self.baseline!r} has not: "
@@ -123,12 +131,29 @@ class Study:
         if self.budget:
             one_of("budget.kind", str(self.budget.get("kind")), BUDGETS)
             value = self.budget.get("value")
-            if not isinstance(value, int | float) or value <= 0:
-                raise HeadwiseError(f"budget.value is {value!r}; give a number above 0")
+            if not _is_number(value) or isinstance(value, str | bool):
+                raise HeadwiseError(
+                    f"budget.value is {value!r}; give a number above 0 and below {MOST_FLOPS:.0e}"
+                )
         smallest_difference(self.smallest_difference, None)
         check_criteria(self.criteria)
-        if self.workers < 1:
-            raise HeadwiseError(f"workers is {self.workers}; it must be at least 1")
+        for key, values in self.axes.items():
+            if (
+                not isinstance(values, list)
+                or not values
+                or any(value in values[:n] for n, value in enumerate(values))
+            ):
+                raise HeadwiseError(
+                    f"axes.{key} is {values!r}; an axis is a list of different values, such as [1, 2]"
+                )
+        in_range("workers", self.workers, 1, 2**10)
+        in_range("timeout_s", self.timeout_s, 0, 1e9, above=True)
+        combinations = math.prod(len(values) for values in self.axes.values())
+        runs = combinations * sum(len(self.seeds_of(name)) for name in self.variants)
+        if runs > MOST_RUNS:
+            raise HeadwiseError(
+                f"study {self.name!r} has {runs:,} runs, and at most {MOST_RUNS:,} are planned"
+            )
 
     def seeds_of(self, variant: str) -> list[int]:
         """The seeds of a variant."""
@@ -169,24 +194,38 @@ def read_study(path: str | Path) -> Study:
         HeadwiseError: missing, unreadable, or with a key that no study has.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise HeadwiseError(f"study {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise HeadwiseError(f"study {path} is no YAML: {' '.join(str(error).split())}") from error
+        values = reading.read_yaml(path)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"study {error}") from error
     if not isinstance(values, dict):
         raise HeadwiseError(f"study {path} is empty; it needs variants, seeds and a budget")
-    values.setdefault("name", Path(path).stem)
     _refuse_unknown(values, Study, f"study {path}")
+    values = {"name": Path(path).stem} | {key: value for key, value in values.items() if value is not None}
     variants = values.pop("variants", None) or {}
-    study = Study(**values)
+    if not isinstance(variants, dict):
+        raise HeadwiseError(f"study {path}: variants is {variants!r}; it names each, with what it changes")
+    study = Study(**_typed(values, Study, f"study {path}"))
+    load_plugins(study.plugins)
     for name, variant in variants.items():
-        if not isinstance(name, str):  # `off` and `1` are no text in YAML
-            raise HeadwiseError(f"study {path}: variant {name!r} is no name; write it in quotes")
-        _refuse_unknown(variant or {}, Variant, f"variant {name!r}")
-        study.variants[name] = Variant(**(variant or {}))
+        where = f"study {path}: variant {name!r}"
+        variant = {key: value for key, value in _mapping(variant, where).items() if value is not None}
+        _refuse_unknown(variant, Variant, where)
+        study.variants[name] = Variant(**_typed(variant, Variant, where))
     study.validate()
     return study
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise HeadwiseError(f"{where} is {value!r}; it holds keys such as label and overrides")
+    return value or {}
+
+
+def _typed(values: dict[str, Any], schema: Any, where: str) -> dict[str, Any]:
+    try:
+        return reading.check(values, schema)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"{where}: {error.reason}") from error
 
 
 def override(study: Study, key: str, value: str) -> None:
@@ -202,9 +241,9 @@ def override(study: Study, key: str, value: str) -> None:
         HeadwiseError: no such key, no YAML, or one that no run of the study would take.
     """
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise HeadwiseError(f"--{key}={value} is no YAML value") from None
+        parsed = reading.parse_yaml(value)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"--{key}={value[:100]} is no YAML value: {error}") from None
     section, _, rest = key.partition(".")
     if section == "budget":
         one_of("budget", rest, ("kind", "value"))
@@ -224,9 +263,9 @@ def override(study: Study, key: str, value: str) -> None:
 
 
 def _known(key: str) -> str:
-    if key not in KEYS:
+    if key not in keys():
         raise HeadwiseError(
-            f"unknown key {key!r}{did_you_mean(key, KEYS)}; `headwise train --help` lists them"
+            f"unknown key {key!r}{did_you_mean(key, keys())}; `headwise train --help` lists them"
         )
     return key
 
@@ -234,8 +273,8 @@ def _known(key: str) -> str:
 def _is_number(value: Any) -> bool:
     """YAML reads 1e9 as text."""
     try:
-        return float(value) > 0
-    except (TypeError, ValueError):
+        return 0 < float(value) <= MOST_FLOPS
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -318,6 +357,8 @@ def _configure(study: Study, overrides: dict[str, Any]) -> Config:
                 values[f"training.{limit}"] = int(study.budget["value"])
     if study.timeout_s:
         values["training.timeout_s"] = study.timeout_s
+    if study.plugins:
+        values["plugins"] = study.plugins
     return from_dict(values | {"device": study.device})
 
 
@@ -390,7 +431,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     folder = root / study.name
-    write_text(folder / "study.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_text(folder / "study.yaml", reading.to_yaml(values))
     return folder
 
 

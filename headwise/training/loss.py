@@ -32,7 +32,7 @@ class TokenLoss(nn.Module):
 
         Returns:
             Three scalars. The second is 0 in training mode, where nobody asks; the third is what the
-            layers add to the mean loss (the memory penalty of selective attention).
+            layers add to the mean loss (a penalty on the context that is kept).
         """
         carry = Carry()
         logits = self.model(inputs, carry=carry).flatten(0, 1).float()

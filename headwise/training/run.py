@@ -8,14 +8,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from headwise.attention import attention_kind
+from headwise.attention.kinds import resolve
 from headwise.config.run import Config, flatten, load, to_dict, to_yaml
 from headwise.data import open_data
 from headwise.data.base import Data
@@ -32,15 +34,18 @@ from headwise.training import distributed
 from headwise.training.heads import HeadRecorder
 from headwise.training.importance import ImportanceRecorder
 from headwise.training.progress import Progress, Silent
-from headwise.training.sums import SumRecorder
 from headwise.training.telemetry import peak_rss_mb
 from headwise.training.trackers import open_trackers, refuse_missing
 from headwise.training.trainer import Trainer
 
 SAME_RUN = (
-    "out", "device", "data.num_workers", "data.pin_memory", "data.cache", "data.path", "training.timeout_s",
+    "out", "device", "plugins", "data.num_workers", "data.pin_memory", "data.cache", "data.path",
+    "training.timeout_s",
 )  # fmt: skip
 """Keys that a resume may change; what is read is compared by its checksum instead."""
+
+MONITORS = ("sums",)
+"""Keys of `measure` that turn on what a kind logs at every evaluation."""
 
 SAME_PRESS_S = 1.0
 """Seconds within which a second Ctrl-C is the first one's echo: torchrun hands on what the terminal sends."""
@@ -101,7 +106,7 @@ def refuse_device(config: Config, device: torch.device) -> None:
     """Refuse a kind that cannot be trained on this device.
 
     Raises:
-        HeadwiseError: flex on a CPU, say.
+        HeadwiseError: it has no backward pass there.
     """
     kind = config.model.attention.kind
     if device.type == "cpu" and "cpu_training" not in attention_kind(kind).supports:
@@ -137,8 +142,8 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
         trainer.resume(saved)
     recorder = HeadRecorder(config, trainer.model, trainer.data, world, folder)
     trainer.on_evaluation = [recorder]
-    if config.measure.sums and world.leads:
-        trainer.on_evaluation.append(SumRecorder(trainer.model, recorder.tokens, trainer.autocast, folder))
+    if world.leads:
+        trainer.on_evaluation += _monitors(trainer, recorder.tokens)
     importance = ImportanceRecorder(
         trainer.model, recorder.tokens, recorder.targets, trainer.max_steps, folder, leads=world.leads
     )
@@ -179,6 +184,30 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
         )
         folder.say(f"{state}: {reason}")
     return summary
+
+
+class Monitor(Protocol):
+    """What a kind logs at every evaluation, where a key of `measure` turns it on (`Attention.monitors`)."""
+
+    def __init__(self, model: Decoder, tokens: Tensor, autocast: torch.autocast, folder: RunFolder) -> None:
+        """Of a model in training, and a fixed validation batch `(B, T)`."""
+
+    def __call__(self, step: int) -> None:
+        """Write to the log."""
+
+
+def _monitors(trainer: Trainer, tokens: Tensor) -> list[Callable[[int], None]]:
+    kind = attention_kind(trainer.config.model.attention.kind)
+    found: list[Callable[[int], None]] = []
+    for key in MONITORS:
+        if not getattr(trainer.config.measure, key):
+            continue
+        if key in kind.monitors:
+            make = resolve(kind.monitors[key])
+            found.append(make(trainer.model, tokens, trainer.autocast, trainer.folder))
+        else:
+            trainer.folder.say(f"measure.{key}: attention kind {kind.kind} has nothing to log there")
+    return found
 
 
 def summarise(trainer: Trainer, state: str, reason: str, about: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from headwise import reading
 from headwise.config.run import Config
 from headwise.data.base import Batch, Data
 from headwise.data.loader import eval_batches, train_loader
@@ -23,6 +24,7 @@ from headwise.model.count import training_flops_per_token
 from headwise.model.decoder import Decoder
 from headwise.runs import checkpoint
 from headwise.runs.folder import RunFolder
+from headwise.runs.schemas import TrainingState
 from headwise.training.debug import NonFiniteOutput, checked_outputs
 from headwise.training.distributed import World
 from headwise.training.feed import Feed
@@ -92,7 +94,18 @@ class Trainer:
         return self.world.autocast(self.config.training.precision)
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint of this run."""
+        """Continue from a checkpoint of this run.
+
+        Raises:
+            HeadwiseError: it is of another model, or lacks what a run goes on with.
+        """
+        try:
+            reading.check(saved.state, TrainingState)
+        except reading.Unreadable as error:
+            raise HeadwiseError(
+                f"the last checkpoint of {self.folder.path} is damaged (state.json: {error.reason}); "
+                "delete it to resume from the one before"
+            ) from error
         checkpoint.load_weights(self.model, saved.model, f"checkpoint of {self.folder.path}")
         checkpoint.restore_optimizer(self.model, self.optimizer, saved.optimizer)
         self.step = self._saved_at = saved.state["step"]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from headwise.attention.observation import Observation, Scores, Unmeasured
 from headwise.errors import HeadwiseError
 from headwise.measures.collector import Collector
+from headwise.measures.spec import measure_of
 from headwise.watch.capture import Capture
 from headwise.watch.rotation import Rotations
 
@@ -93,7 +94,8 @@ def watching(model: nn.Module, collector: Collector, capture: Capture | None = N
     Raises:
         HeadwiseError: inside the block, after a forward pass in which no layer used the interface.
     """
-    follow = collector.scores == "pre_rope" or "query_norm" in collector.measures
+    before_rotation = any(measure_of(name).source == "query" for name in collector.measures)
+    follow = collector.scores == "pre_rope" or before_rotation
     rotations = Rotations(model) if follow else None
     watcher = _Watcher(model, collector, rotations, capture)
     with ExitStack() as stack:

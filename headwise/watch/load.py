@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise import reading
 from headwise.attention.base import Attention
 from headwise.data.hub import ask_for
 from headwise.errors import HeadwiseError, one_of
@@ -146,6 +147,7 @@ def _pretrained(name: str, path: Path, dtype: str) -> nn.Module:
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise HeadwiseError(f"{path} holds no model: it has neither config.json nor config.yaml")
+    reading.read_json(path / "config.json", dict[str, Any])
     if any(path.glob("*.safetensors")):
         return
     pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from headwise.attention.base import Attention
 from headwise.attention.observation import Observation
 from headwise.errors import HeadwiseError, one_of
-from headwise.measures.collector import IGNORE_FIRST, SCORES, Collector, ScoresFrom, wanted_measures
-from headwise.measures.table import KEYS, MEASURES
+from headwise.measures.collector import IGNORE_FIRST, SCORES, Collector, ScoresFrom
+from headwise.measures.spec import KEYS, in_order, wanted_measures
 from headwise.watch.capture import Capture
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Watch:
             polars.Series(key, columns.get(key, [None] * length), dtype=kinds[kind])
             for key, kind in KEYS.items()
         ]
-        return polars.DataFrame(keys + [polars.Series(n, columns[n]) for n in MEASURES if n in columns])
+        measures = in_order(name for name in columns if name not in KEYS)
+        return polars.DataFrame(keys + [polars.Series(name, columns[name]) for name in measures])
 
 
 @contextmanager
@@ -73,11 +74,11 @@ def watch(
     Args:
         model: a headwise model, or any Hugging Face model whose attention goes through
             transformers' attention interface (see `headwise.watch.huggingface`).
-        measures: columns of the head table, default all.
+        measures: columns of the head table, default all that are registered (`headwise.measures.spec`).
         scores: measure logits of q and k after their rotation, or before it.
         per_token: rows per (sample, layer, head, token) instead of means per (layer, head). The
             measures stay on the model's device until `columns` or `table` is called.
-        ignore_first: tokens at the start of a sequence without an entropy.
+        ignore_first: tokens at the start of a sequence without measures that need a context.
 
     Yields:
         A `Watch`, whose `table()` may be read inside the block and after it.

@@ -5,7 +5,6 @@ Tensors are read one at a time, so a checkpoint may be larger than memory. Nothi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -73,10 +73,12 @@ def tensors_of_folder(folder: Path) -> Tensors:
     home: dict[str, Path] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as opened:
-                home |= dict.fromkeys(opened.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise HeadwiseError(f"{file} is damaged ({error}); download or export it again") from error
+            headers, _ = reading.read_tensor_headers(file)
+            with safe_open(file, framework="pt"):
+                home |= dict.fromkeys(headers, file)
+        except (reading.Unreadable, SafetensorError, OSError) as error:
+            reason = error.reason if isinstance(error, reading.Unreadable) else reading.first_line(error)
+            raise HeadwiseError(f"{file} is damaged ({reason}); download or export it again") from error
 
     def get(name: str) -> Tensor:
         with safe_open(home[name], framework="pt") as opened:
@@ -88,14 +90,9 @@ def tensors_of_folder(folder: Path) -> Tensors:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return reading.read_json(path, dict[str, Any])
+    except reading.Missing:
         raise HeadwiseError(f"{folder} has no config.json, which says how many heads the model has") from None
-    except (OSError, ValueError) as error:
-        raise HeadwiseError(f"{path} is not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise HeadwiseError(f"{path} holds a {type(config).__name__}, not a model's configuration")
-    return config
 
 
 def _no_weights(folder: Path) -> str:

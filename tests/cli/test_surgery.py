@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headwise import report
 from headwise.cli.main import main
 from headwise.config.run import load
+from headwise.questions.sections import sections
 from headwise.runs import checkpoint
 from headwise.runs import operation as new_head
 from headwise.runs.folder import RunFolder
@@ -89,7 +90,7 @@ def test_a_length_trains_at_once_with_another_kind_and_the_report_tells_the_stor
     assert "every weight of the new head moved in 4 steps, and none is 0" in said
     assert record(out)["unchanged"]
     assert load(out / "config.yaml").training.max_steps is None  # the source's length is not this run's
-    paths = report.build(out)
+    paths = report.build(out, sections=sections())
     assert "## Head surgery" in paths["markdown"].read_text()
     assert "flash → selective" in paths["markdown"].read_text()
     assert (out / "figures" / "surgery.png").exists()

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from headwise.config.run import (
-    KEYS,
     Config,
     add_arguments,
     flatten,
     from_dict,
+    keys,
     load,
     make_parser,
     parse,
@@ -160,10 +160,10 @@ def test_what_is_wrong_is_said_in_one_line(argv: str, said: str) -> None:
         ("training: 5\n", "training: got 5, expected keys below it"),
         ("model:\n  attention: null\n", "model.attention: got None, expected keys below it"),
         ("model:\n  attention: mha\n", "model.attention: got mha, expected a section of keys"),
-        ("a: b: c\n", "--config is no YAML of keys and values"),
-        ("- 1\n", "--config is no YAML of keys and values"),
-        ("", "--config is no YAML of keys and values: it is empty"),
-        ("\udcff", "--config is no text"),
+        ("a: b: c\n", "it is no YAML: mapping values are not allowed"),
+        ("- 1\n", "is no YAML of keys and values: it holds a list"),
+        ("", "is no YAML of keys and values: it is empty"),
+        ("\udcff", "it is not UTF-8 text"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said_in_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -196,4 +196,4 @@ def test_a_run_needs_an_end() -> None:
 def test_every_key_explains_itself() -> None:
     pytest.importorskip("docstring_parser", reason="it reads the sections' docstrings for --help")
     helps = {flag.removeprefix("--"): a.help for a in parser()._actions for flag in a.option_strings}
-    assert [key for key in KEYS if not helps[key]] == []
+    assert [key for key in keys() if not helps[key]] == []

@@ -13,7 +13,7 @@ from headwise.attention.observation import Observation, Scores
 from headwise.attention.selective.config import ProtectionConfig, SelectiveConfig
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import GONE
-from headwise.functional.selective import mask_of_head
+from headwise.functional.sharing import mask_of_head
 from headwise.model.budget import within_budget
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder

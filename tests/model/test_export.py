@@ -115,7 +115,7 @@ def test_what_no_architecture_expresses_is_refused_in_one_line(
 
 
 def test_a_kind_that_is_no_softmax_attention_is_refused(tmp_path: Path) -> None:
-    from headwise.attention.base import KINDS
+    from headwise.attention import KINDS
     from headwise.attention.mha import VanillaAttention
 
     model = decoder(LLAMA)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headwise.attention import Attention, AttentionShape
+from headwise.attention.cache import groups
 from headwise.attention.config import AttentionConfig
 from headwise.attention.selective.config import ProtectionConfig, SelectiveConfig
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
 from headwise.model.budget import within_budget
-from headwise.model.cache import Cache, groups
+from headwise.model.cache import Cache
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.model.generate import choose, decode_step, generate, make_cache, read
@@ -191,7 +193,7 @@ def test_what_cannot_be_decoded_is_refused() -> None:
         make_cache(make(), 1, 8, 1)
     with pytest.raises(ValueError, match="learned positions"):
         make_cache(make("flash", position="learned"), 1, TOKENS + 1)
-    model = make("flash")
-    model.attentions()[0].kind = "linear"  # type: ignore[misc]
-    with pytest.raises(HeadwiseError, match="'linear' keeps no keys"):
-        Cache(model.attentions(), 1, 4, 4, torch.empty(0))
+    shapeless = Attention(AttentionShape(8, 2, 2, 4))
+    shapeless.kind = "linear"  # type: ignore[misc]
+    with pytest.raises(HeadwiseError, match="'linear' has no cache"):
+        Cache([shapeless], 1, 4, 4, torch.empty(0))

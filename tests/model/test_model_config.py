@@ -26,9 +26,9 @@ from headwise.model.config import COUNTS, ModelConfig
         ({"dropout": 1.0}, r"model.dropout is 1.0; .* 0 <= dropout < 1"),
         ({"dropout": -0.1}, r"model.dropout is -0.1"),
         ({"dropout": math.nan}, r"model.dropout is nan"),
-        ({"rope_theta": 0.0}, r"model.rope_theta is 0.0; it must be greater than 0"),
-        ({"init_std": -0.02}, r"model.init_std is -0.02; it must be greater than 0"),
-        ({"init_std": math.inf}, r"model.init_std is inf; .* finite"),
+        ({"rope_theta": 0.0}, r"model.rope_theta is 0.0; it must be above 0"),
+        ({"init_std": -0.02}, r"model.init_std is -0.02; it must be above 0"),
+        ({"init_std": math.inf}, r"model.init_std is inf; it must be a number above 0"),
         ({"attention": AttentionConfig(kind="falsh")}, r"'falsh' .*did you mean 'flash'\?"),
         ({"attention": AttentionConfig(dropout=1.5)}, r"model.attention.dropout is 1.5; .* dropout < 1"),
         (

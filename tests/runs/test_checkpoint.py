@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headwise.config.training import TrainingConfig
 from headwise.errors import HeadwiseError
 from headwise.runs import checkpoint
 from headwise.runs.checkpoint import FILES, Checkpoint
-from headwise.config.training import TrainingConfig
 from headwise.training.optim import make_optimizer
 
 
 def made(step: int = 3) -> Checkpoint:
     torch.manual_seed(step)
     model = {"a.weight": torch.randn(4, 3), "b": torch.randn(5).bfloat16(), "t": torch.randn(3, 2).T}
-    slots = {"a.weight.exp_avg": torch.randn(4, 3), "a.weight.step": torch.tensor(float(step))}
+    slots = {f"a.weight.{slot}": torch.randn(4, 3) for slot in ("exp_avg", "exp_avg_sq")}
+    slots["a.weight.step"] = torch.tensor(float(step))
     return Checkpoint(model, slots, {"step": step, "best_loss": 0.1 + 0.2})
 
 

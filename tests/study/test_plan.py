@@ -133,8 +133,8 @@ def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
         ("variants: {a: {overides: {}}}", "unknown key 'overides' .did you mean 'overrides'"),
         ("seeds: [0]", "no variants"),
         ("variants: {a: {}}\nseeds: [1, 1]", "a list of different ones"),
-        ("variants: {a: {}}\nseeds: 3", "a list of different ones"),
-        ("variants: {a: {seeds: [one]}}", "a list of different ones"),
+        ("variants: {a: {}}\nseeds: 3", "seeds: expected a list, got a whole number"),
+        ("variants: {a: {seeds: [one]}}", "expected a whole number, got text"),
         (
             "variants: {a: {}, b: {seeds: [0, 5]}}\nseeds: [0]",
             r"'b' has seeds \[5\] and the baseline 'a' has not",
@@ -274,8 +274,8 @@ def wait_until(condition: Any, seconds: float = 100) -> None:
     [
         ("smallest_difference: 0", "smallest_difference is 0; give a number above 0"),
         ("smallest_difference: -0.5%", "smallest_difference is '-0.5%'"),
-        ("smallest_difference: [1]", "smallest_difference is"),
-        ("criteria: memory", "criteria is 'memory'; give a list"),
+        ("smallest_difference: [1]", "smallest_difference: expected a number or text"),
+        ("criteria: memory", "criteria: expected a list, got text"),
         ("criteria: [memory, speed]", "'speed' is not known"),
         ("criteria: [memory, memory]", "twice"),
         ("criterion: [memory]", "did you mean 'criteria'"),

@@ -61,11 +61,11 @@ def test_only_what_is_asked_for():
 def test_memory_is_what_a_mask_leaves_of_the_keys_and_is_there_for_kinds_with_one():
     taken = torch.tensor([[[[0.0, 0, 0], [0, 0, 0], [0.25, 7, 0]]]])
     seen = Scores(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0.5, bias=-taken, taken=taken)
-    for measures in (["memory"], ["memory", "entropy"], None):
-        got = measure(seen, measures=measures)["memory"]
+    for measures in (["kept_context"], ["kept_context", "entropy"], None):
+        got = measure(seen, measures=measures)["kept_context"]
         torch.testing.assert_close(got, torch.tensor([1.0, 2.0, 1.75]).expand(1, 2, 3))
-    assert "memory" not in measure(seen, measures=["entropy"])
-    assert "memory" not in measure(scores())
+    assert "kept_context" not in measure(seen, measures=["entropy"])
+    assert "kept_context" not in measure(scores())
 
 
 def test_kinds_without_scores_offer_what_they_have():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 
-from headwise.errors import HeadwiseError, one_of
+from headwise.errors import HeadwiseError, in_range, one_of
 from headwise.functional.dispatch import WIDEST_HEAD
 from headwise.functional.selective.scan import SUMS
 
@@ -161,6 +161,16 @@ class SelectiveConfig:
         Raises:
             HeadwiseError: with the reason.
         """
+        self.validate_values()
+        self._validate_masks(n_heads, head_dim)
+        self._validate_protection(n_heads)
+
+    def validate_values(self) -> None:
+        """Refuse values that mean nothing, whichever kind is chosen.
+
+        Raises:
+            HeadwiseError: with the reason.
+        """
         one_of(f"{SECTION}.source", self.source, SOURCES)
         one_of(f"{SECTION}.mask_heads", self.mask_heads, MASK_HEADS)
         one_of(f"{SECTION}.combination_init", self.combination_init, COMBINATIONS)
@@ -179,13 +189,14 @@ class SelectiveConfig:
             _refuse("memory_penalty.epsilon", self.memory_penalty.epsilon, "it must not be negative")
         if self.memory_penalty.tau <= 0:
             _refuse("memory_penalty.tau", self.memory_penalty.tau, "it must be greater than 0")
-        self._validate_masks(n_heads, head_dim)
-        self._validate_protection(n_heads)
+        if self.n_masks < 1:
+            _refuse("n_masks", self.n_masks, "there is at least one mask")
+        in_range(f"{SECTION}.n_masks", self.n_masks, 1, 2**12)
+        if self.protection.scale < 0:
+            _refuse("protection.scale", self.protection.scale, "a protection is at least 0")
 
     def _validate_masks(self, n_heads: int, head_dim: int) -> None:
         sliced = self.source in ("dedicated", "latent") and self.mask_heads == "sliced"
-        if self.n_masks < 1:
-            _refuse("n_masks", self.n_masks, "there is at least one mask")
         if self.n_masks > n_heads and self.source != "latent":
             _refuse("n_masks", self.n_masks, f"{n_heads} heads have no use for more than {n_heads} masks")
         if self.source == "head_zero" and self.n_masks > 1:
@@ -210,8 +221,6 @@ class SelectiveConfig:
             )  # fmt: skip
         if "head_two" in kind and n_heads < 2:
             _refuse("protection.kind", kind, "it needs a second head; set model.n_heads to 2 or more")
-        if self.protection.scale < 0:
-            _refuse("protection.scale", self.protection.scale, "a protection is at least 0")
 
 
 def _numbers(config: SelectiveConfig) -> dict[str, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,32 +14,14 @@ from torch import Tensor
 from headwise.attention.base import Carry
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.layer import SelectiveAttention, Selector
-from headwise.functional.selective import Protection, attacks, mask_of_head
-from headwise.model.budget import selects
+from headwise.functional.selective import Protection, attacks
+from headwise.functional.sharing import mask_of_head
 from headwise.model.decoder import Decoder
+from headwise.questions.masks.selection import Rules, Selection
 from headwise.watch.hooks import replaced
 
 Make = Callable[[SelectiveAttention, int, Selector, Protection | None, Carry], Tensor]
 """What makes a mask: of a layer, its index, and what the layer's `mask_of` takes."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What the queries of one layer did to its keys. Arrays are `(M, T, T)` float32, 0 above the diagonal.
-
-    Attributes:
-        layer: its index.
-        attack: S[i,j], what query i takes from key j for later queries, before any protection.
-        taken: F[i,j], what was masked of key j before query i came.
-        unprotected: F of the same attacks without protection; None where the layer has none.
-        heads: for each mask the heads that are under it.
-    """
-
-    layer: int
-    attack: np.ndarray
-    taken: np.ndarray
-    unprotected: np.ndarray | None
-    heads: list[list[int]]
 
 
 @torch.no_grad()
@@ -84,7 +66,7 @@ def masks_made_by(model: Decoder, make: Make) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for index, layer in enumerate(model.attentions()):
-            if isinstance(layer, SelectiveAttention) and selects(layer):
+            if isinstance(layer, SelectiveAttention) and layer.selects:
                 stack.enter_context(replaced(layer, "mask_of", partial(make, layer, index)))
                 stack.enter_context(_observed(layer))
         yield
@@ -99,6 +81,42 @@ def _observed(layer: SelectiveAttention) -> Iterator[None]:
         yield
     finally:
         layer.observer = previous
+
+
+def rules(options: SelectiveConfig) -> Rules:
+    """What attacks may do."""
+    return Rules(options.protect_bos, options.protect_self, adds_up=not options.mask_layernorm)
+
+
+def switches(options: SelectiveConfig) -> dict[str, Any]:
+    """The switches that are not at their default, and the source."""
+    default = SelectiveConfig()
+    names = ("n_masks", "mask_heads", "protect_bos", "protect_self", "relu_leak", "relu_after_cumsum",
+             "residual_logits", "mask_layernorm")  # fmt: skip
+    found: dict[str, Any] = {"source": options.source}
+    found |= {n: getattr(options, n) for n in names if getattr(options, n) != getattr(default, n)}
+    found["protection"] = options.protection.kind
+    if options.memory_penalty.epsilon:
+        found["memory_penalty"] = options.memory_penalty.epsilon
+    return found
+
+
+def notes(options: SelectiveConfig) -> list[str]:
+    """What to keep in mind of the switches when reading the numbers."""
+    found = []
+    if options.mask_layernorm:
+        found.append(
+            "With mask_layernorm F is normalised over keys and masks: it is not the sum of the attacks, so "
+            "there are no numbers on which attack lowered which strength."
+        )
+    if options.residual_logits:
+        found.append("With residual_logits the attacks of a layer include those of the layers before it.")
+    if options.relu_leak and not options.relu_after_cumsum:
+        found.append(
+            "With relu_leak queries also give back: F can fall again and be below 0, and a key below 0 "
+            "counts as more than one in the memory."
+        )
+    return found
 
 
 def _attacks(logits: Tensor, config: SelectiveConfig) -> Tensor:

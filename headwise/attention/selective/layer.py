@@ -9,17 +9,23 @@ weighted queries with their concatenated keys; slices of a head are narrow heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from headwise.attention.base import AttentionShape, Carry, Rope, register
+from headwise.attention.base import AttentionShape, Carry, NewHead, Preserved, Rope
+from headwise.attention.cache import KeyValueCache, LayerCache
 from headwise.attention.flash import FlashAttention
+from headwise.attention.kinds import register
 from headwise.attention.observation import Observation, Scores
+from headwise.attention.selective import heads as new_heads
+from headwise.attention.selective.budget import Pruner
+from headwise.attention.selective.cache import SelectiveCache
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.engines import fallback
 from headwise.functional.selective import (
@@ -61,6 +67,14 @@ class SelectiveAttention(FlashAttention):
     options = SelectiveConfig
     supports = frozenset({"causal", "gqa", "cpu_training"})
     engine_family = "selective"
+    sections = ("headwise.attention.selective.section:KEPT_CONTEXT",)
+    benchmarks: ClassVar[Mapping[str, str]] = {
+        "selective": "headwise.attention.selective.bench",
+        "selective-step": "headwise.attention.selective.bench_step",
+    }
+    monitors: ClassVar[Mapping[str, str]] = {"sums": "headwise.attention.selective.sums:SumRecorder"}
+    inspector = "headwise.attention.selective.inspect"
+    engine_table = "headwise.attention.selective.engines:engine_table"
 
     def __init__(self, shape: AttentionShape, options: SelectiveConfig | None = None) -> None:
         super().__init__(shape, options)
@@ -171,6 +185,58 @@ class SelectiveAttention(FlashAttention):
         engine = "fused" if self.fused(q) else "plain-mask" if fits_kernel(q) else "plain"
         self.record_engine(f"selective-{engine}")
         return selective_attention(q, k, v, taken, scale=self.scale), penalty
+
+    @property
+    def selects(self) -> bool:
+        """Whether selection is enabled."""
+        return self.config.enabled
+
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the first key is always held within a context budget."""
+        return self.config.enabled and self.config.protect_bos
+
+    def whole_context_only(self) -> str | None:
+        """Without selection there is no F to drop keys by."""
+        return None if self.selects else "its selection is disabled, so it has no F to drop keys by"
+
+    @contextmanager
+    def within_share(self, share: float, *, readmit: bool = False) -> Iterator[None]:
+        """While it lasts, hold at most `share` of the sequence: the keys that F took least from."""
+        self.prune = Pruner(self, share, readmit)
+        try:
+            yield
+        finally:
+            self.prune = None
+
+    def undecodable(self) -> str | None:
+        """`mask_layernorm` needs the whole sequence."""
+        if not self.config.mask_layernorm:
+            return None
+        return (
+            "mask_layernorm normalises F over all keys of a query, dropped ones too, and divides it by the "
+            "number of queries still to come"
+        )
+
+    def cache(self, batch: int, slots: int, length: int, like: Tensor) -> LayerCache:
+        """Keys and values, of which those that were masked most leave first."""
+        cache = SelectiveCache if self.selects else KeyValueCache
+        return cache(self, batch, slots, length, like)
+
+    @classmethod
+    def heads_interact(cls, options: SelectiveConfig) -> bool:
+        """Heads mask keys for one another."""
+        return options.enabled
+
+    @classmethod
+    def head_ranges(cls, leaf: str, index: int, options: SelectiveConfig) -> dict[int, list[tuple[int, int]]]:
+        """Where a head lies in the learned combinations."""
+        return new_heads.head_ranges(leaf, index, options)
+
+    @classmethod
+    def preserves(cls, head: NewHead, before: SelectiveConfig | None, after: SelectiveConfig) -> Preserved:
+        """Whether the masks of the other heads stay."""
+        return new_heads.preserves(head, before, after)
 
     def streams(self, selector: Selector, q: Tensor) -> bool:
         """Whether masks, one a head, are made within the attention's kernel and never kept."""

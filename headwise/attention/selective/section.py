@@ -1,8 +1,9 @@
-"""Selection in a report: the memory that masks leave over training, by layer, and what a penalty adds."""
+"""Selection in a report: the context that masks leave over training, by layer, and what a penalty adds."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,35 +11,33 @@ import numpy as np
 from headwise.analysis.statistics import summarize
 from headwise.report.curves import rounded
 from headwise.report.drawing import COLOURS, finish_axis, new_figure
+from headwise.report.section import Drawn, Found, Section, Titled
 from headwise.report.tables import Table
 from headwise.runs.read import Run, Unreadable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+KEPT = "kept_context"
+
 NOTE = (
-    "Memory of a query: M = Σ_j (1 - min(F, 1)) over the keys it sees; mean over queries, sequences and "
-    "heads, as a share of the mean number of visible keys, (T + 1) / 2."
+    "Kept context of a query: M = Σ_j (1 - min(F, 1)) over the keys it sees; mean over queries, sequences "
+    "and heads, as a share of the mean number of visible keys, (T + 1) / 2."
 )
 
 
-def collect(
-    grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]], curves: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """What each variant whose heads have a memory has to say; empty where none has.
-
-    Args:
-        grids: variant -> [(run, whether it may be averaged, its `atlas.grid`)].
-        curves: variant -> its curves, of which the loss and the penalty are taken along.
+def collect(among: Found) -> list[dict[str, Any]]:
+    """The kept context of each variant whose heads mask keys; empty where none does.
 
     Returns:
-        per variant: lines, of each run the seed, the steps, and kept, the share of the memory by step and
-        layer; last, for each layer a summary over runs with the lowest and the highest; all, a summary of the
-        mean over layers; terms, `{loss, penalty}` where there was one.
+        per variant: lines, of each run the seed, the steps, and kept, the share of the context by step
+        and layer; last, for each layer a summary over runs with the lowest and the highest; all, a summary of
+        the mean over layers; terms, `{loss, penalty}` where there was one.
     """
     found = []
-    for name, runs in grids.items():
-        having = [entry for entry in runs if "memory" in entry[2]["measures"]]
+    curves = among.curves
+    for name, runs in among.grids.items():
+        having = [entry for entry in runs if KEPT in entry[2]["measures"]]
         averaged = [entry for entry in having if entry[1]]
         shares = [(run.seed, grid["steps"], _share(run, grid)) for run, _, grid in averaged or having]
         lines = [(seed, steps, share) for seed, steps, share in shares if share is not None]
@@ -50,9 +49,9 @@ def collect(
 
 
 def _share(run: Run, grid: dict[str, Any]) -> np.ndarray | None:
-    """Memory as a share of the visible keys, `(S, L)`; None where the run does not tell its length."""
+    """Kept context as a share of the visible keys, `(S, L)`; None where the run does not tell its length."""
     length = run.get("seq_len") or _configured(run)
-    return None if not length else grid["measures"]["memory"].mean(-1) / ((int(length) + 1) / 2)
+    return None if not length else grid["measures"][KEPT].mean(-1) / ((int(length) + 1) / 2)
 
 
 def _configured(run: Run) -> Any:
@@ -80,7 +79,7 @@ def _entry(
 
 
 def table(entries: list[dict[str, Any]]) -> Table:
-    """One row a variant: the share of the memory that is left at the last evaluation, layer by layer."""
+    """One row a variant: the share of the context that is kept at the last evaluation, layer by layer."""
     layers = max((len(entry["last"]) for entry in entries), default=0)
     rows = [
         [entry["variant"], str(entry["n"]), _percent(entry["all"]), *_layers(entry),
@@ -92,7 +91,12 @@ def table(entries: list[dict[str, Any]]) -> Table:
     return Table(headers, rows, f"{NOTE} {note}")
 
 
-def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
+def figures(entries: list[dict[str, Any]], variants: list[str]) -> list[Drawn]:
+    """The kept context over training."""
+    return [Drawn(figure(entries, variants), "Context kept per layer over training", "kept_context.png")]
+
+
+def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure:
     """A panel a variant with a line a layer and run, and one of both loss terms where there is a penalty.
 
     Args:
@@ -100,8 +104,6 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
     """
     from matplotlib import colormaps
 
-    if not entries:
-        return None
     penalised = [entry for entry in entries if entry["terms"]]
     count = len(entries) + bool(penalised)
     columns = min(3, count)
@@ -119,7 +121,7 @@ def figure(entries: list[dict[str, Any]], variants: list[str]) -> Figure | None:
                 )  # fmt: skip
         axis.set_ylim(0, 1.05 * top)
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        finish_axis(axis, f"memory kept: {entry['variant']}", "step")
+        finish_axis(axis, f"context kept: {entry['variant']}", "step")
         axis.legend(frameon=False, fontsize=7, title="layer", title_fontsize=7, ncols=-(-layers // 6))
     if penalised:
         axis = axes.flat[len(entries)]
@@ -150,3 +152,16 @@ def _percent(summary: dict[str, Any]) -> str:
         return ""
     text = f"{summary['mean']:.1%}"
     return text if summary["ci95"] is None else f"{text} ± {summary['ci95']:.1%}"
+
+
+KEPT_CONTEXT = Section(
+    name="selection",
+    title="Context kept by selection",
+    link="Kept context",
+    collect=collect,
+    tables=lambda entries: [Titled(table(entries))],
+    figures=figures,
+    note="A line for each layer and seed: seeds may differ in the layer that keeps its context. Click a "
+    "layer in the legend to hide it.",
+    script=Path(__file__).with_name("section.js"),
+)

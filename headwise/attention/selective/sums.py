@@ -13,6 +13,7 @@ from headwise.attention.selective.inspect import masks_made_by
 from headwise.attention.selective.layer import SelectiveAttention, Selector
 from headwise.functional.selective import Protection
 from headwise.model.decoder import Decoder
+from headwise.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,27 @@ def _error(
         gradients[1].abs().max().item(),
         (gradients[0] - gradients[1]).abs().max().item(),
     )
+
+
+class SumRecorder:
+    """Writes a line for every selecting layer to log.txt each time it is called; see `training.run.Monitor`.
+
+    Args:
+        tokens: `(B, T)` int64, of which the first sequence is measured.
+        autocast: of training, so that selection queries and keys are what they are there.
+    """
+
+    def __init__(self, model: Decoder, tokens: Tensor, autocast: torch.autocast, folder: RunFolder) -> None:
+        self.model, self.tokens, self.autocast, self.folder = model, tokens[:1], autocast, folder
+
+    def __call__(self, step: int) -> None:
+        """Measure and log."""
+        training = self.model.training
+        self.model.eval()
+        with self.autocast:
+            errors = sum_errors(self.model, self.tokens)
+        self.model.train(training)
+        for error in errors:
+            self.folder.say(f"step {step}, {error}")
+        if not errors and step == 0:
+            self.folder.say("measure.sums: no layer selects, so there are no running sums")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headwise.functional.dispatch import fits_kernel
-from headwise.functional.selective import mask_of_head, per_head
+from headwise.functional.sharing import mask_of_head, per_head
 
 GONE = 1e30
 """F of a dropped key: its weight is exactly 0, and no kernel meets an infinity."""

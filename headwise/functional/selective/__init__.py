@@ -21,6 +21,7 @@ from torch import Tensor
 
 from headwise.functional.dispatch import fits_kernel
 from headwise.functional.selective.scan import after_the_query, attack_and_protect, running_sum
+from headwise.functional.sharing import per_head
 
 WIDEST_SELECTION = 1 << 14
 
@@ -188,25 +189,6 @@ def selection_mask(
         damage = attack_and_protect(attack, protection, accumulate)
     taken = after_the_query(damage)
     return taken.relu() if relu_after_cumsum else taken
-
-
-def mask_of_head(n_heads: int, n_masks: int) -> list[int]:
-    """Which mask each head uses: contiguous groups of ⌊H/M⌋; heads left over wrap to masks 0, 1, …
-
-    Raises:
-        ValueError: more masks than heads, or none.
-    """
-    if not 1 <= n_masks <= n_heads:
-        raise ValueError(f"{n_masks} masks for {n_heads} heads; there must be 1 to {n_heads}")
-    group = n_heads // n_masks
-    return [h // group if h < group * n_masks else h - group * n_masks for h in range(n_heads)]
-
-
-def per_head(mask: Tensor, n_heads: int) -> Tensor:
-    """F of each head, `(B, 1 or H, T, T)`, of F by mask `(B, M, T, T)`."""
-    if mask.shape[1] in (1, n_heads):
-        return mask
-    return mask[:, mask_of_head(n_heads, mask.shape[1])]
 
 
 def selective_attention(

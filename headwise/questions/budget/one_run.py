@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
-from headwise import __version__
-from headwise.attention import Attention
-from headwise.attention.selective.layer import SelectiveAttention
+from headwise import __version__, reading
 from headwise.config.run import Config, load
 from headwise.data import Batch, open_data
 from headwise.data.base import Data
 from headwise.errors import HeadwiseError
 from headwise.files import write_json
 from headwise.functional.budget import keys_of_share
-from headwise.model.budget import full_context_only, protects_bos, selects, within_budget
+from headwise.model.budget import within_budget
 from headwise.questions.budget.greedy import greedy_shares
 from headwise.runs.checkpoint import weights_digest
 from headwise.runs.folder import RunFolder
@@ -121,6 +119,37 @@ class Measured:
         return cls(data["kind"], losses, layers, dict(data["keys"]), data["remarks"])
 
 
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+class MeasuredMemory(TypedDict):
+    """`Measured.to_json`."""
+
+    kind: str
+    losses: dict[str, list[tuple[Share, float]]]
+    layers: dict[str, list[tuple[Share, list[Share]]]]
+    keys: list[tuple[Share, Annotated[int, Meta(ge=0, le=2**40)]]]
+    remarks: list[str]
+
+
+class Setting(TypedDict):
+    """The sequences that a run was measured on."""
+
+    seq_len: int
+    data: str
+    checksum: str
+    sequences: int
+    calibration: int | None
+
+
+class Memory(TypedDict):
+    """What a run's folder keeps of a measurement."""
+
+    asked: dict[str, Any]
+    setting: Setting
+    measured: MeasuredMemory
+
+
 class Measurable:
     """A run under some options. Its weights and its data are read when there is something to measure."""
 
@@ -167,10 +196,13 @@ class Measurable:
     @cached_property
     def _memory(self) -> dict[str, Any] | None:
         try:
-            memory = json.loads((self.path / MEMORY).read_text())
-            return memory if self.weights and memory["asked"] == self._asked else None
-        except (OSError, ValueError, LookupError, TypeError):
+            memory = reading.read_json(self.path / MEMORY, Memory)
+        except reading.Unreadable:  # it is measured again then, and the file replaced
             return None
+        known = {share for share, _ in memory["measured"]["keys"]}
+        curves = [*memory["measured"]["losses"].values(), *memory["measured"]["layers"].values()]
+        whole = bool(curves) and all(curve and {share for share, _ in curve} <= known for curve in curves)
+        return memory if whole and self.weights and memory["asked"] == self._asked else None
 
     def _measure(self) -> Measured:
         world = World(0, 1, find_device(self.options.device))
@@ -181,9 +213,9 @@ class Measurable:
         batches, chosen_on = (_batches(self.data, indices, size) for indices in self._sequences)
         attention = model.attentions()[0]
         found = Measured(config.model.attention.kind)
-        has_f = selects(attention)
+        has_f = attention.selects
         shares = sorted({*self.options.shares, *([] if has_f else [1.0])}, reverse=True)
-        if reason := full_context_only(attention):
+        if reason := attention.whole_context_only():
             shares = [1.0]
             found.remarks.append(f"is measured with its full context alone: {reason}")
 
@@ -192,12 +224,12 @@ class Measurable:
             with within_budget(model, share, readmit=readmit):
                 return evaluate(TokenLoss(model), batches, world, autocast).loss
 
-        found.keys = {share: keys_of_share(share, length, protects_bos(attention)) for share in shares}
+        found.keys = {share: keys_of_share(share, length, attention.keeps_first) for share in shares}
         found.losses[KEPT if has_f else WINDOW] = {share: loss(batches, share) for share in shares}
         if has_f and self.options.readmit:
             found.losses[READMITTED] = {share: loss(batches, share, readmit=True) for share in shares}
         if has_f and self.options.greedy:
-            least = (1 + protects_bos(attention)) / length
+            least = (1 + attention.keeps_first) / length
             layers = greedy_shares(config.model.n_layers, shares, least, lambda each: loss(chosen_on, each))
             found.losses[GREEDY] = {share: loss(batches, each) for share, each in layers.items()}
             found.layers[GREEDY] = layers
@@ -205,11 +237,8 @@ class Measurable:
                 found.remarks.append(
                     "chose budgets of layers on sequences that are measured too: there are no others"
                 )
-        if _normalises(attention):
-            found.remarks.append(
-                "normalises F over all keys of a query (mask_layernorm), dropped ones too, and by queries "
-                "still to come: no cache can follow its curve"
-            )
+        if reason := attention.undecodable():
+            found.remarks.append(f"has a curve that no cache can follow: {reason}")
         return found
 
     @cached_property
@@ -232,10 +261,6 @@ class Measurable:
     def _others(self) -> bool:
         """Whether there are sequences besides those that are measured."""
         return len(self._everything) > len(self._sequences[0])
-
-
-def _normalises(attention: Attention) -> bool:
-    return isinstance(attention, SelectiveAttention) and attention.config.mask_layernorm
 
 
 def _spread(indices: np.ndarray, count: int) -> np.ndarray:

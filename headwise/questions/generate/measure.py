@@ -13,7 +13,6 @@ from headwise.config.run import Config
 from headwise.data.config import TEXT
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
-from headwise.model.budget import protects_bos
 from headwise.model.generate import make_cache, read, write
 from headwise.runs.weights import load_model
 from headwise.training.distributed import World, find_device
@@ -79,7 +78,7 @@ def continue_text(
             f"prompt and continuation are {length} tokens, and the model has {model.max_seq_len} learned "
             "positions; ask for fewer --tokens"
         )
-    keys = keys_of_share(budget, length, protects_bos(model.attentions()[0]))
+    keys = keys_of_share(budget, length, model.attentions()[0].keeps_first)
     autocast = world.autocast(config.training.precision)
     dtype = torch.bfloat16 if autocast._enabled else None
     try:

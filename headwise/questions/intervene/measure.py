@@ -29,9 +29,6 @@ from headwise.watch.effect import Effect, Speaker
 from headwise.watch.hooks import Changes, Layer, changed, scale_head
 from headwise.watch.observe import attached
 
-SELECTING = ("selective",)
-"""Kinds whose queries also decide what later queries see."""
-
 
 class Tokens(Protocol):
     """Samples of one length: `headwise.watch.samples.Samples`."""
@@ -194,7 +191,7 @@ def all_heads(speaker: Speaker, samples: Tokens, layers: Sequence[Layer], settin
 
 def selects(layer: Layer) -> bool:
     """Whether a query of this layer also decides what later queries see."""
-    return getattr(layer.module, "kind", None) in SELECTING
+    return getattr(layer.module, "selects", False)
 
 
 class _OneHead(Collector):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from headwise.attention.selective.inspect import Selection
+    from headwise.questions.masks.selection import Selection
 
 WIDTH = 64
 """Tokens in a line of the prompt, where it has no earlier end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from headwise.attention.selective.inspect import Selection, selections
-from headwise.attention.selective.layer import SelectiveAttention
 from headwise.config.run import Config
 from headwise.data.config import TEXT
 from headwise.errors import HeadwiseError
-from headwise.model.budget import selects
 from headwise.model.decoder import Decoder
 from headwise.questions.generate.measure import codec
 from headwise.questions.masks import numbers as masking
+from headwise.questions.masks.selection import Rules, Selection
 from headwise.runs.folder import RunFolder
 from headwise.runs.weights import find_checkpoint, load_model
 from headwise.training.distributed import find_device
@@ -64,10 +63,10 @@ def look(
     if max_tokens < 3:
         raise HeadwiseError(f"--max-tokens is {max_tokens}; it takes 3 tokens for one to mask another")
     model, config = load_model(run, find_device(device))
-    _refuse_unselective(run, model, config)
+    inspector, options = _inspector(run, model, config), config.model.attention.options()
     chosen = _layers(layers, config.model.n_layers)
     ids, labels, notes = _tokens(run, text, config, max_tokens, source)
-    found = selections(model, torch.tensor([ids], device=next(model.parameters()).device))
+    found = inspector.selections(model, torch.tensor([ids], device=next(model.parameters()).device))
     found = [one for one in found if one.layer in chosen]
     data = {
         "title": "Which token was masked by whom, and when",
@@ -79,25 +78,24 @@ def look(
         "ids": ids,
         "unit": "byte" if _reads_bytes(config) else "token",
         "seq_len": config.data.seq_len,
-        "switches": switches(config),
-        "notes": notes + _warnings(config),
+        "switches": inspector.switches(options),
+        "notes": notes + inspector.notes(options),
         "near": masking.NEAR, "later": masking.LATER, "bounds": [masking.LOW, masking.HIGH],
         "edges": list(masking.EDGES),
-        **numbers(found, config),
+        **numbers(found, inspector.rules(options)),
     }  # fmt: skip
     return Masks(data, found)
 
 
-def numbers(layers: list[Selection], config: Config) -> dict[str, Any]:
+def numbers(layers: list[Selection], rules: Rules) -> dict[str, Any]:
     """What is said of each mask, of each layer and of all layers, and of attacking all keys alike."""
-    selective = config.model.attention.selective
-    rules = {"protect_bos": selective.protect_bos, "adds_up": not selective.mask_layernorm}
+    given = {"protect_bos": rules.protect_bos, "adds_up": rules.adds_up}
 
     def of(attack: np.ndarray, taken: np.ndarray, bare: np.ndarray | None) -> dict[str, Any]:
-        found = masking.numbers(attack, taken, **rules)
+        found = masking.numbers(attack, taken, **given)
         if bare is not None:
-            found["unprotected"] = masking.numbers(attack, bare, **rules)
-            found["absorbed"] = masking.absorbed(attack, taken) if rules["adds_up"] else None
+            found["unprotected"] = masking.numbers(attack, bare, **given)
+            found["absorbed"] = masking.absorbed(attack, taken) if rules.adds_up else None
         return found
 
     def whole(name: str) -> Any:
@@ -108,8 +106,8 @@ def numbers(layers: list[Selection], config: Config) -> dict[str, Any]:
         "protected": layers[0].unprotected is not None,
         "alike": masking.attacked_alike(
             layers[0].taken.shape[-1],
-            protect_bos=selective.protect_bos,
-            protect_self=selective.protect_self,
+            protect_bos=rules.protect_bos,
+            protect_self=rules.protect_self,
         ),
         "all": of(whole("attack"), whole("taken"), whole("unprotected")),
         "layers": [
@@ -130,20 +128,6 @@ def numbers(layers: list[Selection], config: Config) -> dict[str, Any]:
             for one in layers
         ],
     }
-
-
-def switches(config: Config) -> dict[str, Any]:
-    """The switches of selection that are not at their default, and its source."""
-    selective = config.model.attention.selective
-    default = type(selective)()
-    names = ("n_masks", "mask_heads", "protect_bos", "protect_self", "relu_leak", "relu_after_cumsum",
-             "residual_logits", "mask_layernorm")  # fmt: skip
-    found: dict[str, Any] = {"source": selective.source}
-    found |= {n: getattr(selective, n) for n in names if getattr(selective, n) != getattr(default, n)}
-    found["protection"] = selective.protection.kind
-    if selective.memory_penalty.epsilon:
-        found["memory_penalty"] = selective.memory_penalty.epsilon
-    return found
 
 
 def readable(ids: Sequence[int], config: Config) -> list[str]:
@@ -176,17 +160,19 @@ def _reads_bytes(config: Config) -> bool:
     return config.data.tokenizer == "bytes" or (not config.data.tokenizer and config.data.name in TEXT)
 
 
-def _refuse_unselective(run: str | Path, model: Decoder, config: Config) -> None:
-    layer = model.attentions()[0]
-    if not isinstance(layer, SelectiveAttention):
+def _inspector(run: str | Path, model: Decoder, config: Config) -> Any:
+    """The module that tells who masks whom."""
+    attention = model.attentions()[0]
+    if attention.inspector is None:
         raise HeadwiseError(
-            f"{run} has attention of kind {config.model.attention.kind!r}, which masks no token; "
-            "give a selective run"
+            f"{run} has attention of kind {attention.kind!r}, which masks no token; give a run that selects"
         )
-    if not selects(layer):
+    if not attention.selects:
         raise HeadwiseError(
-            f"{run} selects nothing: its model.attention.selective.enabled is false; give a run that selects"
+            f"{run} selects nothing: its model.attention.{attention.kind}.enabled is false; "
+            "give a run that selects"
         )
+    return importlib.import_module(attention.inspector)
 
 
 def _layers(asked: Sequence[int] | None, n_layers: int) -> list[int]:
@@ -214,22 +200,3 @@ def _tokens(
         notes.append(f"{source} has {len(ids):,} tokens and was cut to its first {limit}: {why}.")
     ids = ids[:limit]
     return ids, readable(ids, config), notes
-
-
-def _warnings(config: Config) -> list[str]:
-    """What to keep in mind of a run's switches when reading its numbers."""
-    selective = config.model.attention.selective
-    notes = []
-    if selective.mask_layernorm:
-        notes.append(
-            "With mask_layernorm F is normalised over keys and masks: it is not the sum of the attacks, so "
-            "there are no numbers on which attack lowered which strength."
-        )
-    if selective.residual_logits:
-        notes.append("With residual_logits the attacks of a layer include those of the layers before it.")
-    if selective.relu_leak and not selective.relu_after_cumsum:
-        notes.append(
-            "With relu_leak queries also give back: F can fall again and be below 0, and a key below 0 "
-            "counts as more than one in the memory."
-        )
-    return notes

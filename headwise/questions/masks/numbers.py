@@ -1,7 +1,7 @@
 """What masks do, in numbers: how far back they reach, what they leave, whether they are all or nothing.
 
 Arrays are `(N, T, T)`, entry [n, i, j] of query i and key j: `attack` S and `taken` F, as MECHANISMS
-and `headwise.attention.selective.inspect` name them. N masks are pooled; pass one to look at it alone.
+and `headwise.questions.masks.selection` name them. N masks are pooled; pass one to look at it alone.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from headwise.report.html import embedded
 from headwise.report.tables import Table, plain
 
 if TYPE_CHECKING:
-    from headwise.attention.selective.inspect import Selection
     from headwise.questions.masks.measure import Masks
+    from headwise.questions.masks.selection import Selection
 
 MAX_BYTES = 12_000_000
 """Of packed masks in one page; layers beyond it are left out, the last first."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from headwise.errors import HeadwiseError, one_of
-from headwise.measures.collector import IGNORE_FIRST, SCORES, ScoresFrom, wanted_measures
-from headwise.measures.table import MEASURES
+from headwise.measures.collector import IGNORE_FIRST, SCORES, ScoresFrom
+from headwise.measures.spec import wanted_measures
 
 TABLE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -20,10 +20,10 @@ class ProfileConfig:
     Attributes:
         n_samples, context_length, seed: see `open_samples`.
         scores: logits from q, k before the rotation (document 004) or after it.
-        measures: columns of the head table.
+        measures: columns of the head table; all that there are.
         aggregate: one row per (sample, layer, head) with means over its tokens, not one per token.
-        ignore_first: tokens at the start of a context without an entropy, and left out of
-            correlations.
+        ignore_first: tokens at the start of a context without measures that need one, and left out
+            of correlations.
         table_dtype: of the measures on disk, float32 or float16.
         raw_layers: layers whose q, k, v are kept too.
         samples_per_part: contexts per part of the table.
@@ -33,7 +33,7 @@ class ProfileConfig:
     context_length: int = 512
     seed: int | None = None
     scores: ScoresFrom = "pre_rope"
-    measures: tuple[str, ...] = tuple(MEASURES)
+    measures: tuple[str, ...] = field(default_factory=lambda: wanted_measures(None))
     aggregate: bool = False
     ignore_first: int = IGNORE_FIRST
     table_dtype: str = "float32"

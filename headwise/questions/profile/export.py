@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headwise.files import replacing
-from headwise.questions.profile.parts import read_table
+from headwise.measures.spec import exported
+from headwise.measures.table import read_columns
 
 if TYPE_CHECKING:
     import pyarrow
 
-COLUMNS = {
-    "sample": "sample_id", "layer": "layer", "head": "head", "token": "token_pos",
-    "query_norm": "query_norm", "entropy": "entropy", "max_weight": "max_attn", "k_eff": "k_eff",
-}  # fmt: skip
-"""Columns of the head table, and what document 004 calls them."""
+KEYS = {"sample": "sample_id", "layer": "layer", "head": "head", "token": "token_pos"}
 NEEDED = ("query_norm", "entropy", "max_weight", "k_eff")
+"""Document 004's measures, in its order."""
+COLUMNS = KEYS | exported(NEEDED)
+"""Columns of the head table, and what document 004 calls them."""
 
 
 def export_csv(out: Path) -> Path:
@@ -32,7 +32,7 @@ def export_csv(out: Path) -> Path:
     with replacing(path) as draft, draft.open("wb") as file:
         file.write((",".join(COLUMNS.values()) + "\n").encode())
         for part in sorted((out / "heads").glob("*.parquet")):
-            table = read_table(part, list(COLUMNS))
+            table = read_columns(part, list(COLUMNS))
             csv.write_csv(_plain(table), file, csv.WriteOptions(include_header=False))
     return path
 

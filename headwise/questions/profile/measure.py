@@ -27,12 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import write_json, write_text
-from headwise.measures.collector import Collector, wanted_measures
-from headwise.measures.table import MEASURES
+from headwise.measures.collector import Collector
+from headwise.measures.spec import FORMER_NAMES, in_order, measure_of, wanted_measures
 from headwise.questions.profile import parts
 from headwise.questions.profile.config import TABLE_DTYPES, ProfileConfig
+from headwise.questions.profile.files import SummaryFile
 from headwise.questions.profile.parts import Block, Folders
 from headwise.questions.profile.per_head import Kept, summarise
 from headwise.watch.capture import Capture
@@ -67,6 +69,11 @@ class Profile:
     def n_parts(self) -> int:
         """Parts that the table has in the end."""
         return -(-self.config.n_samples // self.config.samples_per_part)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The columns of the table that are measures, in its order."""
+        return wanted_measures(self.config.measures)
 
     def missing(self) -> list[int]:
         """Parts that are not there yet."""
@@ -108,9 +115,7 @@ class Profile:
         device = next(loaded.model.parameters()).device
         began, missing = time.monotonic(), self.missing()
         share.wait()  # or a part that another process finished meanwhile would shift the shares
-        collector = Collector(
-            wanted_measures(self.config.measures), self.config.scores, True, self.config.ignore_first
-        )
+        collector = Collector(self.measures, self.config.scores, True, self.config.ignore_first)
         kept = Kept(device)
         with (
             parts.in_background() as submit,
@@ -129,7 +134,7 @@ class Profile:
         if share.rank == 0:
             self._finish(device, time.monotonic() - began, len(missing), kept, ranked)
         share.wait()
-        return _read_json(self.folders.out / "summary.json")
+        return _read_json(self.folders.out / "summary.json", SummaryFile)
 
     def _groups(self, missing: Collection[int], batch_size: int) -> list[range]:
         """Parts that run through the model together, as many as one batch holds, where any is missing.
@@ -199,7 +204,8 @@ class Profile:
             HeadwiseError: the folder holds another profile; names what differs.
         """
         wanted = {"model": loaded.name, "weights": loaded.fingerprint(), "data": samples.identity}
-        wanted = json.loads(json.dumps(wanted | dataclasses.asdict(self.config)))
+        wanted |= dataclasses.asdict(self.config) | {"measures": self.measures}
+        wanted = json.loads(json.dumps(wanted))
         path = self.folders.out / "profile.json"
         if share.rank == 0 and not path.exists():
             if self.folders.heads.exists():
@@ -208,7 +214,11 @@ class Profile:
                 )
             write_json(path, wanted)
         share.wait()
-        before, now = _flat(_read_json(path)), _flat(wanted)
+        held = _read_json(path, dict[str, Any])
+        names = held.get("measures")
+        if isinstance(names, list):
+            held["measures"] = in_order(FORMER_NAMES.get(str(name), str(name)) for name in names)
+        before, now = _flat(held), _flat(wanted)
         for key in now | before:
             if before.get(key) != now.get(key):
                 raise HeadwiseError(
@@ -221,7 +231,8 @@ class Profile:
     ) -> None:
         per_head = summarise(self.folders, self.config, kept, device, ranked)
         write_text(self.folders.out / "per_head.csv", _csv(per_head))
-        broken = np.isnan(np.stack([per_head[name] for name in MEASURES if name in per_head])).any(0)
+        certain = [name for name in self.measures if name in per_head and measure_of(name).absent is None]
+        broken = np.isnan(np.stack([per_head[name] for name in certain] or [0 * per_head["layer"]])).any(0)
         summary = {
             "state": "finished",
             "samples": self.config.n_samples,
@@ -255,11 +266,11 @@ def _check_layers(chosen: Collection[int], n_layers: int) -> None:
             raise HeadwiseError(f"--raw-layers {layer} is not there: layers go from 0 to {n_layers - 1}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadwiseError(f"{path} cannot be read ({error}); give another --out") from error
+        return reading.read_json(path, schema)
+    except reading.Unreadable as error:
+        raise error.so("give another --out") from error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

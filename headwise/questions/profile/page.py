@@ -5,18 +5,20 @@ Everything shown is computed here from the profile's folder; the page only draws
 
 from __future__ import annotations
 
-import csv
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import write_text
 from headwise.measures.labels import OTHER, RULES, classify
-from headwise.measures.table import MEASURES
-from headwise.report.atlas import NAMES
+from headwise.measures.spec import FORMER_NAMES, in_order, measure_of
+from headwise.measures.table import MOST, read_columns
+from headwise.questions.profile.files import ProfileFile, SummaryFile
+from headwise.report.atlas import about
 from headwise.report.collect import finite
 from headwise.report.curves import rounded
 from headwise.report.html import embedded
@@ -24,6 +26,8 @@ from headwise.report.html import embedded
 ROWS = 2_000_000
 """Rows of the table that distributions are drawn from; whole parts, spread over the profile."""
 BINS = 48
+_NO_MEASURE = re.compile(r"layer|head|(uniform|pearson|spearman)_.*")
+"""Columns of per_head.csv beside the measures."""
 TOP = 12
 BY = {"spearman_entropy": "Spearman", "pearson_entropy": "Pearson"}
 """What heads are sorted by: the first that there is."""
@@ -66,9 +70,9 @@ def collect(out: Path, *, rotates: bool = False) -> dict[str, Any]:
     Raises:
         HeadwiseError: the profile is not finished, or damaged.
     """
-    profile, summary = _json(out / "profile.json"), _json(out / "summary.json")
+    profile, summary = _json(out / "profile.json", ProfileFile), _json(out / "summary.json", SummaryFile)
     per_head = _per_head(out / "per_head.csv")
-    measures = [name for name in MEASURES if name in per_head]
+    measures = in_order(name for name in per_head if not _NO_MEASURE.fullmatch(name))
     kinds = classify(per_head)
     grids = {name: rounded(_grid(per_head, values), 6) for name, values in per_head.items()}
     return {
@@ -76,10 +80,7 @@ def collect(out: Path, *, rotates: bool = False) -> dict[str, Any]:
         "model": profile["model"],
         "facts": _facts(profile, summary),
         "flags": _flags(summary, profile, rotates),
-        "measures": [
-            {"name": m, "label": NAMES[m], "definition": MEASURES[m].definition, "unit": MEASURES[m].unit}
-            for m in measures
-        ],
+        "measures": about(measures),
         "grids": {name: grids[name] for name in measures},
         "kinds": {
             "known": any(kinds),
@@ -130,11 +131,26 @@ def _flags(summary: dict[str, Any], profile: dict[str, Any], rotates: bool) -> l
 
 def _per_head(path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise HeadwiseError(f"{path} cannot be read ({error}); run the profile again to its end") from error
+        rows = reading.read_csv(path, ("layer", "head"))
+        found = {
+            FORMER_NAMES.get(name, name): np.array([_number(path, row, name) for row in rows])
+            for name in (rows[0] if rows else ())
+        }
+        places = [found.get(key, np.array([np.nan])) for key in ("layer", "head")]
+        if not all(((at >= 0) & (at < MOST) & (at == np.floor(at))).all() for at in places):
+            raise reading.Unreadable(
+                path, "its layers and heads are not numbers of places, or there are none"
+            )
+        return found
+    except reading.Unreadable as error:
+        raise error.so("run the profile again to its end") from error
+
+
+def _number(path: Path, row: dict[str, str], name: str) -> float:
+    try:
+        return float(row[name] or "nan")
+    except ValueError:
+        raise reading.Unreadable(path, f"column {name} has {row[name][:40]!r}, which is no number") from None
 
 
 def _places(per_head: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -174,7 +190,7 @@ def _rule_row(rule: Any, per_head: dict[str, np.ndarray], kinds: list[list[str]]
 def _distributions(folder: Path, measures: list[str]) -> dict[str, Any]:
     """Per measure, bin edges and the share of each layer's known values in each bin, `(L, BINS)`."""
     parts = sorted(folder.glob("*.parquet"))
-    values, layers = _some_rows(parts, measures)
+    values, layers = _some_rows(folder, parts, measures)
     found: dict[str, Any] = {"rows": len(layers), "measures": {}}
     distinct = np.unique(layers)
     for name in measures:
@@ -192,15 +208,20 @@ def _distributions(folder: Path, measures: list[str]) -> dict[str, Any]:
     return found | {"layers": distinct.tolist()}
 
 
-def _some_rows(parts: list[Path], measures: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _some_rows(
+    folder: Path, parts: list[Path], measures: list[str]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Rows of a few parts that lie evenly over all of them, thinned to about ROWS."""
     import pyarrow.parquet as pq
 
-    from headwise.questions.profile.parts import read_table
+    from headwise.questions.profile.parts import check_parts
 
-    per_part = pq.ParquetFile(parts[0]).metadata.num_rows
+    if not parts:
+        raise HeadwiseError(f"no head table in {folder}: it holds no .parquet part; run the profile again")
+    check_parts(parts)
+    per_part = max(1, pq.ParquetFile(parts[0]).metadata.num_rows)
     count = min(len(parts), max(1, ROWS // per_part))
-    tables = [read_table(parts[n * len(parts) // count], ["layer", *measures]) for n in range(count)]
+    tables = [read_columns(parts[n * len(parts) // count], ["layer", *measures]) for n in range(count)]
     step = max(1, per_part * count // ROWS)
     step += step % 2 == 0  # an odd step does not keep to every other token or head
     columns = {
@@ -231,15 +252,15 @@ def _top(per_head: dict[str, np.ndarray]) -> list[list[str]]:
 
 
 def _numbers(per_head: dict[str, np.ndarray], kinds: list[list[str]], measures: list[str]) -> list[list[str]]:
-    rows = [["layer", "head", "kind", *(NAMES[m] for m in measures)]]
+    rows = [["layer", "head", "kind", *(measure_of(m).label for m in measures)]]
     for i, labels in enumerate(kinds):
         place = [str(int(per_head[key][i])) for key in ("layer", "head")]
         rows.append([*place, ", ".join(labels), *(f"{per_head[m][i]:.4g}" for m in measures)])
     return rows
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadwiseError(f"{path} cannot be read ({error}); run the profile to its end first") from error
+        return reading.read_json(path, schema)
+    except reading.Unreadable as error:
+        raise error.so("run the profile to its end first") from error

@@ -10,21 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
 from headwise.measures import moments
 from headwise.measures import table as head_table
 from headwise.measures.collector import Collector
+from headwise.measures.means import mean_of
 from headwise.measures.moments import Moments
-
-if TYPE_CHECKING:
-    import pyarrow
+from headwise.measures.spec import FORMER_NAMES, measure_of
 
 _PENDING_BYTES = 1 << 30
 """Measures that may wait to be written before the device waits too: what memory holds."""
@@ -171,35 +170,58 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
 
     names: list[str] = []
     rows = np.empty((0, 4))
-    found = []
+    found: list[Moments] = []
     for table in sorted(folders.heads.glob("*.parquet")):
         path = folders.moments / f"{table.stem}.safetensors"
         try:
+            headers, about = reading.read_tensor_headers(path)
+            _refuse_other_moments(path, headers, about, (len(rows), names) if found else None)
             with safe_open(path, "np") as file:
-                names, rows = file.metadata()["names"].split(), file.get_tensor("rows")
+                names, rows = about["names"].split(), file.get_tensor("rows")
+                names = [FORMER_NAMES.get(name, name) for name in names]
                 fields = {name: file.get_tensor(name) for name in Moments.__dataclass_fields__}
-        except (OSError, SafetensorError, KeyError) as error:
+        except (reading.Unreadable, OSError, SafetensorError, KeyError) as error:
+            reason = error.reason if isinstance(error, reading.Unreadable) else reading.first_line(error)
             raise HeadwiseError(
-                f"{path} is damaged or lost ({error}); delete {table} and run again"
+                f"{path} is damaged or lost ({reason}); delete {table} and run again"
             ) from error
         found.append(Moments(**fields))
     return names, rows, moments.merge(found)
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """Some columns of one part of the head table.
+def _refuse_other_moments(
+    path: Path,
+    headers: dict[str, reading.TensorHeader],
+    about: dict[str, str],
+    before: tuple[int, list[str]] | None,
+) -> None:
+    """Refuse, by their headers, moments that are not of the heads and measures that this part should have."""
+    names = [FORMER_NAMES.get(name, name) for name in about.get("names", "").split()]
+    m, r = len(names), (headers["rows"].shape or (0,))[0] if "rows" in headers else 0
+    if not m or not r or before not in (None, (r, names)):
+        raise reading.Unreadable(path, "its heads or measures are not those of the other parts")
+    shapes = {
+        "rows": (r, 4), "tokens": (m, r), "mean": (m, r), "paired": (), "centre": (m, r),
+        "products": (r, m, m),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        if headers.get(name) != reading.TensorHeader("F64", shape):
+            raise reading.Unreadable(path, f"its {name} is {headers.get(name)}, expected F64 {shape}")
+
+
+def check_parts(parts: Sequence[Path], columns: Sequence[str] = ()) -> None:
+    """Refuse, by their footers, parts that are no parts of a head table with these columns.
 
     Raises:
-        HeadwiseError: it is damaged.
+        HeadwiseError: names the first.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise HeadwiseError(f"{path} is damaged ({reason}); delete it and run again") from error
+    for part in parts:
+        try:
+            found = head_table.check_part(part)
+            if missing := next((name for name in columns if name not in found), None):
+                raise reading.Unreadable(part, f"it has no column {missing!r}")
+        except reading.Unreadable as error:
+            raise error.so("delete it and run again") from error
 
 
 @contextmanager
@@ -230,15 +252,11 @@ def in_background() -> Iterator[Callable[[Writing], None]]:
 
 def _over_tokens(block: Block, ignore_first: int) -> Tensor:
     """Means over tokens, `(M, B, R, 1)`, by the rules of a table without tokens."""
-    exact = block.values.double()
-    mean = exact.mean(-1)
-    for m, name in enumerate(block.names):
-        if name == "entropy":
-            mean[m] = exact[m, ..., ignore_first:].mean(-1)
-        elif name == "margin":
-            has = ~torch.isposinf(exact[m])
-            mean[m] = torch.where(has, exact[m], 0).sum(-1) / has.sum(-1)
-    return mean.float()[..., None]
+    means = []
+    for name, values in zip(block.names, block.values.double(), strict=True):
+        measure = measure_of(name)
+        means.append(mean_of(measure, values[..., ignore_first:] if measure.needs_context else values)[1])
+    return torch.stack(means).float()[..., None]
 
 
 def _keys(

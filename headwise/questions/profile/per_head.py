@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise.errors import HeadwiseError
 from headwise.measures import moments
+from headwise.measures.spec import correlated
+from headwise.measures.table import read_columns
 from headwise.questions.profile.config import ProfileConfig
-from headwise.questions.profile.parts import Block, Folders, read_moments, read_table
+from headwise.questions.profile.parts import Block, Folders, read_moments
 
 _RANKED_AT_ONCE = 1 << 27
 _KEPT_BYTES = 1 << 31
@@ -32,7 +35,7 @@ class Kept:
 
     def add(self, part: str, block: Block, dtype: torch.dtype, ignore_first: int) -> None:
         """Keep what ranks need of a part, in the dtype of the table, if there is room for it."""
-        names = moments.ranked(block.names)
+        names = correlated(block.names)
         if not names:
             return
         # One by one: an index in a list would be copied to the device, and waited for.
@@ -43,7 +46,7 @@ class Kept:
             self._parts[part] = later
 
     def get(self, part: str) -> Tensor | None:
-        """`(M, B, R, T)` of a part with the measures of `moments.ranked`, where it was kept."""
+        """`(M, B, R, T)` of a part with the measures of `correlated`, where it was kept."""
         return self._parts.get(part)
 
     def spearman(self, n_parts: int) -> np.ndarray | None:
@@ -62,7 +65,7 @@ def summarise(
     device: torch.device,
     ranked: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Means and correlations of query_norm per head, from the parts of a profile.
+    """Means and correlations per head, from the parts of a profile.
 
     Args:
         ranked: Spearman's correlations, where they are known.
@@ -76,12 +79,12 @@ def summarise(
     found = {"layer": rows[:, 0].astype(int), "head": rows[:, 1].astype(int)}
     found |= {"uniform_keys": rows[:, 2], "uniform_distance": rows[:, 3]}
     found |= {name: total.mean[m] for m, name in enumerate(names)}
-    correlated = moments.pearson(total, names)
-    found |= {f"pearson_{name}": r for name, r in correlated.items()}
-    if not config.aggregate and correlated:
+    linear = moments.pearson(total, names)
+    found |= {f"pearson_{name}": r for name, r in linear.items()}
+    if not config.aggregate and linear:
         if ranked is None:
-            ranked = _ranked(folders, config, kept, device, moments.ranked(names), len(rows))
-        found |= {f"spearman_{name}": r for name, r in zip(correlated, ranked, strict=True)}
+            ranked = _ranked(folders, config, kept, device, correlated(names), len(rows))
+        found |= {f"spearman_{name}": r for name, r in zip(linear, ranked, strict=True)}
     return found
 
 
@@ -94,7 +97,13 @@ def _ranked(
         here = kept.get(part)
         if here is not None:
             return here[:, :, some]
-        table = read_table(folders.heads / f"{part}.parquet", names)
+        path = folders.heads / f"{part}.parquet"
+        table = read_columns(path, names)
+        if not table.num_rows or table.num_rows % (n_heads * config.context_length):
+            raise HeadwiseError(
+                f"{path} has {table.num_rows} rows, and {n_heads} heads of {config.context_length} tokens "
+                "make others; delete it and run again"
+            )
         shape = (-1, n_heads, config.context_length)
         columns = [table[name].to_numpy().reshape(shape)[:, some, config.ignore_first :] for name in names]
         return torch.from_numpy(np.stack(columns)).to(device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.attention import Preserved
 from headwise.config.run import Config, load, to_yaml
 from headwise.data import eval_batches, open_data
 from headwise.data.base import Data
@@ -20,7 +21,7 @@ from headwise.files import replacing
 from headwise.model.config import ModelConfig
 from headwise.model.convert import shape_of_nanogpt
 from headwise.model.decoder import Decoder
-from headwise.model.preservation import Preserved, learns, preserved
+from headwise.model.preservation import learns, preserved
 from headwise.model.surgery import Operation, grow, grown, initial
 from headwise.runs import checkpoint
 from headwise.runs import operation as new_head

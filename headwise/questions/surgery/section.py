@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwise.errors import HeadwiseError
 from headwise.report.curves import MAX_POINTS, thin
 from headwise.report.drawing import COLOURS, INK, finish_axis, new_figure
+from headwise.report.section import Drawn, Found, Section, Titled
 from headwise.report.tables import Table, plain
 from headwise.runs import operation as new_head
 from headwise.runs.read import Run
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 NAMES = {"q": "queries", "k": "keys", "v": "values", "o": "output"}
 
 
-def collect(runs: list[Run]) -> list[dict[str, Any]]:
+def collect(among: Found) -> list[dict[str, Any]]:
     """What each run that began with an operation has to say; empty where none did."""
     found = []
-    for run in runs:
+    for run in among.runs:
         try:
             record = new_head.read(run.path)
             if record is None or run.problem:
@@ -80,11 +82,21 @@ def moved(entries: list[dict[str, Any]]) -> Table:
     return Table(headers, rows, note)
 
 
-def figure(entries: list[dict[str, Any]]) -> Figure | None:
-    """The curve from the operation on, and the norms of the first run's new head by layer."""
+def tables(entries: list[dict[str, Any]]) -> list[Titled]:
+    """What was done, and what became of the new head."""
+    return [
+        Titled(before_and_after(entries)),
+        Titled(moved(entries), "Weights of the new head, layer by layer", folded=True),
+    ]
 
-    if not entries:
-        return None
+
+def figures(entries: list[dict[str, Any]], variants: list[str]) -> list[Drawn]:
+    """The loss and the new head."""
+    return [Drawn(figure(entries), "Head surgery", "surgery.png")]
+
+
+def figure(entries: list[dict[str, Any]]) -> Figure:
+    """The curve from the operation on, and the norms of the first run's new head by layer."""
     drawn, axes = new_figure(1, 2, 9.6, 3.4)
     curve, norms = axes[0]
     for entry, colour in zip(entries, COLOURS * len(entries), strict=False):
@@ -109,3 +121,14 @@ def figure(entries: list[dict[str, Any]]) -> Figure | None:
     norms.xaxis.get_major_locator().set_params(integer=True)
     finish_axis(norms, f"norm of the new head in {entries[0]['variant']}; dotted: at its start", "layer")
     return drawn
+
+
+SURGERY = Section(
+    name="surgery",
+    title="Head surgery",
+    link="Head surgery",
+    collect=collect,
+    tables=tables,
+    figures=figures,
+    script=Path(__file__).with_name("section.js"),
+)

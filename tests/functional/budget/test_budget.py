@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headwise.functional import budget
-from headwise.functional.selective import mask_of_head
+from headwise.functional.sharing import mask_of_head
 
 
 def held_by_definition(taken: Tensor, keys: int, protect_bos: bool) -> Tensor:

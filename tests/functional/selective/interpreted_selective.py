@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from headwise.bench.selective import CASES, errors
+from headwise.attention.selective.bench import CASES, errors
 from headwise.functional import selective
 from headwise.functional.selective import kernel_masked as masked_attention
 

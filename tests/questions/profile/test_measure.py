@@ -17,7 +17,7 @@ from scipy import stats
 
 from headwise.config.run import Config
 from headwise.errors import HeadwiseError
-from headwise.measures.moments import AGAINST, Moments, gather, merge, spearman
+from headwise.measures.moments import Moments, gather, merge, spearman
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.questions.profile.config import ProfileConfig
@@ -77,7 +77,7 @@ def test_per_head_means_and_correlations(finished):
             row["entropy"], np.nanmean(got["entropy"][of_head].astype(float)), rtol=1e-6
         )
         x = got["query_norm"][of_head & later]
-        for name in AGAINST:
+        for name in ("entropy", "max_weight", "k_eff"):
             y = got[name][of_head & later]
             assert row[f"pearson_{name}"] == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-6)
             assert row[f"spearman_{name}"] == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-6)

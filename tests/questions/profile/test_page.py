@@ -42,7 +42,7 @@ def profile(tmp_path) -> Path:
     (tmp_path / "per_head.csv").write_text("\n".join(lines) + "\n")
     about = {"model": "a/<b>", "weights": "0f", "data": {"name": "text"}, "scores": "pre_rope", "seed": None}
     (tmp_path / "profile.json").write_text(
-        json.dumps({**about, "context_length": TOKENS, "aggregate": False})
+        json.dumps({**about, "context_length": TOKENS, "n_samples": SAMPLES, "aggregate": False})
     )
     summary = {"samples": SAMPLES, "tokens": SAMPLES * TOKENS, "heads": 12, "layers_with_nan": [0, 2]}
     (tmp_path / "summary.json").write_text(json.dumps(summary))

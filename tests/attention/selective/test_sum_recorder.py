@@ -30,5 +30,5 @@ def test_a_selective_run_logs_its_engine_and_the_errors_of_its_sums(tmp_path: Pa
 def test_other_runs_log_neither(tmp_path: Path) -> None:
     lines = log_of(tmp_path / "run", "flash", **{"measure.sums": True})
     assert not [line for line in lines if "attention runs on" in line or "off float64" in line]
-    assert len([line for line in lines if "no layer selects" in line]) == 1
+    assert len([line for line in lines if "attention kind flash has nothing to log" in line]) == 1
     assert not [line for line in log_of(tmp_path / "quiet", "selective") if "off float64" in line]

@@ -4,7 +4,7 @@
   const top = 1.05 * Math.max(...found.flatMap((entry) => entry.lines.flatMap((line) => line.kept.flat())));
   const tone = (layer, layers) => `hsl(${265 - 200 * layer / Math.max(1, layers - 1)} 60% 50%)`;
   for (const entry of found) {
-    const target = box("selection-plots", `Memory kept: ${entry.variant}${entry.averaged ? "" : " (not finished)"}`);
+    const target = box("selection-plots", `Context kept: ${entry.variant}${entry.averaged ? "" : " (not finished)"}`);
     const layers = entry.last.length;
     show(() => plot(target, entry.lines.flatMap((line, number) => entry.last.map((_, layer) => ({
       x: line.steps, y: line.kept.map((row) => row[layer]), mode: "lines+markers",

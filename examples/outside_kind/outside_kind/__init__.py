@@ -1,0 +1,1 @@
+"""`nothing`, an attention kind outside of headwise."""

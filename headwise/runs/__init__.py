@@ -1,0 +1,1 @@
+"""Run folders: written, found and read without a server or a registry."""

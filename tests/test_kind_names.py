@@ -1,0 +1,51 @@
+"""No file outside of a kind's own names the kind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import headwise
+from headwise.attention import KINDS
+
+PACKAGE = Path(headwise.__file__).parent
+DEFAULT = "flash"
+"""The kind that configurations and reports start from, which others may name."""
+
+EXCEPTIONS = {
+    "attention/__init__.py": "the list of this package's kinds",
+    "functional/__init__.py": "exports the operation of the same name",
+    "functional/selective": "the operation of the same name",
+    "cli/per_head_metrics.py": "a suite that is defined by the kinds it compares",
+    "report/markdown.py": "a line of the report that the suite prescribes, which names an engine",
+    "config/run.py": "names an engine",
+    "measures/collector.py": "takes F's measure from the operation of the same name",
+}
+
+
+def files() -> list[Path]:
+    """Sources of the package, a kind's own left out."""
+    own = {PACKAGE / "attention" / kind for kind in KINDS}
+    found = []
+    for path in sorted(PACKAGE.rglob("*")):
+        kinds_own = path.with_suffix("") in own or own & set(path.parents)
+        if path.suffix in {".py", ".js", ".j2"} and not kinds_own:
+            found.append(path)
+    return found
+
+
+def test_only_the_listed_files_name_a_kind() -> None:
+    ours = {kind: cls for kind, cls in KINDS.items() if cls.__module__.startswith("headwise.")}
+    kinds = [kind for kind in ours if kind != DEFAULT]
+    classes = [KINDS[kind].__name__ for kind in kinds]
+    pattern = re.compile(rf"(?<![\w-])({'|'.join([*kinds, *classes])})(?![\w-])")
+    naming: dict[str, list[str]] = {}
+    for path in files():
+        at = path.relative_to(PACKAGE).as_posix()
+        text = re.sub(r"display: flex|flex-\w+", "", path.read_text(encoding="utf-8"))  # of style sheets
+        if found := pattern.findall(text):
+            naming[at] = found
+    allowed = {at for at in naming if any(at == place or at.startswith(f"{place}/") for place in EXCEPTIONS)}
+    assert {at: found for at, found in naming.items() if at not in allowed} == {}
+    used = {place for place in EXCEPTIONS for at in naming if at == place or at.startswith(f"{place}/")}
+    assert used == set(EXCEPTIONS), "an exception that nothing needs any more"
