@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -107,14 +106,12 @@ def head_signals(
 
 def _correlation(run: Run, measured: dict[str, Any]) -> float | None:
     importance, entropy = run.get("importance"), measured["measures"].get("entropy")
-    rises = importance.get("delta_loss") if isinstance(importance, dict) else None
-    if entropy is None or not isinstance(rises, list) or not all(isinstance(row, list) for row in rises):
+    if entropy is None or importance is None:
         return None
-    numbers = [[v if isinstance(v, int | float) else math.nan for v in row] for row in rises]
-    last = np.asarray(entropy[-1])
+    rises, last = importance["delta_loss"], np.asarray(entropy[-1])
     # The table is as wide as its widest layer; heads that a narrower layer lacks have no value in it.
-    table = [row[: len(heads)].tolist() for row, heads in zip(last, numbers, strict=False)]
-    return head_correlation(table, numbers) if len(last) == len(numbers) else None
+    table = [row[: len(heads)].tolist() for row, heads in zip(last, rises, strict=False)]
+    return head_correlation(table, rises) if len(last) == len(rises) else None
 
 
 def _doubt(material: Material, reference: str, name: str, flags: Sequence[Flag]) -> str | None:

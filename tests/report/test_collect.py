@@ -214,6 +214,18 @@ def test_a_variant_without_a_run_to_use_says_why(of_demo: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
+    "importance", [3, "x", [[0.1]], {"loss": 1.0}, {"loss": 1.0, "delta_loss": [1.0], "tokens": 3}]
+)
+def test_an_importance_that_no_run_writes_is_said(tmp_path: Path, make, importance: Any) -> None:
+    study_of(tmp_path, make, {"base": BASE, "b": shifted(0.1, 0.1, 0.2)})
+    path = tmp_path / "b" / "seed_0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"importance": importance}))
+    data = collected(tmp_path)
+    assert any("unreadable" in flag["text"] and "importance" in flag["text"] for flag in data["flags"])
+    assert "seed 0 without a pair" in conclusion(data, "b")["distrust"]
+
+
+@pytest.mark.parametrize(
     ("code", "change"),
     [
         ("at_chance", {"val_loss": math.log(256)}),
@@ -294,7 +306,7 @@ def test_importance_and_entropy_are_correlated_head_by_head_and_tested_over_seed
             noise = rng.standard_normal((2, 4))
             rises = noise if name == "flash" else -entropy + 0.05 * noise
             path = run.path / "summary.json"
-            importance = {"loss": 1.6, "delta_loss": rises.tolist()}
+            importance = {"loss": 1.6, "delta_loss": rises.tolist(), "tokens": 64}
             path.write_text(json.dumps(json.loads(path.read_text()) | {"importance": importance}))
             if name == "mha":
                 expected.append(np.corrcoef(entropy.ravel(), rises.ravel())[0, 1])
