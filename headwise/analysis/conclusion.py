@@ -35,6 +35,7 @@ class Conclusion:
         p: of the paired t test; `p_adjusted`: the one that belongs to the simultaneous interval.
         comparisons: how many variants the interval holds for at once.
         smallest: the smallest difference that matters.
+        doubt: why the values cannot be compared at all; None where they can.
         further_seeds: seeds beyond these that would decide an undecided comparison if mean and spread
             stayed as they are; None where it is decided or no spread was seen.
     """
@@ -48,6 +49,7 @@ class Conclusion:
     comparisons: int
     smallest: float
     further_seeds: int | None = None
+    doubt: str | None = None
 
 
 def conclude(
@@ -72,7 +74,7 @@ def conclude(
             why += f"; {seeds} would decide it at the spread seen"
     p = pairs.p_t
     return Conclusion(
-        word, why, found, alone, p, max_t(p, comparisons), comparisons, smallest, further_seeds=further
+        word, why, found, alone, p, max_t(p, comparisons), comparisons, smallest, further, doubt
     )
 
 
@@ -145,7 +147,7 @@ def _word_and_reason(found: Summary, smallest: float, unit: str, doubt: str | No
     if found.n == 0:
         return "undecided", "no seed in common with the baseline on the same data"
     if found.low is None or found.high is None:
-        return "undecided", "one seed, so there is no interval; a further seed would give one"
+        return "undecided", "one seed in common, so there is no interval; a further seed would give one"
     word = _word(found.low, found.high, smallest)
     limit = f"±{signed(smallest)[1:]} {unit}"
     if word == "equivalent":

@@ -43,6 +43,7 @@ class Evidence:
         memory: relative difference of the peak memory (-0.2 = 20% below): of the device, or of the
             process where `on_cpu`.
         length_factor: sequence length over the baseline's.
+        doubt: why the losses cannot be compared at all; None where they can.
         difference: of the losses, in nats; `smallest` is the smallest that matters.
         compute: training FLOPs over the baseline's.
         signal, baseline_signal: entropy against head importance; `signal_p`, `baseline_signal_p` are
@@ -59,6 +60,7 @@ class Evidence:
     length_factor: float | None = None
     difference: Summary | None = None
     smallest: float = 0.0
+    doubt: str | None = None
     compute: float | None = None
     signal: Signal | None = None
     signal_p: float | None = None
@@ -192,7 +194,7 @@ def memory_rule(evidence: Evidence) -> Rule:
     """
     memory = evidence.memory
     if memory is None or memory.n == 0:
-        text = "peak memory was not measured; runs on a GPU would evaluate it"
+        text = "peak memory of both on one device was not measured; runs on one GPU would evaluate it"
         return Rule("memory", None, text, evaluated=False)
     holds = _below(memory, -MEMORY_SAVING)
     if not evidence.on_cpu:
@@ -211,7 +213,7 @@ def length_rule(evidence: Evidence) -> Rule:
         text = "no longer sequence was run; the variant at twice data.seq_len or more would evaluate that"
         return Rule("length", None, text, evaluated=False)
     if memory is None or memory.n == 0:
-        text = "peak memory at the longer sequence was not measured; runs on a GPU would evaluate it"
+        text = "peak memory at the longer sequence was not measured; runs on one GPU would evaluate it"
         return Rule("length", None, text, evaluated=False)
     fits = _below(memory, MEMORY_TOLERANCE)
     holds = False if factor < LENGTH_FACTOR else fits
@@ -231,8 +233,8 @@ def entropy_rule(evidence: Evidence) -> Rule:
     name, mine, base = "entropy_signal", evidence.signal, evidence.baseline_signal
     if mine is None or base is None or mine.r is None or base.r is None:
         where = "here" if mine is None or mine.r is None else f"of {evidence.baseline}"
-        text = f"head importance was not measured beside entropy {where}; measure.importance: true with"
-        text += " measure.heads: true would evaluate it, for a kind whose heads have an entropy"
+        text = f"entropy against head importance was not measured {where}; runs with measure.importance: true"
+        text += " and measure.heads: true would evaluate it, if three heads or more have an entropy"
         return Rule(name, None, text, evaluated=False)
     text = (
         f"entropy against head importance: {_correlation(mine, evidence.signal_p)}; "
@@ -253,6 +255,8 @@ def quality_rule(evidence: Evidence) -> Rule:
 
     if difference is None or difference.mean is None:
         return open_("the losses have no seed in common; runs on common seeds")
+    if evidence.doubt is not None:
+        return open_(f"{evidence.doubt}; runs without that flaw")
     interval = "n = 1, no interval"
     if difference.low is not None and difference.high is not None:
         interval = f"{signed(difference.low)}, {signed(difference.high)}"

@@ -13,6 +13,8 @@ from headwise.analysis.statistics import Paired, Summary, max_t, paired, relativ
 from headwise.runs.read import Run
 
 COMPARED = ("val_loss", "train_loss", "val_accuracy", "tokens_per_sec", "peak_vram_mb")
+OF_DEVICE = ("tokens_per_sec", "peak_vram_mb", "peak_rss_mb")
+"""Figures that only runs on the same device can be compared by."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,18 @@ class Material:
         return [facts for facts in found if facts.usable] if usable else found
 
     def pair(self, a: str, b: str, key: str) -> tuple[dict[int, float], dict[int, float]]:
-        """Seed -> value of two variants, on the seeds where both read the same data."""
-        sums = [{f.seed: f.data_checksum for f in self.facts_of(name, usable=True)} for name in (a, b)]
-        same = {s for s in sums[0] if s is not None and s in sums[1] and sums[0][s] == sums[1][s]}
+        """Seed -> value of two variants, on the seeds where both read the same data.
+
+        Speed and memory also need the same device.
+        """
+        facts = [{f.seed: f for f in self.facts_of(name, usable=True)} for name in (a, b)]
+        same = {
+            seed
+            for seed in facts[0].keys() & facts[1].keys()
+            if seed is not None
+            and facts[0][seed].data_checksum == facts[1][seed].data_checksum
+            and (key not in OF_DEVICE or facts[0][seed].device == facts[1][seed].device)
+        }
         first, second = (self.values(name, key) for name in (a, b))
         return {s: v for s, v in first.items() if s in same}, {s: v for s, v in second.items() if s in same}
 
@@ -74,12 +85,12 @@ def family(material: Material, reference: str, metric: str) -> Family:
     return Family(metric, reference, {n: paired(*material.pair(reference, n, metric)) for n in others})
 
 
-def relative_to(material: Material, reference: str, name: str, metric: str) -> Summary:
+def relative_to(material: Material, found: Family, name: str) -> Summary:
     """`variant/baseline - 1` of one variant over common seeds, with the simultaneous interval."""
-    a, b = material.pair(reference, name, metric)
+    a, b = material.pair(found.reference, name, found.metric)
     if any(a[seed] == 0 for seed in set(a) & set(b)):
         return Summary(0, None, None, None)
-    return simultaneous(relative(a, b), family(material, reference, metric).comparisons)
+    return simultaneous(relative(a, b), found.comparisons)
 
 
 def comparisons(material: Material, reference: str | None) -> list[dict[str, Any]]:
@@ -95,7 +106,7 @@ def _compare(material: Material, found: Family, name: str) -> dict[str, Any]:
     result = found.pairs[name]
     a, b = material.pair(found.reference, name, found.metric)
     alone, together = result.difference, simultaneous(result.difference, found.comparisons)
-    share = relative_to(material, found.reference, name, found.metric)
+    share = relative_to(material, found, name)
     return {
         "metric": found.metric, "variant": name, "baseline": found.reference, "seeds": list(result.seeds),
         "differences": [b[seed] - a[seed] for seed in result.seeds],

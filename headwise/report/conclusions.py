@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +23,7 @@ from headwise.report.compare import Family, Material, family, most, relative_to
 from headwise.runs.read import Run
 
 COSTS = {"parameters": "parameters", "compute": "compute", "memory": "memory", "tokens_per_sec": "tokens/s"}
+MEMORY = {"device": "peak_vram_mb", "process": "peak_rss_mb"}
 METRICS = {"val_loss": "validation loss", "train_loss": "training loss, smoothed"}
 ONLY_ONE = "No conclusion: {} is the only variant here, and a conclusion compares variants with a baseline."
 
@@ -55,14 +55,15 @@ def conclude_all(
     smallest_difference(size, None)
     if reference is None or not others:
         return found | {"conclusion_note": ONLY_ONE.format(reference or "none")}
-    metric = "val_loss" if summarize(material.values(reference, "val_loss").values()).n else "train_loss"
+    metric = next((m for m in METRICS if any(material.values(v, m) for v in material.variants)), "val_loss")
     losses = family(material, reference, metric)
+    memories = {of: family(material, reference, key) for of, key in MEMORY.items()}
     smallest = smallest_difference(size, summarize(material.values(reference, metric).values()).mean)
     for name in others:
-        result = conclude(
-            losses.pairs[name], smallest, losses.comparisons, doubt=_doubt(material, reference, name, flags)
-        )
-        evidence = _evidence(material, losses, name, result, signals)
+        doubt = _doubt(material, reference, name, flags)
+        result = conclude(losses.pairs[name], smallest, losses.comparisons, doubt=doubt)
+        memory = memories[memory_of(material, reference, name)]
+        evidence = _evidence(material, losses, memory, name, result, signals)
         found["conclusions"].append(_row(material, losses, name, result, flags))
         found["verdicts"].append(_verdict(material, reference, name, evidence, criteria))
     return found
@@ -105,14 +106,12 @@ def head_signals(
 
 def _correlation(run: Run, measured: dict[str, Any]) -> float | None:
     importance, entropy = run.get("importance"), measured["measures"].get("entropy")
-    rises = importance.get("delta_loss") if isinstance(importance, dict) else None
-    if entropy is None or not isinstance(rises, list) or not all(isinstance(row, list) for row in rises):
+    if entropy is None or importance is None:
         return None
-    numbers = [[v if isinstance(v, int | float) else math.nan for v in row] for row in rises]
-    last = np.asarray(entropy[-1])
+    rises, last = importance["delta_loss"], np.asarray(entropy[-1])
     # The table is as wide as its widest layer; heads that a narrower layer lacks have no value in it.
-    table = [row[: len(heads)].tolist() for row, heads in zip(last, numbers, strict=False)]
-    return head_correlation(table, numbers) if len(last) == len(numbers) else None
+    table = [row[: len(heads)].tolist() for row, heads in zip(last, rises, strict=False)]
+    return head_correlation(table, rises) if len(last) == len(rises) else None
 
 
 def _doubt(material: Material, reference: str, name: str, flags: Sequence[Flag]) -> str | None:
@@ -161,8 +160,9 @@ def _row(
     }  # fmt: skip
     parts = words(row)
     to = {"better": " than", "worse": " than", "equivalent": " to"}.get(result.conclusion, " against")
+    size = "" if row["mean"] is None else f"{METRICS[losses.metric]} {parts['difference']}, "
     row["text"] = (
-        f"{result.conclusion}{to} {reference}: {METRICS[losses.metric]} {parts['difference']}, {result.why}. "
+        f"{result.conclusion}{to} {reference}: {size}{result.why}. "
         f"Costs: {parts['costs']}. Distrust: {parts['distrust']}."
     )
     return row
@@ -174,7 +174,7 @@ def _interval(summary: Summary) -> dict[str, Any]:
 
 def _difference(row: dict[str, Any]) -> str:
     if row["mean"] is None:
-        return "without a difference"
+        return "none"
     interval = "no interval" if row["low"] is None else f"[{signed(row['low'])}, {signed(row['high'])}]"
     seeds = f"{row['n']} seed{'' if row['n'] == 1 else 's'}"
     return f"{signed(row['mean'])} {row['unit']} {interval} ({seeds})"
@@ -191,7 +191,7 @@ def _costs(row: dict[str, Any]) -> list[str]:
 
 def _cost_ratios(material: Material, reference: str, name: str) -> tuple[dict[str, float | None], str | None]:
     """Ratios of means to the baseline on the same seeds, and whose memory it is: device or process."""
-    key, of = memory_of(material, reference, name)
+    of = memory_of(material, reference, name)
 
     def ratio(key: str) -> float | None:
         a, b = material.pair(reference, name, key)
@@ -201,15 +201,15 @@ def _cost_ratios(material: Material, reference: str, name: str) -> tuple[dict[st
 
     costs = {
         "parameters": ratio("params_total"), "compute": ratio("flops"),
-        "memory": ratio(key), "tokens_per_sec": ratio("tokens_per_sec"),
+        "memory": ratio(MEMORY[of]), "tokens_per_sec": ratio("tokens_per_sec"),
     }  # fmt: skip
     return costs, of if costs["memory"] is not None else None
 
 
-def memory_of(material: Material, reference: str, name: str) -> tuple[str, str]:
-    """The figure that both have for their peak memory: of the device, else of the process."""
-    a, b = material.pair(reference, name, "peak_vram_mb")
-    return ("peak_vram_mb", "device") if set(a) & set(b) else ("peak_rss_mb", "process")
+def memory_of(material: Material, reference: str, name: str) -> str:
+    """Whose peak memory both have: the device's, else the process's."""
+    a, b = material.pair(reference, name, MEMORY["device"])
+    return "device" if set(a) & set(b) else "process"
 
 
 def _distrust(material: Material, losses: Family, name: str, flags: Sequence[Flag]) -> list[str]:
@@ -219,7 +219,7 @@ def _distrust(material: Material, losses: Family, name: str, flags: Sequence[Fla
         if not flag.about or name in flag.about:
             found.append(flag.short)
         elif losses.reference in flag.about:
-            found.append(f"{losses.reference}: {flag.short}")
+            found.append(f"{flag.short} ({losses.reference})")
     planned = {f.seed for v in (name, losses.reference) for f in material.facts_of(v) if f.seed is not None}
     missing = sorted(planned - set(losses.pairs[name].seeds))
     if missing and losses.pairs[name].seeds:
@@ -229,21 +229,26 @@ def _distrust(material: Material, losses: Family, name: str, flags: Sequence[Fla
 
 
 def _evidence(
-    material: Material, losses: Family, name: str, result: Conclusion, signals: dict[str, dict[str, Any]]
+    material: Material,
+    losses: Family,
+    memory: Family,
+    name: str,
+    result: Conclusion,
+    signals: dict[str, dict[str, Any]],
 ) -> Evidence:
     reference = losses.reference
     facts = material.facts_of(name)
     lengths = [most(run.get("seq_len") for run in material.usable(v)) for v in (reference, name)]
-    memory, of = memory_of(material, reference, name)
     flops, base_flops = (_mean(material, v, "flops") for v in (name, reference))
     mine, base = (signals.get(v) for v in (name, reference))
     return Evidence(
-        loss=relative_to(material, reference, name, losses.metric),
+        loss=relative_to(material, losses, name),
         baseline=reference,
-        memory=relative_to(material, reference, name, memory),
-        on_cpu=of == "process",
+        memory=relative_to(material, memory, name),
+        on_cpu=memory.metric == MEMORY["process"],
         length_factor=lengths[1] / lengths[0] if all(lengths) else None,
         difference=result.difference,
+        doubt=result.doubt,
         smallest=result.smallest,
         compute=flops / base_flops if flops and base_flops else None,
         signal=_signal(mine),

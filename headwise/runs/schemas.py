@@ -36,6 +36,14 @@ class Status(TypedDict, total=False):
     data_wait: float | None
 
 
+class Importance(TypedDict):
+    """What `measure.importance` measured: nats per token, per layer and head."""
+
+    loss: float
+    delta_loss: Annotated[list[list[float]], Meta(max_length=100_000)]
+    tokens: Count
+
+
 class Summary(TypedDict, total=False):
     """`summary.json`."""
 
@@ -81,6 +89,7 @@ class Summary(TypedDict, total=False):
     d_model: Size | None
     seq_len: Size | None
     batch_size: Size | None
+    importance: Importance | None
 
 
 class DataFacts(TypedDict, total=False):
@@ -129,6 +138,7 @@ class RunConfig(TypedDict, total=False):
     seed: Count
     device: str
     expected_engine: str | None
+    init_from: str | None
 
 
 class PlannedVariant(TypedDict, total=False):
@@ -160,6 +170,8 @@ class StudyPlan(TypedDict, total=False):
     variants: dict[str, PlannedVariant | None] | None
     seeds: list[Count] | None
     budget: Budget | None
+    smallest_difference: float | str
+    criteria: list[str]
     timeout_s: float | None
     device: str | None
     command: str | None

@@ -31,7 +31,7 @@ def test_go_by_memory() -> None:
 def test_no_go_when_memory_is_not_lower() -> None:
     verdict = judge(replace(GOOD, memory=interval(-0.10)))
     assert verdict.verdict == "NO-GO"
-    assert "head importance was not measured" in verdict.text
+    assert "head importance was not measured here" in verdict.text
 
 
 def test_no_go_when_the_loss_is_worse_whatever_the_memory() -> None:

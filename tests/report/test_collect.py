@@ -198,11 +198,31 @@ def test_the_smallest_difference_and_the_criteria_are_those_of_the_study(tmp_pat
 def test_one_seed_is_undecided_and_a_missing_pair_is_named(tmp_path: Path, make) -> None:
     one = study_of(tmp_path / "a", make, {"base": {0: 1.6}, "b": {0: 1.0}})
     assert conclusion(one, "b")["conclusion"] == "undecided"
-    assert "one seed, so there is no interval" in conclusion(one, "b")["text"]
+    assert "one seed in common, so there is no interval" in conclusion(one, "b")["text"]
     assert "one seed" in conclusion(one, "b")["distrust"]
     lost = study_of(tmp_path / "b", make, {"base": BASE, "b": {0: 1.5, 1: 1.52, 2: float("nan")}})
     assert conclusion(lost, "b")["seeds"] == [0, 1]
     assert "seed 2 without a pair" in conclusion(lost, "b")["distrust"]
+
+
+def test_a_variant_without_a_run_to_use_says_why(of_demo: dict[str, Any]) -> None:
+    found = conclusion(of_demo, "flex")
+    assert found["text"].startswith(
+        "undecided against flash: no run of flex can be used (skipped: flex cannot train on cpu; "
+    )
+    assert found["mean"] is None
+
+
+@pytest.mark.parametrize(
+    "importance", [3, "x", [[0.1]], {"loss": 1.0}, {"loss": 1.0, "delta_loss": [1.0], "tokens": 3}]
+)
+def test_an_importance_that_no_run_writes_is_said(tmp_path: Path, make, importance: Any) -> None:
+    study_of(tmp_path, make, {"base": BASE, "b": shifted(0.1, 0.1, 0.2)})
+    path = tmp_path / "b" / "seed_0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"importance": importance}))
+    data = collected(tmp_path)
+    assert any("unreadable" in flag["text"] and "importance" in flag["text"] for flag in data["flags"])
+    assert "seed 0 without a pair" in conclusion(data, "b")["distrust"]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +239,47 @@ def test_a_flag_never_contradicts_a_conclusion(tmp_path: Path, make, code: str, 
     data = collected(make.study(tmp_path, variants, seeds=(0, 1, 2), shape=make.SMALL))
     assert code in {flag["code"] for flag in data["flags"]}
     assert conclusion(data, "b")["conclusion"] == "undecided"
+
+
+def test_no_verdict_of_quality_rests_on_losses_that_a_flag_doubts(tmp_path: Path, make) -> None:
+    variants = {"flash": make.Variant("flash"), "b": make.Variant("flash", summary={"val_loss": 1.2})}
+    folder = make.study(tmp_path, variants, seeds=(0, 1, 2), shape=make.SMALL, criteria=["quality"])
+    [verdict] = collected(folder)["verdicts"]
+    assert verdict["verdict"] == "INCONCLUSIVE"
+    assert "different seeds of b end on one loss" in verdict["text"]
+
+
+def test_speed_and_memory_of_different_devices_are_not_compared(tmp_path: Path, make) -> None:
+    variants = {
+        "flash": make.Variant("flash", vram=9_000.0),
+        "b": make.Variant("flash", vram=3_000.0, summary={"device_name": "another GPU"}),
+    }
+    data = collected(make.study(tmp_path, variants, seeds=(0, 1, 2), shape=make.SMALL))
+    assert "different_devices" in {flag["code"] for flag in data["flags"]}
+    found = conclusion(data, "b")
+    assert (found["costs"]["memory"], found["costs"]["tokens_per_sec"]) == (None, None)
+    assert found["costs"]["compute"] == 1.0
+    assert {row["metric"] for row in data["comparisons"]} == {"val_loss", "train_loss", "val_accuracy"}
+    assert data["verdicts"][0]["verdict"] == "INCONCLUSIVE"
+
+
+def test_a_run_from_trained_weights_is_not_called_untrained(tmp_path: Path, make) -> None:
+    """Its first loss is not the loss of an untrained model, and 1% below it may be much."""
+    losses = {"base": BASE, "b": shifted(-0.1, -0.101, -0.102)}
+    study_of(tmp_path, make, losses)
+    for name, by_seed in losses.items():
+        for seed, loss in by_seed.items():
+            path = tmp_path / name / f"seed_{seed}"
+            head, row = "step,split,loss", f"0,val,{1.001 * loss}"
+            (path / "metrics.csv").write_text(f"{head}\n{row}\n60,val,{loss}\n")
+    before = collected(tmp_path)
+    assert "untrained" in {flag["code"] for flag in before["flags"]}
+    assert conclusion(before, "b")["conclusion"] == "undecided"
+    for path in tmp_path.glob("*/*/config.yaml"):
+        path.write_text(path.read_text() + "init_from: runs/other\n")
+    after = collected(tmp_path)
+    assert "untrained" not in {flag["code"] for flag in after["flags"]}
+    assert conclusion(after, "b")["conclusion"] == "better"
 
 
 def test_one_unstable_run_is_flagged_and_is_a_no_go(tmp_path: Path, make) -> None:
@@ -245,7 +306,7 @@ def test_importance_and_entropy_are_correlated_head_by_head_and_tested_over_seed
             noise = rng.standard_normal((2, 4))
             rises = noise if name == "flash" else -entropy + 0.05 * noise
             path = run.path / "summary.json"
-            importance = {"loss": 1.6, "delta_loss": rises.tolist()}
+            importance = {"loss": 1.6, "delta_loss": rises.tolist(), "tokens": 64}
             path.write_text(json.dumps(json.loads(path.read_text()) | {"importance": importance}))
             if name == "mha":
                 expected.append(np.corrcoef(entropy.ravel(), rises.ravel())[0, 1])

@@ -184,7 +184,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "headwise", "study", "mixed.yaml", "--device", "cpu", "--workers", "2"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1, done.stderr
-    assert "report" in done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.partition(": undecided against ")[0] for line in lines[:-2]] == ["flex", "good"], done.stdout
+    assert lines[-2].startswith("report: ")
     return root
 
 
