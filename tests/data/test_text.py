@@ -104,7 +104,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that no one can read")
 def test_an_unreadable_file_is_refused() -> None:
-    with pytest.raises(HeadwiseError, match=r"/proc/self/mem cannot be read .Input/output error"):
+    with pytest.raises(HeadwiseError, match=r"/proc/self/mem cannot be read: Input/output error"):
         read(Path("/proc/self/mem"))
 
 

@@ -172,7 +172,7 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
 
     names: list[str] = []
     rows = np.empty((0, 4))
-    found = []
+    found: list[Moments] = []
     for table in sorted(folders.heads.glob("*.parquet")):
         path = folders.moments / f"{table.stem}.safetensors"
         try:
@@ -202,7 +202,8 @@ def _refuse_other_moments(
     if not m or not r or not set(names) <= set(head_table.MEASURES) or before not in (None, (r, names)):
         raise reading.Unreadable(path, "its heads or measures are not those of the other parts")
     shapes = {
-        "rows": (r, 4), "tokens": (m, r), "mean": (m, r), "paired": (), "centre": (m, r), "products": (r, m, m),
+        "rows": (r, 4), "tokens": (m, r), "mean": (m, r), "paired": (), "centre": (m, r),
+        "products": (r, m, m),
     }  # fmt: skip
     for name, shape in shapes.items():
         if headers.get(name) != reading.TensorHeader("F64", shape):
