@@ -17,14 +17,16 @@ STANDS_ON = {
     "errors": [],
     "files": ["errors"],
     "reading": ["files"],
+    "names": ["errors"],
     "functional": ["reading"],
-    "attention": ["functional"],
+    "spec": ["errors"],
+    "attention": ["functional", "spec"],
     "model": ["attention"],
     "data": ["attention"],
     "config": ["model", "data"],
     "measures": ["config"],
-    "runs": ["measures"],
-    "watch": ["runs"],
+    "runs": ["measures", "names"],
+    "watch": ["runs", "analysis"],
     "training": ["watch"],
     "study": ["training"],
     "analysis": ["errors"],
@@ -32,11 +34,12 @@ STANDS_ON = {
     "questions": ["report", "study"],
     "bench": ["questions"],
     "cli": ["bench"],
+    "testing": ["cli"],
     "__main__": ["cli"],
 }
 """What each package or module of headwise stands on; it also stands on all that these stand on."""
 
-UPSTAIRS = ("section.py", "inspect.py", "sums.py", "bench.py")
+UPSTAIRS = ("section.py", "inspect.py", "sums.py", "bench.py", "bench_step.py")
 """Files in the folder of a kind of attention that stand where questions do."""
 
 FACE = "__init__.py"
@@ -51,6 +54,8 @@ def below(floor: str) -> set[str]:
 def floor_of(path: Path) -> str:
     """Of a file, by its path below headwise/."""
     parts = path.relative_to(ROOT).parts
+    if parts == ("measures", "spec.py"):  # what a measure is, which kinds of attention declare
+        return "spec"
     if parts[0] == "attention" and len(parts) == 3 and parts[-1] in UPSTAIRS:
         return "questions"
     return parts[0].removesuffix(".py")

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
 
 def _tokenizer(data: DataConfig) -> tuple[PreTrainedTokenizerBase | None, str]:
     """What the run's text was read with, and a word on it."""
+    from headwise.data.tokenizer import load_tokenizer
     from headwise.model.export import byte_tokenizer, local_tokenizer
 
     name = data.tokenizer or _of_shards(data)
@@ -49,6 +50,10 @@ def _tokenizer(data: DataConfig) -> tuple[PreTrainedTokenizerBase | None, str]:
         return byte_tokenizer(), "one token per byte"
     if name is None:
         return None, f"none, for {data.name} data names none"
+    file = Path(name).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if file.is_file():
+        load_tokenizer(str(file))  # refuses a damaged one, which transformers does not say in a sentence
     tokenizer = local_tokenizer(name)
     missing = f"none, for {name} is not on this machine (name one with --tokenizer where text is read)"
     return tokenizer, name if tokenizer else missing

@@ -313,8 +313,7 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
         with reading.Arrays.open(path) as saved:
             facts = reading.check(reading.parse_json(saved.read("facts", "u", 1).tobytes()), _Unfinished)
             waiting = saved.read("waiting", "i", 2)
-        _same(out, facts["settings"], settings, "an unfinished preparation")
-        if len(waiting) != len(facts["origins"]) or waiting.shape[1] != settings["length"]:
+        if len(waiting) != len(facts["origins"]):
             raise reading.Unreadable(path, f"its waiting sequences are {waiting.shape}")
         if stray := next((name for name in facts["origins"] if name not in facts["sources"]), None):
             raise reading.Unreadable(path, f"it counts no source {stray[:80]!r}")
@@ -322,6 +321,9 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
         raise HeadwiseError(
             f"{path} is damaged ({error.reason}); delete the folder and start again"
         ) from error
+    _same(out, facts["settings"], settings, "an unfinished preparation")
+    if waiting.shape[1] != settings["length"]:
+        raise HeadwiseError(f"{path} is damaged (its waiting sequences are {waiting.shape}); start again")
     return _Work(
         position=tuple(facts["position"]),
         shards=facts["shards"],

@@ -88,6 +88,8 @@ def open_shards(path: str | Path, cache: Path, vocab_size: int | None = None) ->
 def manifest_vocab_size(folder: Path) -> int | None:
     """The vocabulary size that the manifest of `headwise data prepare` states; None without one."""
     manifest = read_manifest(folder)
+    if manifest is not None and "vocab_size" not in manifest:
+        raise HeadwiseError(f"{folder / MANIFEST} states no vocab_size; delete or repair it")
     return manifest["vocab_size"] if manifest else None
 
 
@@ -111,13 +113,10 @@ class ManifestShard(TypedDict):
     sha256: str
 
 
-class _Vocabulary(TypedDict):
-    vocab_size: Annotated[int, Meta(ge=1, le=2**31)]
-
-
-class Manifest(_Vocabulary, total=False):
+class Manifest(TypedDict, total=False):
     """`manifest.json`, which `headwise data prepare` writes last."""
 
+    vocab_size: Annotated[int, Meta(ge=1, le=2**31)]
     sequences: int
     tokens: int
     sources: dict[str, dict[str, int | bool]]

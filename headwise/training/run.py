@@ -81,6 +81,7 @@ def train(
             refuse_other_run(folder, config, data)
             if folder.read_status()["state"] == "finished":
                 return folder.read_summary() | {"reason": "it was before; nothing is left to do"}
+        refuse_too_large(config, world)
         model = Decoder(config.model, config.data.seq_len).to(world.device)
         trainer = Trainer(config, model, data, world, folder, progress=progress or Silent())
         if not world.leads:
@@ -114,6 +115,43 @@ def refuse_device(config: Config, device: torch.device) -> None:
             f"attention kind {kind!r} cannot be trained on a CPU: it has no backward pass there; "
             "use --device cuda, or model.attention.kind=flash"
         )
+
+
+BYTES_OF_PARAMETER = 16
+"""In training: the value, its gradient and AdamW's two means, each in float32."""
+
+
+def refuse_too_large(config: Config, world: distributed.World) -> None:
+    """Refuse, before anything is allocated, a model or a batch that the device cannot hold whatever is done.
+
+    Args:
+        config: with its vocabulary.
+
+    Raises:
+        HeadwiseError: names the sizes, what they need at least, and what there is.
+    """
+    model, data = config.model, config.data
+    room = memory_of(world.device)
+    if (needed := BYTES_OF_PARAMETER * model.least_parameters()) > room:
+        raise HeadwiseError(
+            f"model.d_model {model.d_model}, model.n_layers {model.n_layers} and a vocabulary of "
+            f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB to train, and {world.device} has "
+            f"{room / 1e9:,.0f} GB: lower them"
+        )
+    tokens = max(1, data.batch_size // world.size) * data.seq_len
+    if (needed := 4 * tokens * max(model.vocab_size or 0, model.d_model)) > room:
+        raise HeadwiseError(
+            f"data.batch_size {data.batch_size} x data.seq_len {data.seq_len} tokens of a vocabulary of "
+            f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB in one pass, and {world.device} has "
+            f"{room / 1e9:,.0f} GB: lower data.batch_size"
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def with_vocabulary(config: Config, data: Data) -> Config:

@@ -132,15 +132,15 @@ def _flags(summary: dict[str, Any], profile: dict[str, Any], rotates: bool) -> l
 def _per_head(path: Path) -> dict[str, np.ndarray]:
     try:
         rows = reading.read_csv(path, ("layer", "head"))
+        if not rows:
+            raise reading.Unreadable(path, "it has no heads")
         found = {
             FORMER_NAMES.get(name, name): np.array([_number(path, row, name) for row in rows])
-            for name in (rows[0] if rows else ())
+            for name in rows[0]
         }
-        places = [found.get(key, np.array([np.nan])) for key in ("layer", "head")]
-        if not all(((at >= 0) & (at < MOST) & (at == np.floor(at))).all() for at in places):
-            raise reading.Unreadable(
-                path, "its layers and heads are not numbers of places, or there are none"
-            )
+        for at in (found["layer"], found["head"]):
+            if not ((at >= 0) & (at < MOST) & (at == np.floor(at))).all():
+                raise reading.Unreadable(path, "its layers and heads are not counted from 0")
         return found
     except reading.Unreadable as error:
         raise error.so("run the profile again to its end") from error
