@@ -124,6 +124,7 @@ def differences(taken: np.ndarray) -> list[dict[str, Any]]:
     i, j = np.tril_indices(taken.shape[-1], -1)
     values = np.clip(taken[:, i, j], 0, 1).astype(np.float64)
     apart = values - values.mean(1, keepdims=True)
+    apart[(values == values[:, :1]).all(1)] = 0  # a constant mask has no spread, which rounding would leave
     norm = np.sqrt((apart**2).sum(1))
     return [
         {

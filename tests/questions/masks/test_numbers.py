@@ -107,3 +107,10 @@ def test_protection_absorbs_what_is_not_taken() -> None:
     s = attack(4, (1, 0, 3.0), (2, 1, 1.0), (3, 2, 7.0))
     taken = taken_by(attack(4, (1, 0, 2.0)))
     assert absorbed(s, taken) == pytest.approx(1 - 2 / 4)  # the last query's attack shows in no row
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 1.0])
+def test_a_constant_mask_has_no_correlation(value: float) -> None:
+    constant, other = np.full((1, 9, 9), value), np.random.default_rng(0).random((1, 9, 9))
+    (found,) = differences(np.concatenate([constant, other]))
+    assert found["correlation"] is None
