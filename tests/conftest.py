@@ -26,7 +26,8 @@ settings.load_profile("fixed")
 
 
 def _seed(config: pytest.Config) -> int:
-    return int(config.getoption("--hypothesis-seed", default=None) or 0)
+    given = str(config.getoption("--hypothesis-seed", default=None) or 0)
+    return int(given) if given.isdecimal() else sum(given.encode())
 
 
 def pytest_report_header(config: pytest.Config) -> Sequence[str]:

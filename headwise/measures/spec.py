@@ -77,6 +77,11 @@ class Measure:
     table: tuple[str, str] | None = None
     export_name: str | None = None
 
+    @property
+    def label_with_unit(self) -> str:
+        """`Entropy (nats)`."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
     def has_value(self, values: Any) -> Any:
         """Where `values` (an array or tensor) are not `absent`, of a measure that can be."""
         if self.absent is None or math.isnan(self.absent):

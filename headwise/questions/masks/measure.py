@@ -230,6 +230,6 @@ def _warnings(config: Config) -> list[str]:
     if selective.relu_leak and not selective.relu_after_cumsum:
         notes.append(
             "With relu_leak queries also give back: F can fall again and be below 0, and a key below 0 "
-            "counts as more than one in the memory."
+            "counts as more than one in the kept context."
         )
     return notes

@@ -39,7 +39,7 @@ def numbers(
         of them with F >= 1 at the end; seasoned, masked_seasoned: the same for those with at least
         `LATER` later queries. graded: share with F within (LOW, HIGH) at the end; graded_pairs: the same
         over all pairs of query and earlier key. histogram: share of tokens in the bins of `EDGES`.
-        median: of F at the end. memory: mean M over the mean number of visible keys. given_back: negative
+        median: of F at the end. kept_context: mean M over the mean number of visible keys. given_back: negative
         part of S over its positive part.
     """
     length = taken.shape[-1]
@@ -62,7 +62,7 @@ def numbers(
         "graded_pairs": _share((earlier > LOW) & (earlier < HIGH)),
         "histogram": histogram(final),
         "median": float(np.median(final)) if final.size else None,
-        "memory": memory_share(taken),
+        "kept_context": kept_share(taken),
         "given_back": float(-np.clip(attack, None, 0).sum(dtype=np.float64)) / total if total else None,
     }
 
@@ -101,7 +101,7 @@ def histogram(taken: np.ndarray) -> list[float] | None:
     return (counts / taken.size).tolist()
 
 
-def memory_share(taken: np.ndarray) -> float:
+def kept_share(taken: np.ndarray) -> float:
     """Mean over queries of M[i] = Σ_{j<=i} (1 - min(F[i,j], 1)), over the mean number of visible keys."""
     length = taken.shape[-1]
     held = np.tril(1 - np.minimum(taken, 1)).sum((1, 2), dtype=np.float64)
