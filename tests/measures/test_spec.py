@@ -48,7 +48,7 @@ OUTSIDE = (
         "furthest key",
         "tokens",
         source="layer",
-        absent=-1.0,
+        absent=-math.inf,
         table=("reach (per head)", "reach"),
     ),
 )
@@ -65,7 +65,7 @@ def extra(batch: int, heads: int, tokens: int) -> dict[str, Tensor]:
     """Values of both measures: surprise = i + head, reach = i, absent where i is odd."""
     i = torch.arange(tokens, dtype=torch.float32).expand(batch, heads, tokens)
     head = torch.arange(heads, dtype=torch.float32)[:, None]
-    return {"surprise": i + head, "reach": torch.where(i % 2 == 1, -1.0, i)}
+    return {"surprise": i + head, "reach": torch.where(i % 2 == 1, -math.inf, i)}
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_any_observation_may_carry_registered_measures(observation: Observation)
     assert found["reach"].tolist() == [4] * 4  # tokens 0, 2, 4, 6, 8
     every = rows.columns()
     assert np.isnan(every["surprise"]).tolist() == (every["token"] < 2).tolist()
-    assert (every["reach"] == -1).tolist() == (every["token"] % 2 == 1).tolist()
+    assert (every["reach"] == -math.inf).tolist() == (every["token"] % 2 == 1).tolist()
 
 
 @pytest.mark.usefixtures("registry")
@@ -190,6 +190,12 @@ def test_what_cannot_be_registered(name: str, source: str, message: str) -> None
     with pytest.raises(HeadwiseError, match=message):
         register_measure(Measure(name, "x", "x", source=source))  # type: ignore[arg-type]
     assert measures() == before
+
+
+@pytest.mark.usefixtures("registry")
+def test_absence_is_marked_by_what_no_value_can_be() -> None:
+    with pytest.raises(HeadwiseError, match=r"by -1\.0, which could be a value"):
+        register_measure(Measure("reach", "Reach", "x", source="layer", absent=-1.0))
 
 
 def test_registering_the_same_again_changes_nothing() -> None:
@@ -272,7 +278,7 @@ def test_infinite_margins_are_left_out_of_every_mean(per_token: bool, tmp_path: 
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([math.inf, -1.0, math.nan, None]), st.booleans())
+@given(st.integers(0, 2**31), st.sampled_from([math.inf, -math.inf, math.nan, None]), st.booleans())
 def test_one_rule_for_the_mean_wherever_it_is_taken(seed: int, absent: float | None, context: bool) -> None:
     """The collector's means, a profile's from its parts in any cut, and those of its rows agree."""
     with pytest.MonkeyPatch.context() as patch:

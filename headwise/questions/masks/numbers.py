@@ -39,8 +39,8 @@ def numbers(
         of them with F >= 1 at the end; seasoned, masked_seasoned: the same for those with at least
         `LATER` later queries. graded: share with F within (LOW, HIGH) at the end; graded_pairs: the same
         over all pairs of query and earlier key. histogram: share of tokens in the bins of `EDGES`.
-        median: of F at the end. kept_context: mean M over the mean number of visible keys. given_back: negative
-        part of S over its positive part.
+        median: of F at the end. kept_context: mean M over the mean number of visible keys. given_back:
+        negative part of S over its positive part.
     """
     length = taken.shape[-1]
     first = 1 if protect_bos else 0

@@ -243,8 +243,8 @@ def table(data: dict[str, Any]) -> Table:
     low, high = data["bounds"]
     note = (
         f"Masked: F of 1 or more at the last query, of the {data['all']['tokens']} tokens that can be. "
-        f"Graded: F between {low} and {high}. Kept context: Σ_j (1 - min(F, 1)) as a share of the visible keys, "
-        "mean over queries. Masks differ: mean |difference| of min(F, 1) between two masks of the layer."
+        f"Graded: F between {low} and {high}. Kept context: Σ_j (1 - min(F, 1)) as a share of the visible "
+        "keys, mean over queries. Masks differ: mean |difference| of min(F, 1) between two masks of a layer."
     )
     return Table(headers, rows, note)
 
@@ -255,7 +255,8 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         plain(effect.get("median"), "d"), plain(effect.get("near"), ".0%"), plain(attack.get("median"), "d"),
         plain(attack.get("near"), ".0%"), plain(entry["masked"], ".0%"),
         plain(entry["masked_seasoned"], ".0%"), plain(entry["graded"], ".0%"),
-        plain(entry["graded_pairs"], ".0%"), plain(entry["median"], ".2f"), plain(entry["kept_context"], ".1%"),
+        plain(entry["graded_pairs"], ".0%"), plain(entry["median"], ".2f"),
+        plain(entry["kept_context"], ".1%"),
     ]  # fmt: skip
 
 
