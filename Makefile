@@ -4,13 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-random check install clean
 
 demo: $(VENV)/.installed  ## install, compare attention kinds over three seeds, print where the report is
 	$(BIN)/headwise study configs/studies/demo.yaml
 
-test: $(VENV)/.installed-test  ## install, run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+test: $(VENV)/.installed-test  ## install, run the tests; they draw the same numbers each time
+	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2
+
+ROUNDS ?= 10
+test-random: $(VENV)/.installed-test  ## the laws on numbers drawn anew: ROUNDS=10 rounds, from SEED on (default: the time)
+	@first=$${SEED:-$$(date +%s)}; for seed in $$(seq $$first $$((first + $(ROUNDS) - 1))); do \
+	    echo "seed $$seed"; \
+	    OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 -m hypothesis \
+	        --hypothesis-profile=random --hypothesis-seed=$$seed || exit 1; \
+	done
 
 check: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check headwise tests scripts

@@ -21,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headwise.bench import harness
 from headwise.functional import head_stats
+from headwise.functional.head_stats import MASS
+from headwise.functional.head_stats.reference import k_eff_by_sorting
 
 TOKENS = {"cuda": (1024, 2048, 4096, 8192, 16384), "cpu": (256, 512, 1024)}
 QUICK = {"cuda": (1024, 2048), "cpu": (128, 256)}
@@ -29,7 +31,6 @@ SHAPES = {"cuda": (32, 128, torch.bfloat16), "cpu": (12, 64, torch.float32)}
 EAGER_MB = 100_000
 # What the check allows: relative to 1 + |value|, and rows whose k largest weights meet the mass this closely.
 TOLERANCE = 2e-5
-NEAR = 1e-6
 
 
 def definition(
@@ -43,11 +44,11 @@ def definition(
     window: int | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
-    mass: float = 0.9,
+    mass: float = MASS,
 ) -> dict[str, Tensor]:
     """The measures as written down, in float64 over whole `(T, T)` tensors; arguments of `head_stats`.
 
-    `k_eff_near` marks rows whose sum of largest weights meets `mass` within NEAR for some number of keys.
+    `k_eff_near` marks rows whose sum of largest weights meets `mass` within 1e-6 for some number of keys.
     """
     q, k = q.double(), k.double()
     tokens, width = q.shape[-2:]
@@ -71,13 +72,13 @@ def definition(
     visible = visible.expand_as(s)
     n = visible.sum(-1)
     p = torch.where(visible, logits, -torch.inf).softmax(-1)
-    gathered = p.float().sort(-1, descending=True).values.double().cumsum(-1)
+    k_eff, near = k_eff_by_sorting(p, mass)
     mean = torch.where(visible, s, 0).sum(-1) / n
     spread = torch.where(visible, s - mean.unsqueeze(-1), 0).square().sum(-1) / n
     stats = {
         "entropy": torch.special.entr(p).sum(-1),
         "max_weight": p.amax(-1),
-        "k_eff": ((gathered < mass).sum(-1) + 1.0).masked_fill(gathered[..., -1].isnan(), torch.nan),
+        "k_eff": k_eff,
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
         "sink_weight": p[..., 0],
@@ -87,7 +88,7 @@ def definition(
     }
     stats = {name: value.masked_fill(n == 0, torch.nan) for name, value in stats.items()}
     stats["query_norm"] = factors[..., 0].abs() * torch.linalg.vector_norm(q, dim=-1)
-    stats["k_eff_near"] = ((gathered - mass).abs() < NEAR).any(-1)
+    stats["k_eff_near"] = near
     return stats if q_scales else {name: value[0] for name, value in stats.items()}
 
 
@@ -123,7 +124,7 @@ def eager(q: Tensor, k: Tensor, *, k_eff: bool) -> list[Tensor]:
     measured += [visible.sum(-1), visible.square().sum(-1)]
     if k_eff:
         gathered = weights.sort(-1, descending=True).values.cumsum(-1)
-        measured.append((gathered < 0.9).sum(-1) + 1)
+        measured.append((gathered < MASS).sum(-1) + 1)
     return measured
 
 
@@ -214,7 +215,7 @@ def sweep(tokens: int, device: torch.device) -> list[dict[str, Any]]:
     q, k, v = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))
     sdpa = device_ms(partial(scaled_dot_product_attention, q, k, v, is_causal=True), device)
     chosen = block_sizes(width, dtype)
-    options: dict[str, Any] = {"causal": True, "window": None, "softcap": None, "mass": 0.9}
+    options: dict[str, Any] = {"causal": True, "window": None, "softcap": None, "mass": MASS}
     rows = []
     for m, n, warps, stages, registers in SWEEP:
         shape: dict[str, int] = {"BLOCK_M": m, "BLOCK_N": n, "EDGE_N": min(m, n), "BLOCK_D": width}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from headwise.bench import harness
 from headwise.errors import HeadwiseError
+from headwise.functional.head_stats import MASS
 from headwise.questions.profile.config import ProfileConfig
 from headwise.questions.profile.export import NEEDED
 from headwise.questions.profile.measure import Profile
@@ -243,7 +244,7 @@ def _transformer_lens(model: Any, samples: Samples) -> Callable[[int, Path], Non
 def _usual(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, largest weight and k_eff of weights `(B, H, T, T)`, as they are usually computed."""
     p = weights.float()
-    k_eff = (p.sort(dim=-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
+    k_eff = (p.sort(dim=-1, descending=True).values.cumsum(-1) < MASS).sum(-1) + 1
     return -(p * (p + 1e-12).log()).sum(-1), p.amax(-1), k_eff
 
 

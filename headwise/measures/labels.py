@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MASS = 0.9
-"""k_eff counts keys for this share of the weight."""
+from headwise.functional.head_stats import MASS
 
 
 @dataclass(frozen=True)

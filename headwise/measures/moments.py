@@ -69,6 +69,11 @@ def _gather(values: Tensor, names: Sequence[str], ignore_first: int) -> dict[str
 
 def merge(parts: Sequence[Moments]) -> Moments:
     """The moments of all parts together, added in their order."""
+    with np.errstate(invalid="ignore"):  # an infinite value, which marks absence, has no centred product
+        return _merge(parts)
+
+
+def _merge(parts: Sequence[Moments]) -> Moments:
     total = parts[0]
     for part in parts[1:]:
         tokens = total.tokens + part.tokens
@@ -89,8 +94,7 @@ def merge(parts: Sequence[Moments]) -> Moments:
 def _merged(total: Moments, part: Moments) -> np.ndarray:
     """The mean over both; that of one where the other has no token, and so no mean."""
     tokens = total.tokens + part.tokens
-    with np.errstate(invalid="ignore"):
-        mean = total.mean + (part.mean - total.mean) * part.tokens / np.maximum(tokens, 1)
+    mean = total.mean + (part.mean - total.mean) * part.tokens / np.maximum(tokens, 1)
     mean = np.where(part.tokens == 0, total.mean, mean)
     return np.where((total.tokens == 0) & (part.tokens > 0), part.mean, mean)
 

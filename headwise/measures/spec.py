@@ -56,8 +56,9 @@ class Measure:
         source: what it is taken of; see `SOURCES`.
         needs_context: it means little for a query that sees few keys: the first `ignore_first`
             tokens of a document have NaN in tables of tokens and are left out of means.
-        absent: the value that marks a query without this measure, which means leave out; None
-            where every query has one. A NaN that does not mark absence is never left out: it shows damage.
+        absent: what marks a query without this measure, and is left out of means: +inf, -inf or NaN;
+            None where every query has one. A NaN that does not mark absence is never left out: it shows
+            damage.
         correlated: its correlation with `CORRELATED_WITH` over tokens is kept.
         remark: what else there is to know about its number.
         table: title and column of its own table by head in reports (document 000); None = none.
@@ -75,6 +76,11 @@ class Measure:
     remark: str = ""
     table: tuple[str, str] | None = None
     export_name: str | None = None
+
+    @property
+    def label_with_unit(self) -> str:
+        """`Entropy (nats)`."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
 
     def has_value(self, values: Any) -> Any:
         """Where `values` (an array or tensor) are not `absent`, of a measure that can be."""
@@ -100,7 +106,8 @@ def register_measure(measure: Measure) -> Measure:
     """Add a measure to the head table's columns; the same measure again changes nothing.
 
     Raises:
-        HeadwiseError: its name cannot be a column, belongs to another measure, or its source is unknown.
+        HeadwiseError: its name cannot be a column or belongs to another measure, its source is unknown, or
+            `absent` could be a value.
     """
     name, known = measure.name, MEASURES.get(measure.name)
     if known is not None and known != measure:
@@ -112,6 +119,11 @@ def register_measure(measure: Measure) -> Measure:
             f"{', '.join((*KEYS, *FORMER_NAMES))}"
         )
     one_of(f"source of measure {name!r}", measure.source, SOURCES)
+    if measure.absent is not None and math.isfinite(measure.absent):
+        raise HeadwiseError(
+            f"measure {name!r} marks queries without it by {measure.absent}, which could be a value; "
+            "mark them by inf, -inf or nan"
+        )
     return MEASURES.setdefault(name, measure)
 
 
@@ -122,7 +134,8 @@ def measures() -> dict[str, Measure]:
 
 def measure_of(name: str) -> Measure:
     """The measure of a column; of a column that nothing here knows, one that is named like it."""
-    return MEASURES.get(name) or Measure(name, name, "not defined by what is loaded here", source="layer")
+    unknown = Measure(name, name, "not defined by what is loaded here", source="layer", absent=math.inf)
+    return MEASURES.get(name, unknown)
 
 
 def wanted_measures(names: Iterable[str] | None) -> tuple[str, ...]:

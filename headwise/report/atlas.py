@@ -52,8 +52,10 @@ def grid(run: Run) -> dict[str, Any] | None:
 
 def _known(column: polars.Expr, name: str) -> polars.Expr:
     """The column with null where a token, or a head, has no value."""
-    known, absent = column.fill_nan(None), measure_of(name).absent
-    return known if absent is None else known.replace(absent, None)
+    import polars as pl
+
+    known = column.fill_nan(None)
+    return known if measure_of(name).absent is None else pl.when(known.is_finite()).then(known)
 
 
 def about(names: Iterable[str]) -> list[dict[str, str]]:

@@ -143,7 +143,8 @@ def compare(speaker: Speaker, tokens: Tensor, before: Tensor, after: Tensor) -> 
     """Per sample: delta_loss, base_loss and kl, or output_change without logits."""
     if not speaker.has_logits:
         difference = torch.linalg.vector_norm((after - before).float(), dim=-1)
-        relative = difference / torch.linalg.vector_norm(before.float(), dim=-1).clamp_min(1e-12)
+        size = torch.linalg.vector_norm(before.float(), dim=-1)
+        relative = torch.where(difference == 0, 0.0, difference / size)
         return {"output_change": relative.mean(-1).tolist()}
     batch, length, vocabulary = before.shape
     targets = tokens.to(before.device)[:, 1:]

@@ -74,7 +74,7 @@ def test_masks_and_protection_are_compared(folder: Path) -> None:
     assert len(layer["differences"]) == 1
     every = found.data["all"]
     assert 0 < every["absorbed"] < 1
-    assert every["memory"] > every["unprotected"]["memory"]
+    assert every["kept_context"] > every["unprotected"]["kept_context"]
     said = dict(statements(found.data))
     (pair,) = layer["differences"]
     differ = said["How much do the masks of a layer differ?"][0]

@@ -114,7 +114,7 @@ def notes(options: SelectiveConfig) -> list[str]:
     if options.relu_leak and not options.relu_after_cumsum:
         found.append(
             "With relu_leak queries also give back: F can fall again and be below 0, and a key below 0 "
-            "counts as more than one in the memory."
+            "counts as more than one in the kept context."
         )
     return found
 

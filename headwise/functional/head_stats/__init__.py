@@ -9,7 +9,8 @@ With `s = softcap(scale · q_scale · q·k)` over the visible keys of query i an
 
     entropy          -Σ p ln p                                          nats
     max_weight       max p
-    k_eff            fewest keys whose weights sum to at least `mass`   keys
+    k_eff            fewest keys whose largest weights sum to at least
+                     `mass` (of the row's sum, for explicit weights)    keys
     query_norm       |q_scale| · ‖q_i‖
     logit_mean/std   of s, without the bias; std of the population (divided by n)
     sink_weight      p on key 0
@@ -32,6 +33,9 @@ from torch import Tensor
 
 from headwise.functional.dispatch import fits_kernel
 from headwise.functional.head_stats import reference as head_stats_plain
+
+MASS = 0.9
+"""`k_eff` counts keys for this share of a query's weight."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def head_stats(
     window: int | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
-    mass: float = 0.9,
+    mass: float = MASS,
     k_eff: bool = True,
 ) -> HeadStats:
     """Measure the softmax attention of every query; extra memory O(T), no gradients.
@@ -111,8 +115,10 @@ def head_stats(
 
 
 @torch.no_grad()
-def weights_stats(weights: Tensor, *, mass: float = 0.9, k_eff: bool = True) -> HeadStats:
+def weights_stats(weights: Tensor, *, mass: float = MASS, k_eff: bool = True) -> HeadStats:
     """Measure explicit weights, as they are given (rows are not normalised); extra memory O(T).
+
+    `k_eff` counts keys for `mass` of the row's sum, which is 1 for rows that are normalised.
 
     Args:
         weights: `(B, H, T, T)`, not negative. A row of zeros is a query that sees no key.

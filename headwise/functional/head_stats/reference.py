@@ -22,6 +22,8 @@ HIDDEN = -1e30
 SLACK = {torch.float32: 3e-7, torch.float64: 1e-13}
 # Keys per sum in the search for k_eff.
 BLOCK = 32
+# How near a sum of weights may come to `mass` for k_eff to be off by one.
+NEAR = 1e-6
 
 
 class Span(NamedTuple):
@@ -111,7 +113,7 @@ def of_weights(weights: Tensor, *, mass: float, k_eff: bool) -> dict[str, Tensor
                 tile = {"entropy": torch.special.entr(p).sum(-1), "max_weight": p.amax(-1)}
                 tile |= _where_it_looks(p, torch.ones_like(total), span, causal=False)
                 if k_eff:
-                    tile["k_eff"] = _count_keys(p, torch.ones_like(total), mass)
+                    tile["k_eff"] = _count_keys(p, total, mass)
                 _store(out, tile, total > 0, (1, batch, heads, tokens), (0, b, h, q0))
     return {name: value[0] for name, value in out.items()}
 
@@ -179,8 +181,24 @@ def _where_it_looks(e: Tensor, total: Tensor, span: Span, causal: bool) -> dict[
     }
 
 
+def k_eff_by_sorting(weights: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """The definition of `k_eff`: the smallest number of keys whose largest weights sum to at least `mass`.
+
+    Args:
+        weights: `(..., T)`, taken as float32 and summed in float64; `mass` is a share of the row's sum.
+
+    Returns:
+        `k_eff` and whether some keys' sum meets `mass` within `NEAR`, where an engine may differ by one;
+        each `(...)`. NaN for a row without weight.
+    """
+    gathered = weights.float().sort(-1, descending=True).values.double().cumsum(-1)
+    share = gathered / gathered[..., -1:]
+    count = (share < mass).sum(-1) + 1.0
+    return count.where(share[..., -1] > 0, torch.nan), ((share - mass).abs() < NEAR).any(-1)
+
+
 def _count_keys(e: Tensor, total: Tensor, mass: float) -> Tensor:
-    """Fewest keys that hold `mass` of `total`; sorts `e (h, c, n)` in place.
+    """`k_eff` as `k_eff_by_sorting` defines it, of weights `e (h, c, n)` that sum to `total`; sorts in place.
 
     Keys are dropped from the lightest up for as long as what is dropped leaves `mass`. Sums of
     blocks find the block where that ends, a running sum over this block alone the key.

@@ -202,8 +202,8 @@ def _bootstrap_interval(
     layers = known.shape[0]
     if layers < 2:
         return float("nan"), float("nan")
-    x = np.where(known, values - values[known].mean(), 0.0)
-    y = np.where(known, measured - measured[known].mean(), 0.0)
+    x = _near_one(np.where(known, values - values[known].mean(), 0.0))
+    y = _near_one(np.where(known, measured - measured[known].mean(), 0.0))
     moments = np.stack([known, x, y, x * x, y * y, x * y]).sum(-1)  # (6, L)
     n, sx, sy, sxx, syy, sxy = np.moveaxis(drawn @ moments.T, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -267,7 +267,16 @@ def _regression(heads: Heads, known: NDArray[np.bool_]) -> Regression:
 
 
 def _standardised(values: Array) -> Array:
-    return (values - values.mean()) / (values.std() + 1e-12) if values.size else values
+    """Mean 0 and population standard deviation 1; zeros where only rounding varies."""
+    if not values.size or _constant(values):
+        return np.zeros_like(values)
+    values = _near_one(values)
+    return (values - values.mean()) / values.std()
+
+
+def _near_one(values: Array) -> Array:
+    """The values over a power of two near the largest: exact, and squares neither vanish nor overflow."""
+    return np.asarray(np.ldexp(values, -np.frexp(np.abs(values).max())[1]))
 
 
 def _constant(values: Array) -> bool:

@@ -16,7 +16,11 @@ Array = NDArray[np.float64]
 Weight = NDArray[np.floating]
 
 TINY = 1e-12
-"""Document 001 clamps every denominator and every probability here."""
+"""Document 001 clamps the smallest singular value and every probability here.
+
+Here both are taken relative to the head, the singular value to the largest one, so that a head's
+descriptors do not depend on the size of its weights.
+"""
 
 DESCRIPTORS = {
     "op_norm": "largest singular value",
@@ -25,7 +29,7 @@ DESCRIPTORS = {
     "rank_eff": "sum over largest singular value: how many modes act",
     "spec_entropy": "-Σ p ln p with p = σ²/Σσ², in nats: how flat the spectrum is",
     "anisotropy": "largest over mean singular value; anisotropy · rank_eff = D",
-    "condition": "largest over smallest singular value",
+    "condition": "largest over smallest singular value, at most 1e12",
 }
 
 MATRICES = ("metric", "core")
@@ -95,21 +99,27 @@ def descriptors(singular_values: Weight) -> dict[str, Array]:
         singular_values: `(..., D)`, in any order.
 
     Returns:
-        arrays `(...)`. A head of rank 0 has zeros (to 1e-9), never NaN; NaN in is NaN out.
+        arrays `(...)`. op_norm, fro_norm and trace scale with the singular values, the others do not
+        change. A head of rank 0 has zeros; NaN in is NaN out.
     """
     s = np.asarray(singular_values, np.float64)
-    largest, total = s.max(-1), s.sum(-1)
-    energy = (s**2).sum(-1)
-    share = np.clip(s**2 / np.maximum(energy, TINY)[..., None], TINY, 1.0)
-    return {
-        "op_norm": largest,
-        "fro_norm": np.sqrt(energy),
-        "trace": total,
-        "rank_eff": total / np.maximum(largest, TINY),
-        "spec_entropy": -(share * np.log(share)).sum(-1),
-        "anisotropy": largest / np.maximum(s.mean(-1), TINY),
-        "condition": largest / np.maximum(s.min(-1), TINY),
-    }
+    # In units of a power of two near the largest: exact, and squares neither vanish nor overflow.
+    exponent = np.frexp(s.max(-1))[1]
+    s = np.ldexp(s, -exponent[..., None])
+    largest, total, energy = s.max(-1), s.sum(-1), (s**2).sum(-1)
+    nothing = largest == 0
+    unit = np.where(nothing, 1.0, largest)  # a denominator that only a head of rank 0 changes
+    share = np.clip(s**2 / np.where(nothing, 1.0, energy)[..., None], TINY, 1.0)
+    with np.errstate(over="ignore"):
+        return {
+            "op_norm": np.ldexp(largest, exponent),
+            "fro_norm": np.ldexp(np.sqrt(energy), exponent),
+            "trace": np.ldexp(total, exponent),
+            "rank_eff": total / unit,
+            "spec_entropy": np.where(nothing, 0.0, -(share * np.log(share)).sum(-1)),
+            "anisotropy": largest / np.where(nothing, 1.0, s.mean(-1)),
+            "condition": largest / np.maximum(s.min(-1), TINY * unit),
+        }
 
 
 def _triangle(weight: Weight) -> Array:

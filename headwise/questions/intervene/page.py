@@ -11,6 +11,7 @@ import numpy as np
 
 from headwise.analysis.statistics import summarize
 from headwise.files import replacing
+from headwise.measures.spec import measure_of
 from headwise.questions.intervene.gain import (
     FAILURE_RULE,
     MATHEMATICS,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from headwise.questions.intervene.ablate import Removal
 
-LABELS = {"entropy": "entropy (nats)", "max_weight": "max attention weight", "k_eff": "k_eff (keys)"}
 COLOUR_OF = {"target": COLOURS[1], "control": COLOURS[0]}
 MANY = 24
 """Above so many heads a bar chart is unreadable, and their distribution is drawn instead."""
@@ -158,7 +158,9 @@ def draw_sweeps(sweeps: Sequence[Sweep], path: Path) -> Path:
         axis.set_xlabel("query scale", fontsize=9)
         axis.set_xticks(sweeps[0].scales, [f"{s:g}" for s in sweeps[0].scales])
         axis.set_title(
-            f"{LABELS[name]}, expected: {EXPECTATIONS[name].split(' (')[0]}", fontsize=10, color=INK
+            f"{measure_of(name).label_with_unit}, expected: {EXPECTATIONS[name].split(' (')[0]}",
+            fontsize=10,
+            color=INK,
         )
     axes[0].legend(frameon=False, fontsize=8)
     return _save(figure, path)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwise.errors import HeadwiseError
+from headwise.measures.spec import exported
 
 Array = NDArray[np.float64]
 Cell = float | int | str
@@ -22,7 +23,7 @@ MEASURES = ("entropy", "max_weight", "k_eff")
 EFFECTS = ("delta_loss", "delta_loss_ci95", "kl", "output_change")
 DIRECTIONS = {"entropy": -1, "max_weight": 1, "k_eff": -1}
 
-COLUMNS = {"entropy": "entropy", "max_weight": "max_attn", "k_eff": "k_eff"}
+COLUMNS = exported(MEASURES)
 """Document 004's names in CSV files, with `mean_` or `std_` before them."""
 
 EXPECTATIONS = {

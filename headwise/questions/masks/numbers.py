@@ -39,8 +39,8 @@ def numbers(
         of them with F >= 1 at the end; seasoned, masked_seasoned: the same for those with at least
         `LATER` later queries. graded: share with F within (LOW, HIGH) at the end; graded_pairs: the same
         over all pairs of query and earlier key. histogram: share of tokens in the bins of `EDGES`.
-        median: of F at the end. memory: mean M over the mean number of visible keys. given_back: negative
-        part of S over its positive part.
+        median: of F at the end. kept_context: mean M over the mean number of visible keys. given_back:
+        negative part of S over its positive part.
     """
     length = taken.shape[-1]
     first = 1 if protect_bos else 0
@@ -62,7 +62,7 @@ def numbers(
         "graded_pairs": _share((earlier > LOW) & (earlier < HIGH)),
         "histogram": histogram(final),
         "median": float(np.median(final)) if final.size else None,
-        "memory": memory_share(taken),
+        "kept_context": kept_share(taken),
         "given_back": float(-np.clip(attack, None, 0).sum(dtype=np.float64)) / total if total else None,
     }
 
@@ -101,7 +101,7 @@ def histogram(taken: np.ndarray) -> list[float] | None:
     return (counts / taken.size).tolist()
 
 
-def memory_share(taken: np.ndarray) -> float:
+def kept_share(taken: np.ndarray) -> float:
     """Mean over queries of M[i] = Σ_{j<=i} (1 - min(F[i,j], 1)), over the mean number of visible keys."""
     length = taken.shape[-1]
     held = np.tril(1 - np.minimum(taken, 1)).sum((1, 2), dtype=np.float64)
@@ -124,6 +124,7 @@ def differences(taken: np.ndarray) -> list[dict[str, Any]]:
     i, j = np.tril_indices(taken.shape[-1], -1)
     values = np.clip(taken[:, i, j], 0, 1).astype(np.float64)
     apart = values - values.mean(1, keepdims=True)
+    apart[(values == values[:, :1]).all(1)] = 0  # a constant mask has no spread, which rounding would leave
     norm = np.sqrt((apart**2).sum(1))
     return [
         {

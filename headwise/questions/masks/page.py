@@ -158,7 +158,7 @@ def _masked(data: dict[str, Any]) -> list[str]:
                 f"{every['masked_seasoned']:.0%}"  # fmt: skip
     return [
         f"{told} (mean over layers and masks).",
-        f"A query keeps {every['memory']:.0%} of the keys that it sees, on average.",
+        f"A query keeps {every['kept_context']:.0%} of the keys that it sees, on average.",
     ]
 
 
@@ -212,7 +212,7 @@ def _protection(data: dict[str, Any]) -> list[str]:
     told.append(
         "With it and without it, for the same logits: "
         f"{every['masked'] or 0:.1%} and {bare['masked'] or 0:.1%} of tokens end masked; "
-        f"{every['memory']:.1%} and {bare['memory']:.1%} of the keys are kept."
+        f"{every['kept_context']:.1%} and {bare['kept_context']:.1%} of the keys are kept."
     )
     if every["effect"] and bare["effect"]:
         told.append(
@@ -238,13 +238,13 @@ def table(data: dict[str, Any]) -> Table:
     near = data["near"]
     headers = ["layer", "mask", "median distance, strength lost", f"within {near}", "median distance, attack",
                f"within {near} (attack)", "masked", f"masked, {data['later']}+ later", "graded",
-               "graded, all pairs", "median F", "memory kept", "masks differ", "correlation",
+               "graded, all pairs", "median F", "context kept", "masks differ", "correlation",
                "protection"]  # fmt: skip
     low, high = data["bounds"]
     note = (
         f"Masked: F of 1 or more at the last query, of the {data['all']['tokens']} tokens that can be. "
-        f"Graded: F between {low} and {high}. Memory: Σ_j (1 - min(F, 1)) as a share of the visible keys, "
-        "mean over queries. Masks differ: mean |difference| of min(F, 1) between two masks of the layer."
+        f"Graded: F between {low} and {high}. Kept context: Σ_j (1 - min(F, 1)) as a share of the visible "
+        "keys, mean over queries. Masks differ: mean |difference| of min(F, 1) between two masks of a layer."
     )
     return Table(headers, rows, note)
 
@@ -255,7 +255,8 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         plain(effect.get("median"), "d"), plain(effect.get("near"), ".0%"), plain(attack.get("median"), "d"),
         plain(attack.get("near"), ".0%"), plain(entry["masked"], ".0%"),
         plain(entry["masked_seasoned"], ".0%"), plain(entry["graded"], ".0%"),
-        plain(entry["graded_pairs"], ".0%"), plain(entry["median"], ".2f"), plain(entry["memory"], ".1%"),
+        plain(entry["graded_pairs"], ".0%"), plain(entry["median"], ".2f"),
+        plain(entry["kept_context"], ".1%"),
     ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from headwise.bench.head_stats import definition, errors
 from headwise.functional import head_stats, weights_stats
+from headwise.functional.head_stats.reference import k_eff_by_sorting
 from headwise.measures.table import MEASURES
 
 # float32 measures agree with float64 to this, relative to 1 + |value|; k_eff exactly, but for rows
@@ -314,3 +315,26 @@ def test_entropy_of_two_keys_by_hand() -> None:
     assert stats.mean_distance[0, 0, 1].item() == pytest.approx(0.25)
     assert stats.k_eff[0, 0].tolist() == [1.0, 2.0]
     assert stats.logit_std[0, 0, 1].item() == pytest.approx(math.log(3) / 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([0.1, 0.5, 0.9]), st.floats(-6, 6))
+def test_k_eff_of_explicit_weights_is_that_of_a_full_sort(
+    tokens: int, seed: int, mass: float, decades: float
+) -> None:
+    """Of normalised rows, and of rows that sum to something else: then of the row's sum."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(1, 2, tokens, tokens, generator=generator) ** 8
+    weights = weights / weights.sum(-1, keepdim=True)
+    for given_weights in (weights, weights * 10.0**decades):
+        right, near = k_eff_by_sorting(given_weights, mass)
+        found = weights_stats(given_weights, mass=mass).k_eff
+        assert ((found - right).abs() <= near.float()).all()
+
+
+def test_k_eff_of_rows_by_hand() -> None:
+    weights = torch.zeros(1, 1, 4, 4)
+    weights[0, 0] = torch.tensor([[0.5, 0.25, 0.2, 0.05], [1, 0, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]])
+    assert weights_stats(weights).k_eff[0, 0, :3].tolist() == [3, 1, 2]
+    assert weights_stats(weights).k_eff[0, 0, 3].isnan()
+    assert k_eff_by_sorting(weights, 0.9)[0][0, 0, :3].tolist() == [3, 1, 2]

@@ -216,3 +216,35 @@ def test_a_broken_file_is_named_in_one_line(case: str) -> None:
     with pytest.raises(HeadwiseError, match=message) as caught:
         read(data)
     assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-30, 30), st.floats(-30, 30))
+def test_no_correlation_depends_on_units(seed: int, weights: float, measures: float) -> None:
+    rng = np.random.default_rng(seed)
+    spectra, entropy = rng.lognormal(size=(LAYERS, HEADS, WIDTH)), rng.normal(size=(LAYERS, HEADS))
+    dynamics = {"entropy": entropy, "logit_std": rng.normal(size=(LAYERS, HEADS))}
+    scaled = {name: values * 10.0**measures for name, values in dynamics.items()}
+    one, other = (
+        correlation.correlate(
+            correlation.parse_heads(correlation.heads_document(list(s), found), "x"), draws=50
+        )
+        for s, found in ((spectra, dynamics), (spectra * 10.0**weights, scaled))
+    )
+    for name, row in one.pairs.items():
+        for dynamic, found in row.items():
+            again = other.pairs[name][dynamic]
+            np.testing.assert_allclose((again.r, *again.bootstrap), (found.r, *found.bootstrap), atol=1e-6)
+    assert other.regression.r2 == pytest.approx(one.regression.r2, abs=1e-6)
+    assert list(other.regression.coefficients.values()) == pytest.approx(
+        list(one.regression.coefficients.values()), abs=1e-5
+    )
+
+
+def test_a_regression_on_what_only_rounding_varies_is_not_made() -> None:
+    data = document()
+    for row in data["dynamic"]:
+        row["mean_attention_entropy_per_head"] = [0.1 + 0.2 if i % 2 else 0.3 for i in range(HEADS)]
+    report = correlation.correlate(correlation.parse_heads(data, "x"), draws=20)
+    assert np.isnan(report.regression.r2)
+    assert np.isnan(report.pairs["op_norm"]["entropy"].r)

@@ -14,7 +14,7 @@ from headwise.questions.masks.numbers import (
     differences,
     distances,
     histogram,
-    memory_share,
+    kept_share,
     numbers,
 )
 
@@ -45,7 +45,7 @@ def test_a_prompt_by_hand() -> None:
     assert found["masked_seasoned"] is None
     assert found["graded"] == 0
     assert found["graded_pairs"] == pytest.approx(2 / 10)  # key 1 before queries 3 and 4
-    assert found["memory"] == pytest.approx((1 + 2 + 3 + 3.6 + 4.6 + 5) / 21)
+    assert found["kept_context"] == pytest.approx((1 + 2 + 3 + 3.6 + 4.6 + 5) / 21)
     assert numbers(s, taken_by(s), adds_up=False)["effect"] is None
 
 
@@ -67,7 +67,7 @@ def test_nothing_attacked() -> None:
     nothing = np.zeros((2, 5, 5), np.float32)
     found = numbers(nothing, nothing)
     assert found["attack"] is found["effect"] is found["given_back"] is absorbed(nothing, nothing) is None
-    assert (found["masked"], found["graded"], found["memory"]) == (0, 0, 1)
+    assert (found["masked"], found["graded"], found["kept_context"]) == (0, 0, 1)
     assert differences(nothing) == [{"masks": [0, 1], "difference": 0, "correlation": None}]
 
 
@@ -100,10 +100,17 @@ def test_masks_differ_by_what_they_leave() -> None:
     assert (same["difference"], same["correlation"]) == (0, pytest.approx(1))
     assert first["difference"] == second["difference"] == pytest.approx(3 / 6)
     assert first["correlation"] < 0.5
-    assert memory_share(taken_by(s)[:1]) == pytest.approx(8 / 10)
+    assert kept_share(taken_by(s)[:1]) == pytest.approx(8 / 10)
 
 
 def test_protection_absorbs_what_is_not_taken() -> None:
     s = attack(4, (1, 0, 3.0), (2, 1, 1.0), (3, 2, 7.0))
     taken = taken_by(attack(4, (1, 0, 2.0)))
     assert absorbed(s, taken) == pytest.approx(1 - 2 / 4)  # the last query's attack shows in no row
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 1.0])
+def test_a_constant_mask_has_no_correlation(value: float) -> None:
+    constant, other = np.full((1, 9, 9), value), np.random.default_rng(0).random((1, 9, 9))
+    (found,) = differences(np.concatenate([constant, other]))
+    assert found["correlation"] is None
