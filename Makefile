@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-gpu check install clean
 
 demo: $(VENV)/.installed  ## install, compare attention kinds over three seeds, print where the report is
 	$(BIN)/headwise study configs/studies/demo.yaml
 
 test: $(VENV)/.installed-test  ## install, run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-gpu:  ## kernels against float64 on a GPU; needs torch, triton, numpy and pytest, installs nothing
+	PYTHONPATH=. $(PYTHON) -m pytest -q -s -m gpu --confcutdir=tests/gpu tests/gpu
 
 check: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check headwise tests

@@ -44,8 +44,11 @@ def definition(
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     mass: float = 0.9,
+    rows: slice = slice(None),
 ) -> dict[str, Tensor]:
     """The measures as written down, in float64 over whole `(T, T)` tensors; arguments of `head_stats`.
+
+    `rows` measures these queries only, so that long texts fit into memory.
 
     `k_eff_near` marks rows whose sum of largest weights meets `mass` within NEAR for some number of keys.
     """
@@ -53,11 +56,13 @@ def definition(
     tokens, width = q.shape[-2:]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     factors = torch.tensor(q_scales or [1.0], dtype=torch.float64, device=q.device).view(-1, 1, 1, 1, 1)
+    q = q[..., rows, :]
     s = q @ k.mT * (width**-0.5 if scale is None else scale) * factors
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    i, j = torch.arange(tokens, device=q.device).unsqueeze(-1), torch.arange(tokens, device=q.device)
-    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
+    j = torch.arange(tokens, device=q.device)
+    i = j[rows].unsqueeze(-1)
+    visible = torch.ones(len(i), tokens, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible & (j <= i)
     if window is not None:
@@ -66,6 +71,7 @@ def definition(
         visible = visible & key_mask[:, None, None]
     logits = s
     if bias is not None:
+        bias = bias[..., rows, :]
         visible = visible & (bias > torch.finfo(bias.dtype).min / 2)
         logits = s + bias.double()
     visible = visible.expand_as(s)
@@ -81,8 +87,8 @@ def definition(
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
         "sink_weight": p[..., 0],
-        "self_weight": p.diagonal(dim1=-2, dim2=-1),
-        "previous_weight": torch.nn.functional.pad(p.diagonal(-1, dim1=-2, dim2=-1), (1, 0)),
+        "self_weight": p.gather(-1, i.expand(*p.shape[:-1], 1))[..., 0],
+        "previous_weight": p.gather(-1, (i - 1).clamp(min=0).expand(*p.shape[:-1], 1))[..., 0] * (i > 0)[:, 0],
         "mean_distance": (p * (i - j).abs()).sum(-1),
     }
     stats = {name: value.masked_fill(n == 0, torch.nan) for name, value in stats.items()}

@@ -6,6 +6,7 @@ A kernel that takes a tensor's strides for granted reads its neighbours. Here th
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -46,12 +47,12 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return torch.stack((x, torch.full_like(x, gap)), dim=-1)[..., 0]
 
 
-def drawn(generator: random.Random, count: int, layouts: tuple[str, ...] = LAYOUTS) -> list[str]:
-    """A layout for each of `count` tensors."""
-    return [generator.choice(layouts) for _ in range(count)]
+def drawn(generator: random.Random, names: Sequence[str], varied: Collection[str]) -> dict[str, str]:
+    """A layout for each tensor; of those that are not `varied` (or all would be equal) numbers are kept."""
+    return {name: generator.choice(LAYOUTS if name in varied else KEEPING) for name in names}
 
 
-def poison(device: torch.device, megabytes: int = 512) -> None:
+def poison(device: torch.device, megabytes: int = 64) -> None:
     """Leave NaN in the memory that the allocator hands out next; does nothing on a CPU.
 
     Blocks of many sizes, since a request is served by a block of about its size.

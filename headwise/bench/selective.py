@@ -118,12 +118,16 @@ def run(case: dict[str, Any], leaves: list[Tensor], *, fused: bool) -> tuple[Ten
 NAMES = ("q", "k", "v", "select_q", "select_k", "bias", "guard_q", "guard_k")
 """Of what `make` makes."""
 
+VARIED = ("q", "select_q", "upstream")
+"""Whose entries may repeat: with one key or value for all tokens gradients would be nothing but rounding."""
+
 
 def errors(
     case: dict[str, Any],
     device: torch.device,
     dtype: torch.dtype,
     layouts: dict[str, str] | None = None,
+    small: float = 0.0,
     **sizes: int,
 ) -> dict[str, float]:
     """Relative errors (norms) of y, F and every gradient against the definition in float64.
@@ -131,6 +135,7 @@ def errors(
     Args:
         layouts: how tensors out of `NAMES`, and the gradient of y (`upstream`), lie in memory
             (`headwise.bench.layouts`); contiguous where not named.
+        small: root mean square below which a gradient is but rounding.
     """
     leaves = make(case, device, dtype, **sizes)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -151,10 +156,14 @@ def errors(
         found.append(results | {name: g for name, g in gradients.items() if g is not None and g.numel()})
     ours, true = found
     assert sorted(ours) == sorted(true)
-    return {
-        name: ((ours[name].double() - true[name]).norm() / true[name].norm().clamp(min=1e-30)).item()
-        for name in true
-    }
+    return {name: relative(ours[name], true[name], small if "d_" in name else 0.0) for name in true}
+
+
+def relative(ours: Tensor, true: Tensor, small: float = 0.0) -> float:
+    """Error relative to the root mean square of the truth, or to `small` where that is less."""
+    size = true.double().norm().item()
+    size = max(size, small * true.numel() ** 0.5, 1e-30)
+    return (ours.double() - true).norm().item() / size
 
 
 LIMITS = {torch.bfloat16: 0.02, torch.float32: 2e-4}
