@@ -180,6 +180,10 @@ class Attention(nn.Module):
         """
         return None
 
+    def idle(self) -> list[nn.Module]:
+        """Modules that are kept and compute nothing, as those of an option that is off: they cost nothing."""
+        return []
+
     @classmethod
     def flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
         """Forward FLOPs of the core for one token: its matrix products, two for each multiply-add.

@@ -88,7 +88,8 @@ def definition(
         "logit_std": spread.sqrt(),
         "sink_weight": p[..., 0],
         "self_weight": p.gather(-1, i.expand(*p.shape[:-1], 1))[..., 0],
-        "previous_weight": p.gather(-1, (i - 1).clamp(min=0).expand(*p.shape[:-1], 1))[..., 0] * (i > 0)[:, 0],
+        "previous_weight": p.gather(-1, (i - 1).clamp(min=0).expand(*p.shape[:-1], 1))[..., 0]
+        * (i > 0)[:, 0],
         "mean_distance": (p * (i - j).abs()).sum(-1),
     }
     stats = {name: value.masked_fill(n == 0, torch.nan) for name, value in stats.items()}

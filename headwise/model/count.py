@@ -7,6 +7,8 @@ PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most published n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from headwise.model.decoder import Block, Decoder
@@ -28,10 +30,8 @@ def forward_flops_by_part(model: Decoder, seq_len: int) -> dict[str, int]:
     flops = {"attention_projections": 0, "attention_core": 0, "mlp": 0, "head": 0}
     for block in model.blocks:
         assert isinstance(block, Block)
-        flops["attention_projections"] += 2 * _matrix_elements(block.attention)
-        flops["attention_core"] += block.attention.flops_per_token(
-            block.attention.shape, options, seq_len
-        )
+        flops["attention_projections"] += 2 * _matrix_elements(block.attention, block.attention.idle())
+        flops["attention_core"] += block.attention.flops_per_token(block.attention.shape, options, seq_len)
         flops["mlp"] += 2 * _matrix_elements(block.mlp)
     flops["head"] += 2 * model.head.weight.numel()
     return flops
@@ -52,5 +52,6 @@ def _part(name: str) -> str:
     return "mlp" if ".mlp." in name else "norm"
 
 
-def _matrix_elements(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def _matrix_elements(module: nn.Module, idle: Sequence[nn.Module] = ()) -> int:
+    matrices = (m for m in module.modules() if isinstance(m, nn.Linear) and m not in idle)
+    return sum(m.weight.numel() for m in matrices)

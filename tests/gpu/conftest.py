@@ -78,11 +78,14 @@ def _write(families: dict[str, list[Outcome]], device: torch.device, seconds: fl
             "failed": [{"case": row.case, "error": str(row.error), "limit": row.limit} for row in failed],
             "largest_relative_error": max(finite, default=None),
             "largest_error_of_its_limit": max(
-                (row.error / row.limit for row in found if row.limit and row.error < float("inf")), default=None
+                (row.error / row.limit for row in found if row.limit and row.error < float("inf")),
+                default=None,
             ),
         }
     versions = environment(str(device)) | {"triton": importlib.metadata.version("triton")}
-    versions["git_commit"] = os.environ.get("HEADWISE_TEST_COMMIT") or versions["git_commit"]  # of a bare copy
+    versions["git_commit"] = (
+        os.environ.get("HEADWISE_TEST_COMMIT") or versions["git_commit"]
+    )  # of a bare copy
     result = {"seed": seed(), "seconds": round(seconds, 1), "environment": versions, "families": rows}
     write_json(RESULT, result)
     print(f"written: {RESULT}")

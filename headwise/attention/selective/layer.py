@@ -77,6 +77,10 @@ class SelectiveAttention(FlashAttention):
         self.prune: Callable[[Tensor, Carry], Tensor] | None = None
         """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for dropped keys: a context budget."""
 
+    def idle(self) -> list[nn.Module]:
+        """The projection of extra heads, where selection is off."""
+        return [self.select] if self.select is not None and not self.config.enabled else []
+
     def _add_parameters(self) -> None:
         shape, config = self.shape, self.config
         heads, masks, extra = shape.n_heads, config.masks(shape.n_heads), config.extra_heads()
@@ -214,7 +218,7 @@ class SelectiveAttention(FlashAttention):
             flops += seq_len * 2 * own_keys + 2 * queries * own_keys
         elif config.protection.kind == "leaky_relu" and not config.residual_logits:
             flops += seq_len * logits  # made a second time
-        if config.residual_logits and shape.layer > 0:
+        if config.residual_logits and shape.layer > 0 and masks > 1:  # a single mask's by a number
             flops += seq_len * 2 * masks**2
         return flops
 
