@@ -80,6 +80,7 @@ def definition(
     gathered = p.float().sort(-1, descending=True).values.double().cumsum(-1)
     mean = torch.where(visible, s, 0).sum(-1) / n
     spread = torch.where(visible, s - mean.unsqueeze(-1), 0).square().sum(-1) / n
+    before = p.gather(-1, (i - 1).clamp(min=0).expand(*p.shape[:-1], 1))[..., 0]
     stats = {
         "entropy": torch.special.entr(p).sum(-1),
         "max_weight": p.amax(-1),
@@ -88,8 +89,7 @@ def definition(
         "logit_std": spread.sqrt(),
         "sink_weight": p[..., 0],
         "self_weight": p.gather(-1, i.expand(*p.shape[:-1], 1))[..., 0],
-        "previous_weight": p.gather(-1, (i - 1).clamp(min=0).expand(*p.shape[:-1], 1))[..., 0]
-        * (i > 0)[:, 0],
+        "previous_weight": before.where((i > 0)[:, 0], 0.0),
         "mean_distance": (p * (i - j).abs()).sum(-1),
     }
     stats = {name: value.masked_fill(n == 0, torch.nan) for name, value in stats.items()}

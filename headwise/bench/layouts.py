@@ -1,4 +1,4 @@
-"""The same numbers in other memory layouts, and memory that holds NaN: what tests and checks of kernels share.
+"""The same numbers in other memory layouts, and memory that holds NaN: for tests and checks of kernels.
 
 A kernel that takes a tensor's strides for granted reads its neighbours. Here these are NaN.
 """

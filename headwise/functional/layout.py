@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FARTHEST = 1 << 24
-"""Stride of rows that kernels take: 128 rows of a tile then lie within 2^31 numbers, the reach of an int32."""
+"""Stride of rows that kernels take: 128 rows of a tile then lie within 2^31 numbers, as int32 reaches."""
 
 
 def packed(x: Tensor) -> Tensor:

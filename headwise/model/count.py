@@ -1,8 +1,8 @@
 """What a model holds and what it costs: parameters and FLOPs, part by part.
 
-FLOPs are those of matrix products, two per multiply-add, with what a kind's options add; scores and values are counted over all
-`seq_len` keys although half are masked, and the backward pass as twice the forward: the convention of
-PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most published numbers.
+FLOPs are those of matrix products, two per multiply-add, with what a kind's options add; scores and
+values are counted over all `seq_len` keys although half are masked, and the backward pass as twice the
+forward: the convention of PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most published numbers.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def rotations(draw: random.Random, device: torch.device) -> tuple[str, float, fl
 
 
 def nothing_else_moves(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
-    """A query that is NaN moves no other row; a key that is NaN, or what a NaN query takes, no earlier one."""
+    """A NaN query moves no other row; a NaN key, or what a NaN query takes, no earlier one."""
     dtype, tokens = dtype_of(draw, device), max(2, tokens_of(draw, device, 300))
     at, width = draw.randrange(tokens), draw.choice((16, 64))
     q, k, v, select_q, select_k = torch.randn(5, 1, 2, tokens, width, device=device).to(dtype).unbind()

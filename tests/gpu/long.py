@@ -110,7 +110,7 @@ def long_head_stats(device: torch.device, tokens: int, dtype: torch.dtype, rows:
         true["mean_distance"] = true["mean_distance"] / tokens  # in float32 it is off by T · 2^-24
         few = {name: value[..., at] for name, value in ours.items()}
         few["mean_distance"] = few["mean_distance"] / tokens
-        # Sums of that many weights round by more than the lightest keys weigh: one key, and 1 in 1000, are free.
+        # Sums of that many weights round by more than the lightest keys weigh: 1 key and 0.1% are free.
         off = (few["k_eff"] - true["k_eff"]).abs() - 1
         counted = (0.1 * off.clamp(min=0) / true["k_eff"]).max().item()
         for name, error in (stats.errors(few, true) | {"k_eff": counted}).items():
@@ -145,7 +145,7 @@ def far_apart(device: torch.device, dimension: int) -> Outcome:
 
 
 def many_heads(device: torch.device, batch: int = 16_500) -> Outcome:
-    """More masks than a grid is high (65,535), all of them checked against the first batch, which they repeat."""
+    """More masks than a grid is high (65,535), each checked against the first batch, which it repeats."""
     torch.manual_seed(0)
     once = torch.randn(6, 1, 4, 5, 16, device=device)
 

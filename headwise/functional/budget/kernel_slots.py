@@ -47,8 +47,8 @@ def part_kernel(
         held = here[:, None] & (ds < D)[None, :]
         k = tl.load(k_head + s.to(tl.int64)[:, None] * stride_ks + ds[None, :], mask=held, other=0.0)
         v = tl.load(v_head + s.to(tl.int64)[:, None] * stride_vs + ds[None, :], mask=held, other=0.0)
-        f = tl.load(f_head + rs.to(tl.int64)[:, None] * stride_fr + s[None, :], mask=(rs < R)[:, None] & here[None, :],
-                    other=0.0)  # fmt: skip
+        at = rs.to(tl.int64)[:, None] * stride_fr + s[None, :]
+        f = tl.load(f_head + at, mask=(rs < R)[:, None] & here[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) - f * LOG2E
         scores = tl.where(here[None, :], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))

@@ -45,7 +45,8 @@ def selection_mask(
     Returns:
         F `(B, M, T, T)` float32, undefined above the diagonal's blocks; states `(B, M, blocks, T)`.
     """
-    q, k, bias, guard_q, guard_k = (x if x is None else packed(x) for x in (q, k, bias, guard_q, guard_k))
+    q, k = packed(q), packed(k)
+    bias, guard_q, guard_k = (x if x is None else packed(x) for x in (bias, guard_q, guard_k))
     if guard:
         return protection_game.forward(
             q, k, bias, (guard_q, guard_k), scale, guard_qk_scale, guard, bos, own
@@ -84,7 +85,8 @@ def selection_mask_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the selection logits and of the protecting logits, each `(B, M, T, T)` in q's dtype."""
     grad = grad.contiguous()
-    q, k, bias, guard_q, guard_k = (x if x is None else packed(x) for x in (q, k, bias, guard_q, guard_k))
+    q, k = packed(q), packed(k)
+    bias, guard_q, guard_k = (x if x is None else packed(x) for x in (bias, guard_q, guard_k))
     if guard:
         guards = (guard_q, guard_k)
         return protection_game.backward(
