@@ -2,7 +2,8 @@
 
 FLOPs are those of matrix products, two per multiply-add, with what a kind's options add; scores and
 values are counted over all `seq_len` keys although half are masked, and the backward pass as twice the
-forward: the convention of PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most published numbers.
+forward: the convention of PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most
+published numbers.
 """
 
 from __future__ import annotations
