@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-random check install clean
+.PHONY: demo test test-random test-gpu check install clean
 
 demo: $(VENV)/.installed  ## install, compare attention kinds over three seeds, print where the report is
 	$(BIN)/headwise study configs/studies/demo.yaml
@@ -19,6 +19,9 @@ test-random: $(VENV)/.installed-test  ## the laws on numbers drawn anew: ROUNDS=
 	    OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 -m hypothesis \
 	        --hypothesis-profile=random --hypothesis-seed=$$seed || exit 1; \
 	done
+
+test-gpu:  ## kernels against float64 on a GPU; needs torch, triton, numpy and pytest, installs nothing
+	PYTHONPATH=. $(PYTHON) -m pytest -q -s -m gpu --confcutdir=tests/gpu tests/gpu
 
 check: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check headwise tests scripts

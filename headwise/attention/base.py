@@ -312,9 +312,22 @@ class Attention(nn.Module):
         """
         return None
 
+    def idle(self) -> list[nn.Module]:
+        """Modules that are kept and compute nothing, as those of an option that is off: they cost nothing."""
+        return []
+
     @classmethod
-    def flops_per_token(cls, shape: AttentionShape, seq_len: int) -> int:
-        """Forward FLOPs of the core for one token; scores and values over all `seq_len` keys."""
+    def flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
+        """Forward FLOPs of the core for one token: its matrix products, two for each multiply-add.
+
+        Scores and values are counted over all `seq_len` keys, masked or not. The layer's `nn.Linear`
+        matrices are counted apart, from their sizes; softmax, sums and other work on single numbers is not.
+
+        Args:
+            shape: the layer's, its index included.
+            options: as the layer was built with them; None where the kind has none.
+            seq_len: T.
+        """
         return 4 * seq_len * shape.n_heads * shape.head_dim
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, causal: bool) -> None:

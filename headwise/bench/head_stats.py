@@ -45,20 +45,25 @@ def definition(
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     mass: float = MASS,
+    rows: slice = slice(None),
 ) -> dict[str, Tensor]:
     """The measures as written down, in float64 over whole `(T, T)` tensors; arguments of `head_stats`.
 
-    `k_eff_near` marks rows whose sum of largest weights meets `mass` within 1e-6 for some number of keys.
+    `rows` measures these queries only, so that long texts fit into memory.
+
+    `k_eff_near` marks rows whose sum of largest weights meets `mass` within NEAR for some number of keys.
     """
     q, k = q.double(), k.double()
     tokens, width = q.shape[-2:]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     factors = torch.tensor(q_scales or [1.0], dtype=torch.float64, device=q.device).view(-1, 1, 1, 1, 1)
+    q = q[..., rows, :]
     s = q @ k.mT * (width**-0.5 if scale is None else scale) * factors
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    i, j = torch.arange(tokens, device=q.device).unsqueeze(-1), torch.arange(tokens, device=q.device)
-    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
+    j = torch.arange(tokens, device=q.device)
+    i = j[rows].unsqueeze(-1)
+    visible = torch.ones(len(i), tokens, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible & (j <= i)
     if window is not None:
@@ -67,6 +72,7 @@ def definition(
         visible = visible & key_mask[:, None, None]
     logits = s
     if bias is not None:
+        bias = bias[..., rows, :]
         visible = visible & (bias > torch.finfo(bias.dtype).min / 2)
         logits = s + bias.double()
     visible = visible.expand_as(s)
@@ -75,6 +81,7 @@ def definition(
     k_eff, near = k_eff_by_sorting(p, mass)
     mean = torch.where(visible, s, 0).sum(-1) / n
     spread = torch.where(visible, s - mean.unsqueeze(-1), 0).square().sum(-1) / n
+    before = p.gather(-1, (i - 1).clamp(min=0).expand(*p.shape[:-1], 1))[..., 0]
     stats = {
         "entropy": torch.special.entr(p).sum(-1),
         "max_weight": p.amax(-1),
@@ -82,8 +89,8 @@ def definition(
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
         "sink_weight": p[..., 0],
-        "self_weight": p.diagonal(dim1=-2, dim2=-1),
-        "previous_weight": torch.nn.functional.pad(p.diagonal(-1, dim1=-2, dim2=-1), (1, 0)),
+        "self_weight": p.gather(-1, i.expand(*p.shape[:-1], 1))[..., 0],
+        "previous_weight": before.where((i > 0)[:, 0], 0.0),
         "mean_distance": (p * (i - j).abs()).sum(-1),
     }
     stats = {name: value.masked_fill(n == 0, torch.nan) for name, value in stats.items()}

@@ -1,11 +1,14 @@
 """What a model holds and what it costs: parameters and FLOPs, part by part.
 
-FLOPs are those of matrix products, two per multiply-add; scores and values are counted over all
-`seq_len` keys although half are masked, and the backward pass as twice the forward: the convention of
-PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most published numbers.
+FLOPs are those of matrix products, two per multiply-add, with what a kind's options add; scores and
+values are counted over all `seq_len` keys although half are masked, and the backward pass as twice the
+forward: the convention of PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most
+published numbers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -24,11 +27,12 @@ def parameters_by_part(model: Decoder) -> dict[str, int]:
 
 def forward_flops_by_part(model: Decoder, seq_len: int) -> dict[str, int]:
     """Forward FLOPs per token of each part, in sequences of `seq_len`."""
+    options = model.config.attention.options()
     flops = {"attention_projections": 0, "attention_core": 0, "mlp": 0, "head": 0}
     for block in model.blocks:
         assert isinstance(block, Block)
-        flops["attention_projections"] += 2 * _matrix_elements(block.attention)
-        flops["attention_core"] += block.attention.flops_per_token(block.attention.shape, seq_len)
+        flops["attention_projections"] += 2 * _matrix_elements(block.attention, block.attention.idle())
+        flops["attention_core"] += block.attention.flops_per_token(block.attention.shape, options, seq_len)
         flops["mlp"] += 2 * _matrix_elements(block.mlp)
     flops["head"] += 2 * model.head.weight.numel()
     return flops
@@ -49,5 +53,6 @@ def _part(name: str) -> str:
     return "mlp" if ".mlp." in name else "norm"
 
 
-def _matrix_elements(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def _matrix_elements(module: nn.Module, idle: Sequence[nn.Module] = ()) -> int:
+    matrices = (m for m in module.modules() if isinstance(m, nn.Linear) and m not in idle)
+    return sum(m.weight.numel() for m in matrices)

@@ -23,6 +23,7 @@ from headwise.attention.base import AttentionShape, Carry
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.layer import SelectiveAttention
 from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
+from headwise.bench.layouts import laid_out, poison
 from headwise.functional.selective import (
     Protection,
     own_mask_attention,
@@ -114,25 +115,55 @@ def run(case: dict[str, Any], leaves: list[Tensor], *, fused: bool) -> tuple[Ten
     return selective_attention(q, k, v, taken, fused=fused), taken
 
 
-def errors(case: dict[str, Any], device: torch.device, dtype: torch.dtype, **sizes: int) -> dict[str, float]:
-    """Relative errors (norms) of y, F and every gradient against the definition in float64."""
+NAMES = ("q", "k", "v", "select_q", "select_k", "bias", "guard_q", "guard_k")
+"""Of what `make` makes."""
+
+VARIED = ("q", "select_q", "upstream")
+"""Whose entries may repeat: with one key or value for all tokens gradients would be nothing but rounding."""
+
+
+def errors(
+    case: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    layouts: dict[str, str] | None = None,
+    small: float = 0.0,
+    **sizes: int,
+) -> dict[str, float]:
+    """Relative errors (norms) of y, F and every gradient against the definition in float64.
+
+    Args:
+        layouts: how tensors out of `NAMES`, and the gradient of y (`upstream`), lie in memory
+            (`headwise.bench.layouts`); contiguous where not named.
+        small: root mean square below which a gradient is but rounding.
+    """
     leaves = make(case, device, dtype, **sizes)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    layouts = layouts or {}
     weights = torch.randn_like(leaves[0])
-    names = ("q", "k", "v", "select_q", "select_k", "bias", "guard_q", "guard_k")
     found: list[dict[str, Tensor]] = []
     for tensors, fused in ((leaves, True), (exact, False)):
-        y, taken = run(case, tensors, fused=fused)
-        (y * weights.to(y.dtype)).sum().backward()
+        views = [
+            laid_out(tensor, layouts[name]) if name in layouts and tensor.numel() else tensor
+            for name, tensor in zip(NAMES, tensors, strict=True)
+        ]
+        poison(device)
+        y, taken = run(case, views, fused=fused)
+        upstream = weights.to(y.dtype)
+        y.backward(laid_out(upstream, layouts["upstream"]) if "upstream" in layouts else upstream)
         results = {"y": y.detach(), "F": taken.detach().tril()}
-        gradients = {f"d_{name}": leaf.grad for name, leaf in zip(names, tensors, strict=True)}
+        gradients = {f"d_{name}": leaf.grad for name, leaf in zip(NAMES, tensors, strict=True)}
         found.append(results | {name: g for name, g in gradients.items() if g is not None and g.numel()})
     ours, true = found
     assert sorted(ours) == sorted(true)
-    return {
-        name: ((ours[name].double() - true[name]).norm() / true[name].norm().clamp(min=1e-30)).item()
-        for name in true
-    }
+    return {name: relative(ours[name], true[name], small if "d_" in name else 0.0) for name in true}
+
+
+def relative(ours: Tensor, true: Tensor, small: float = 0.0) -> float:
+    """Error relative to the root mean square of the truth, or to `small` where that is less."""
+    size = true.double().norm().item()
+    size = max(size, small * true.numel() ** 0.5, 1e-30)
+    return float((ours.double() - true).norm().item()) / size
 
 
 LIMITS = {torch.bfloat16: 0.02, torch.float32: 2e-4}

@@ -91,6 +91,10 @@ class SelectiveAttention(FlashAttention):
         self.prune: Callable[[Tensor, Carry], Tensor] | None = None
         """Where set, gives F, `(B, M or H, T, T)`, with `GONE` for dropped keys: a context budget."""
 
+    def idle(self) -> list[nn.Module]:
+        """The projection of extra heads, where selection is off."""
+        return [self.select] if self.select is not None and not self.config.enabled else []
+
     def _add_parameters(self) -> None:
         shape, config = self.shape, self.config
         heads, masks, extra = shape.n_heads, config.masks(shape.n_heads), config.extra_heads()
@@ -252,6 +256,37 @@ class SelectiveAttention(FlashAttention):
             bias=selector.bias, protect_bos=config.protect_bos, protect_self=config.protect_self,
             relu_leak=config.relu_leak, relu_after_cumsum=config.relu_after_cumsum,
         )  # fmt: skip
+
+    @classmethod
+    def flops_per_token(cls, shape: AttentionShape, options: SelectiveConfig | None, seq_len: int) -> int:
+        """Forward FLOPs of the core for one token: of `flash`, and of what makes the mask.
+
+        Counted over all keys are the selection logits, those that protect, and the product that mixes an
+        earlier layer's logits into a later one's; by token the product that combines heads' queries. The
+        projection of extra heads is an `nn.Linear` and counted as one. The running sum over queries is not
+        a product of matrices (what a kernel does with products of ones is its own affair), nor are the game
+        of attack and protection, the activation, and the penalty; none of them is counted. Neither is what
+        is computed again in a backward pass to save memory.
+        """
+        config = options or SelectiveConfig()
+        flops = super().flops_per_token(shape, options, seq_len)
+        if not config.enabled:
+            return flops
+        masks, own_keys = config.masks(shape.n_heads), shape.n_kv_heads * shape.head_dim
+        width = config.width(shape.n_kv_heads, shape.head_dim)
+        logits, queries = 2 * masks * width, shape.n_heads * shape.head_dim
+        flops += seq_len * logits
+        if config.source in ("linear_combo", "latent"):
+            flops += 2 * (width if config.source == "latent" else queries) * masks * width
+        if config.protection.kind == "head_two":
+            flops += seq_len * 2 * shape.head_dim
+        elif config.protection.kind.startswith("linear_combo"):
+            flops += seq_len * 2 * own_keys + 2 * queries * own_keys
+        elif config.protection.kind == "leaky_relu" and not config.residual_logits:
+            flops += seq_len * logits  # made a second time
+        if config.residual_logits and shape.layer > 0 and masks > 1:  # a single mask's by a number
+            flops += seq_len * 2 * masks**2
+        return flops
 
     def fused(self, q: Tensor) -> bool:
         """Whether kernels compute the mask as well as the attention under it."""

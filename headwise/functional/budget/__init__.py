@@ -140,12 +140,7 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, f: Tensor, *, scale: float, 
     Returns:
         `(B, K, R, D)`.
     """
-    if (
-        fused
-        and fits_kernel(q)
-        and f.stride(-1) == 1
-        and k.stride()[2:] == v.stride()[2:] == (q.shape[-1], 1)
-    ):
+    if fused and fits_kernel(q) and f.numel() and k.shape == v.shape and k.dtype == v.dtype:
         from headwise.functional.budget.kernel_slots import slot_attention as kernel
 
         return kernel(q.to(k.dtype), k, v, f.float(), scale)

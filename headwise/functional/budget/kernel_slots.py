@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.functional.layout import packed
+
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK = 64
 PROGRAMS = 2048
@@ -21,7 +23,7 @@ PROGRAMS = 2048
 @triton.jit
 def part_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, sum_ptr, top_ptr, total_ptr,
-    stride_kb, stride_kh, stride_vb, stride_vh, stride_fb, stride_fh, stride_fr,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_fb, stride_fh, stride_fr,
     heads, slots, part, scale, R: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -42,12 +44,11 @@ def part_kernel(
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         here = s < last
-        at = s.to(tl.int64)[:, None] * D + ds[None, :]
         held = here[:, None] & (ds < D)[None, :]
-        k = tl.load(k_head + at, mask=held, other=0.0)
-        v = tl.load(v_head + at, mask=held, other=0.0)
-        f = tl.load(f_head + rs[:, None] * stride_fr + s[None, :], mask=(rs < R)[:, None] & here[None, :],
-                    other=0.0)  # fmt: skip
+        k = tl.load(k_head + s.to(tl.int64)[:, None] * stride_ks + ds[None, :], mask=held, other=0.0)
+        v = tl.load(v_head + s.to(tl.int64)[:, None] * stride_vs + ds[None, :], mask=held, other=0.0)
+        at = rs.to(tl.int64)[:, None] * stride_fr + s[None, :]
+        f = tl.load(f_head + at, mask=(rs < R)[:, None] & here[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) - f * LOG2E
         scores = tl.where(here[None, :], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
@@ -73,8 +74,9 @@ def slot_attention_parts(
     sums = torch.empty(batch, heads, parts, ratio, width, dtype=torch.float32, device=q.device)
     top, total = (torch.empty(batch, heads, parts, ratio, dtype=torch.float32, device=q.device) for _ in "ab")
     size = triton.cdiv(triton.cdiv(slots, parts), BLOCK) * BLOCK
+    k, v, f = packed(k), packed(v), packed(f)
     part_kernel[(batch * heads, parts)](
-        q.contiguous(), k, v, f, sums, top, total, *k.stride()[:2], *v.stride()[:2], *f.stride()[:3],
+        q.contiguous(), k, v, f, sums, top, total, *k.stride()[:3], *v.stride()[:3], *f.stride()[:3],
         heads, slots, size, scale, R=ratio, D=width, BLOCK_R=max(16, triton.next_power_of_2(ratio)),
         BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_S=BLOCK, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -93,7 +95,7 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, f: Tensor, scale: float) -> 
 
     Args:
         q: `(B, K, R, D)`.
-        k, v: `(B, K, S, D)`, a slot's numbers side by side.
+        k, v: `(B, K, S, D)`.
         f: `(B, K, R, S)` float32, expanded where heads share it; finite.
 
     Returns:

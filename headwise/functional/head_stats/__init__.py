@@ -128,6 +128,8 @@ def weights_stats(weights: Tensor, *, mass: float = MASS, k_eff: bool = True) ->
     """
     if weights.dim() != 4 or weights.shape[-1] != weights.shape[-2]:
         raise ValueError(f"weights must be (B, H, T, T), got {tuple(weights.shape)}")
+    if weights.numel() == 0:
+        raise ValueError(f"there is nothing to measure in weights {tuple(weights.shape)}")
     _check_mass(mass)
     return HeadStats(**head_stats_plain.of_weights(weights, mass=mass, k_eff=k_eff))
 
@@ -150,6 +152,8 @@ def _check(
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}"
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q must be (B, H, T, D) and k (B, K, T, D), {shapes}")
+    if q.numel() == 0:
+        raise ValueError(f"there is nothing to measure without queries, {shapes}")
     batch, heads, tokens, width = q.shape
     if k.shape[0] != batch or k.shape[2:] != (tokens, width):
         raise ValueError(f"q and k must agree in B, T and D, {shapes}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from headwise.functional.head_stats.kernel_k_eff import k_eff_kernel
 from headwise.functional.head_stats.kernel_tiles import HIDDEN, LOG2E, cap, columns, key_ranges, sees, tile
+from headwise.functional.layout import packed
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -105,7 +106,7 @@ def single(
     if KEY_MASK:
         keep = keep & (tl.load(keys_real + cols, mask=inside, other=0) != 0)
     if BIAS:
-        at = rows.to(tl.int64) * stride_bi + cols * stride_bj
+        at = rows.to(tl.int64) * stride_bi + cols.to(tl.int64) * stride_bj
         bias = tl.load(bias_head + at, mask=inside, other=0.0).to(tl.float32)
         keep = keep & ~(bias <= lowest)
         if SOFTCAP:
@@ -133,6 +134,7 @@ def stats_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     DATA_MASK: tl.constexpr = BIAS or KEY_MASK
+    plane = tl.cast(plane, tl.int64)
     row_blocks = tl.cdiv(tokens, BLOCK_M)
     sbh = tl.program_id(0) // row_blocks
     start_m = (row_blocks - 1 - tl.program_id(0) % row_blocks) * BLOCK_M  # long rows first
@@ -316,8 +318,7 @@ def head_stats(
     `scale` must be positive and no factor negative. `blocks` and `pool` are for tests and tuning:
     tile shapes as `block_sizes` gives them, and how many keys a row's pool holds (a multiple of 4).
     """
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    k = k if k.stride(-1) == 1 else k.contiguous()
+    q, k = packed(q), packed(k)
     batch, heads, tokens, width = q.shape
     shape = (len(factors), batch, heads, tokens)
     plane = len(factors) * batch * heads * tokens

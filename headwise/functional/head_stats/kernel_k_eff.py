@@ -147,6 +147,7 @@ def k_eff_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     DATA_MASK: tl.constexpr = BIAS or KEY_MASK
+    plane = tl.cast(plane, tl.int64)
     local = tl.arange(0, BLOCK_M)
     pool = pool_ptr + tl.program_id(0).to(tl.int64) * room
     begins = local[:, None] * 4 + tl.arange(0, 4)[None, :]

@@ -116,7 +116,7 @@ def tile(
         if KEY_MASK:
             keep = keep & (tl.load(keys_real + cols, mask=cols < tokens, other=0) != 0)
         if BIAS:
-            at = rows.to(tl.int64) * stride_bi + cols * stride_bj
+            at = rows.to(tl.int64) * stride_bi + cols.to(tl.int64) * stride_bj
             inside = (rows < tokens) & (cols < tokens)
             bias = tl.load(bias_head + at, mask=inside, other=0.0).to(tl.float32)
             keep = keep & ~(bias <= lowest)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.functional.layout import packed
+
 
 @triton.jit
 def unrotate_kernel(
@@ -53,12 +55,14 @@ def unrotate(
     """x `(B, ·, T, D)` before its rotation.
 
     Args:
-        cos, sin: the rotation's divided by cos² + sin², `(B or 1, 1, T, P)` float32 and laid out alike.
+        cos, sin: the rotation's divided by cos² + sin², `(B or 1, 1, T, P)` float32.
         start: the first of the 2·P coordinates that were rotated; the others stay.
         from_halves: whether pair p is now (p, p + P), or (2p, 2p + 1).
         to_halves: the same of before.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = packed(x)
+    if sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     batch, heads, tokens, width = x.shape
     pairs = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

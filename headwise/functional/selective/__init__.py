@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headwise.functional.dispatch import fits_kernel
 from headwise.functional.selective.scan import after_the_query, attack_and_protect, running_sum
-from headwise.functional.sharing import per_head
+from headwise.functional.sharing import mask_of_head, per_head
 
 WIDEST_SELECTION = 1 << 14
 
@@ -82,12 +82,19 @@ def selection(
 
     Returns:
         `(B, M, T, T)` float32 or better; of the kernel's, only what lies on and below the diagonal counts.
+        A query whose logits are NaN takes nothing in the kernel; the definition makes later rows NaN.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     switches: dict[str, Any] = {
         "protect_bos": protect_bos, "protect_self": protect_self, "relu_leak": relu_leak,
     }  # fmt: skip
+    _check_selection(q, k)
+    guards = (protection.q, protection.k) if protection is not None else ()
     biased = protection is not None and protection.qk_bias is not None
-    if accumulate == "fused" and not biased and fits_kernel(q, WIDEST_SELECTION):
+    alike = _one_dtype(q, k, *guards)
+    if accumulate == "fused" and not biased and alike and fits_kernel(q, WIDEST_SELECTION):
         return _fused(q, k, scale, bias, protection, relu_after_cumsum, **switches)
     if accumulate == "float64":
         q, k = q.double(), k.double()
@@ -121,8 +128,12 @@ def _fused(
     if protection is not None:
         guard_q, guard_k, guard_scale = protection.q, protection.k, protection.qk_scale
         guard = [protection.slope, protection.offset, protection.scale, protection.bias]
-        if guard_q is None:
+        if guard_q is None or guard_k is None:
+            guard_q = guard_k = None
             guard[0] = 0.0  # x = 0, whatever the kernel reads in its place
+        else:
+            _check_selection(guard_q, guard_k, like=q)
+    bias = None if bias is None else bias.expand(q.shape[1])
     taken: Tensor = kernel(
         q, k, bias, guard_q, guard_k, scale, guard_scale, relu_leak, guard, protect_bos, protect_self, after
     )[0]
@@ -200,18 +211,27 @@ def selective_attention(
     Args:
         q: `(B, H, T, D)`.
         k, v: `(B, K, T, D)` with `H % K == 0`.
-        mask: F, `(B, M, T, T)`; masks go to heads as `mask_of_head` says.
+        mask: F, `(B or 1, M, T, T)`; masks go to heads as `mask_of_head` says.
         scale: factor on q·k, `D**-0.5` unless given.
         fused: use the kernel where it fits; otherwise the definition, with every score in memory.
 
     Returns:
         `(B, H, T, D)`.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if fused and fits_kernel(q):
+    _check_heads(q, k, v)
+    batch, heads, tokens, _ = q.shape
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (tokens, tokens):
+        raise ValueError(f"F must be (B or 1, M, T, T), got {tuple(mask.shape)} for q {tuple(q.shape)}")
+    mask_of_head(heads, mask.shape[1])
+    if fused and _one_dtype(q, k, v) and k.shape == v.shape and fits_kernel(q):
         from headwise.functional.selective.kernel_masked import masked_attention
 
-        y: Tensor = masked_attention(q, k, v, mask.to(torch.float32).contiguous(), scale)[0]
+        mask = mask.to(torch.float32).expand(batch, -1, -1, -1).contiguous()
+        y: Tensor = masked_attention(q, k, v, mask, scale)[0]
         return y
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -249,8 +269,15 @@ def own_mask_attention(
 
     Returns:
         `(B, H, T, D)`.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
-    if fused and fits_own_masks(q, select_q):
+    _check_heads(q, k, v)
+    _check_selection(select_q, select_k, like=q)
+    alike = _one_dtype(q, k, v, select_q, select_k) and k.shape == v.shape
+    if fused and alike and fits_own_masks(q, select_q):
+        bias = None if bias is None else bias.expand(q.shape[1])
         from headwise.functional.selective.kernel_own_mask import own_mask_attention as kernel
 
         switches = (relu_leak, protect_bos, protect_self, relu_after_cumsum)
@@ -268,6 +295,32 @@ def fits_own_masks(q: Tensor, select_q: Tensor) -> bool:
     """Whether the kernel of `own_mask_attention` takes these."""
     narrow = fits_kernel(q) and fits_kernel(select_q)
     return narrow and select_q.shape[1] == q.shape[1]
+
+
+def _one_dtype(*tensors: Tensor | None) -> bool:
+    return len({x.dtype for x in tensors if x is not None}) == 1
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"q must be (B, H, T, D), k and v (B, K, T, D); {shapes}")
+    batch, heads, tokens, width = q.shape
+    if k.shape[::2] != (batch, tokens) or k.shape[3] != width or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q, k and v must agree in B, T and D; {shapes}")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"query heads must be divisible by key/value heads; {shapes}")
+
+
+def _check_selection(q: Tensor, k: Tensor, like: Tensor | None = None) -> None:
+    """Refuse selection queries and keys that do not fit each other, or `like (B, M, T, ·)`."""
+    shapes = f"got queries {tuple(q.shape)}, keys {tuple(k.shape)}"
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"selection queries must be (B, M, T, E), their keys (B, M or 1, T, E); {shapes}")
+    if q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3] or k.shape[1] not in (1, q.shape[1]):
+        raise ValueError(f"selection queries and keys must agree in B, M (or 1), T and E; {shapes}")
+    if like is not None and (q.shape[::2] != like.shape[::2] or q.shape[1] not in (1, like.shape[1])):
+        raise ValueError(f"{shapes}, which do not fit {tuple(like.shape)} in B, M (or 1) and T")
 
 
 def memory(mask: Tensor, tau: float = 1.0) -> Tensor:

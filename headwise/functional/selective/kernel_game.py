@@ -85,7 +85,7 @@ def game_kernel(
                 GE, BLOCK_M, BLOCK_N, BLOCK_E,
             )  # fmt: skip
         x -= guarded(logits, rows - 2, cols, guard_slope, guard_offset, guard_scale, guard_bias)
-        tl.store(state + (start // BLOCK_M) * tokens + cols, guard, mask=cols < tokens)
+        tl.store(state + tl.cast(start // BLOCK_M, tl.int64) * tokens + cols, guard, mask=cols < tokens)
         run = tl.cumsum(x, 0)
         peak = tl.associative_scan(run, 0, larger)
         damage = tl.maximum(peak - guard[None, :], 0.0)
@@ -151,7 +151,9 @@ def game_backward_kernel(
         p = guarded(protector, rows - 2, cols, guard_slope, guard_offset, guard_scale, guard_bias)
         run = tl.cumsum(attack - p, 0)
         peak = tl.associative_scan(run, 0, larger)
-        guard = tl.load(state + (start // BLOCK_M) * tokens + cols, mask=cols < tokens, other=0.0)
+        guard = tl.load(
+            state + tl.cast(start // BLOCK_M, tl.int64) * tokens + cols, mask=cols < tokens, other=0.0
+        )
         vulnerable = ((run >= guard[None, :]) & (run >= peak)).to(tl.int32)
         found, d_attack = tl.associative_scan((vulnerable, behind), 0, latest, reverse=True)
         d_attack = tl.where(found > 0, d_attack, heir[None, :])

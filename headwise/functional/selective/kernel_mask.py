@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headwise.functional.layout import packed
 from headwise.functional.selective import kernel_game as protection_game
 from headwise.functional.selective import kernel_running_sum as running_sum
 from headwise.functional.selective.kernel_tiles import BLOCK_M
@@ -31,7 +32,7 @@ def selection_mask(
     """F and the states its gradient needs.
 
     Args:
-        q: selection queries `(B, M, T, E)`, the last stride 1.
+        q: selection queries `(B, M, T, E)`.
         k: selection keys `(B, M or 1, T, E)`.
         bias: of the logits, `(M,)`.
         guard_q, guard_k: queries and keys of the protecting logits, `(B, M or 1, T, E')`; the selection
@@ -44,6 +45,8 @@ def selection_mask(
     Returns:
         F `(B, M, T, T)` float32, undefined above the diagonal's blocks; states `(B, M, blocks, T)`.
     """
+    q, k = packed(q), packed(k)
+    bias, guard_q, guard_k = (x if x is None else packed(x) for x in (bias, guard_q, guard_k))
     if guard:
         return protection_game.forward(
             q, k, bias, (guard_q, guard_k), scale, guard_qk_scale, guard, bos, own
@@ -82,6 +85,8 @@ def selection_mask_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the selection logits and of the protecting logits, each `(B, M, T, T)` in q's dtype."""
     grad = grad.contiguous()
+    q, k = packed(q), packed(k)
+    bias, guard_q, guard_k = (x if x is None else packed(x) for x in (bias, guard_q, guard_k))
     if guard:
         guards = (guard_q, guard_k)
         return protection_game.backward(
@@ -92,8 +97,8 @@ def selection_mask_backward(
 
 @selection_mask_backward.register_fake
 def _(grad, q, k, bias, guard_q, guard_k, out, state, *settings):
-    d_guard = torch.empty_like(grad, dtype=q.dtype) if guard_q is not None else q.new_empty(0)
-    return torch.empty_like(grad, dtype=q.dtype), d_guard
+    d_guard = q.new_empty(grad.shape if guard_q is not None else 0)
+    return q.new_empty(grad.shape), d_guard
 
 
 def _save(ctx, inputs, output):

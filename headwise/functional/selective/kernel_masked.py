@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.functional.layout import packed, room_like
+from headwise.functional.selective.kernel_tiles import place
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -59,6 +62,9 @@ def absorb_range(
         taken = tile_of_mask(taken_ptr, rows, cols, tokens, EDGE)
         k = rows_of(k_head, stride_kt, cols, tokens, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * unit - taken
+        if EDGE:  # again, for a hidden key may be NaN
+            seen = (rows[:, None] >= cols[None, :]) & (rows < tokens)[:, None]
+            s = tl.where(seen, s, float("-inf"))
         highest = tl.maximum(top, tl.max(s, 1))
         shrink = tl.exp2(top - highest)
         p = tl.exp2(s - highest[:, None])
@@ -123,13 +129,14 @@ def delta_kernel(
 @triton.jit
 def flip_kernel(taken_ptr, flipped_ptr, tokens, BLOCK: tl.constexpr):
     """F with queries and keys exchanged, tile by tile, where a key is visible."""
-    start_m = tl.program_id(0) * BLOCK
-    start_n = tl.program_id(1) * BLOCK
-    if start_n > start_m:
+    block, column, bm = place(tl.cdiv(tokens, BLOCK), tl.cdiv(tokens, BLOCK))
+    if column > block:
         return
+    start_m = block * BLOCK
+    start_n = column * BLOCK
     rows = start_m + tl.arange(0, BLOCK)
     cols = start_n + tl.arange(0, BLOCK)
-    square = tl.program_id(2).to(tl.int64) * tokens * tokens
+    square = bm * tokens * tokens
     inside = (rows < tokens)[:, None] & (cols < tokens)[None, :]
     at = square + rows.to(tl.int64)[:, None] * tokens + cols[None, :]
     tile = tl.trans(tl.load(taken_ptr + at, mask=inside, other=0.0))
@@ -331,10 +338,6 @@ def in_pairs(q: Tensor, masks: int, block_d: int) -> bool:
     return q.shape[1] % (2 * masks) == 0 and block_d <= 64 and q.dtype != torch.float32
 
 
-def packed(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def output_like(q: Tensor) -> Tensor:
     """Room for an output of the shape of `q (B, H, T, D)`, laid out `(B, T, H, D)` for what follows."""
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -343,7 +346,7 @@ def output_like(q: Tensor) -> Tensor:
 def gradients_like(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of q, k and v, laid out as q and k: in another layout they would be copied."""
     q, k = packed(q), packed(k)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+    return room_like(q), room_like(k), room_like(k)
 
 
 def delta_of(y: Tensor, grad: Tensor) -> Tensor:
@@ -398,7 +401,7 @@ def masked_attention_backward(
     dq, dk, dv = gradients_like(q, k)
     flipped = torch.empty_like(taken)
     blocks = triton.cdiv(tokens, 64)
-    flip_kernel[(blocks, blocks, batch * masks)](taken, flipped, tokens, BLOCK=64, num_warps=8)
+    flip_kernel[(blocks * blocks * batch * masks,)](taken, flipped, tokens, BLOCK=64, num_warps=8)
     others = (grad, lse, delta)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     sizes = (batch, heads, kv_heads, masks, tokens, scale)

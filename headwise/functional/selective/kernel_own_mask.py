@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.functional.layout import packed
 from headwise.functional.selective.kernel_masked import (
     LOG2E,
     delta_of,
     gradients_like,
     output_like,
-    packed,
     rows_of,
 )
 from headwise.functional.selective.kernel_sums import along_rows
@@ -64,7 +64,9 @@ def attacks(
     """What queries r - 1 do to keys, `(cols, rows)`, in base 2, and its slope; all count but at an EDGE."""
     logits = tl.dot(select_k, tl.trans(select_q), input_precision="ieee") * unit + bias[:, None]
     slope = tl.where(logits > 0, 1.0, leak)
-    attack = tl.where(logits > 0, logits, leak * logits) if LEAKY else tl.maximum(logits, 0.0)
+    attack = tl.maximum(logits, 0.0)
+    if LEAKY:  # NaN takes nothing: sums by products would spread it to earlier queries
+        attack = tl.where(logits > 0, logits, tl.where(logits <= 0, leak * logits, 0.0))
     if EDGE:
         before = (rows - 1)[None, :]
         counts = before > cols[:, None] if OWN else before >= cols[:, None]
@@ -104,7 +106,7 @@ def states_kernel(
     rest = tl.zeros((BLOCK_N,), tl.float32)
     states = done_ptr + tl.cast(bh, tl.int64) * blocks * tokens + cols
     for block in range(start_n // BLOCK_M, blocks):
-        tl.store(states + block * tokens, done + rest, mask=cols < tokens)
+        tl.store(states + tl.cast(block, tl.int64) * tokens, done + rest, mask=cols < tokens)
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         select_q = shifted_rows(select_q_head, stride_sqt, rows, tokens, E, BLOCK_E)
         attack, _ = attacks(
@@ -223,11 +225,11 @@ def gather(
     """Add what a block of queries says to the gradients of a block of keys; leaves R behind."""
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     here = rows < tokens
-    tl.store(later_ptr + block * tokens, later, mask=cols < tokens)
+    tl.store(later_ptr + tl.cast(block, tl.int64) * tokens, later, mask=cols < tokens)
     q = rows_of(q_head, stride_qt, rows, tokens, D, BLOCK_D)
     grad = rows_of(grad_head, stride_gt, rows, tokens, D, BLOCK_D)
     select_q = shifted_rows(select_q_head, stride_sqt, rows, tokens, E, BLOCK_E)
-    done = tl.load(done_ptr + block * tokens, mask=cols < tokens, other=0.0)
+    done = tl.load(done_ptr + tl.cast(block, tl.int64) * tokens, mask=cols < tokens, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=here, other=float("inf"))
     delta = tl.load(delta_ptr + rows, mask=here, other=0.0)
     p, d_logits, d_select, later = slopes(
@@ -432,7 +434,7 @@ def own_mask_attention(
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     done = q.new_empty((batch, heads, blocks, tokens), dtype=torch.float32)
     options = _common(q, select_q, bias, (leak, bos, own, after))
-    bias = q if bias is None else bias
+    bias = q if bias is None else packed(bias)
     selects = (*_strides(select_q), *_strides(select_k))
     launch = LAUNCH["states"]
     few = {name: value for name, value in options.items() if name not in ("AFTER", "D", "BLOCK_D")}
@@ -488,7 +490,7 @@ def own_mask_attention_backward(
     d_bias = torch.empty_like(lse) if bias is not None else lse.new_empty(0)
     later = torch.empty_like(done)
     options = _common(q, select_q, bias, (leak, bos, own, after))
-    inputs = (q, k, v, select_q, select_k, q if bias is None else bias, done, later, grad, lse, delta)
+    inputs = (q, k, v, select_q, select_k, q if bias is None else packed(bias), done, later, grad, lse, delta)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(select_q), *_strides(select_k))
     strides = (*strides, *grad.stride()[:3])
     sizes = (batch, heads, kv_heads, tokens, blocks, scale, select_scale, leak)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.functional.selective.kernel_sums import down_columns
-from headwise.functional.selective.kernel_tiles import BLOCK_M, attack_tile, block_of, strides
+from headwise.functional.selective.kernel_tiles import BLOCK_M, attack_tile, block_of, place, strides
 
 
 @triton.jit
@@ -25,20 +25,20 @@ def block_sums_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """What each block of queries does to each key."""
-    block = tl.program_id(0)
+    block, column, bm = place(blocks, tl.cdiv(tokens, BLOCK_N))
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = (tl.program_id(2) // masks).to(tl.int64)
-    m = (tl.program_id(2) % masks).to(tl.int64)
+    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = bm // masks
+    m = bm % masks
     total = tl.zeros((BLOCK_N,), tl.float32)
-    if tl.program_id(1) * BLOCK_N < (block + 1) * BLOCK_M:
+    if column * BLOCK_N < (block + 1) * BLOCK_M:
         attack, _, _ = attack_tile(
             q_ptr + b * stride_qb + m * stride_qm, k_ptr + b * stride_kb + m * stride_km, bias_ptr + m,
             stride_qt, stride_kt, rows - 1, cols, tokens, scale, leak,
             E, BIAS, BOS, OWN, LEAKY, BLOCK_M, BLOCK_N, BLOCK_E,
         )  # fmt: skip
         total = tl.sum(attack, 0)
-    at = (tl.program_id(2).to(tl.int64) * blocks + block) * tokens + cols
+    at = (bm * blocks + block) * tokens + cols
     tl.store(sums_ptr + at, total, mask=cols < tokens)
 
 
@@ -48,8 +48,9 @@ def offsets_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums of all blocks before each one (after it where BEHIND), as two floats."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = tl.program_id(1).to(tl.int64) * blocks * tokens
+    _, column, bm = place(1, tl.cdiv(tokens, BLOCK_N))
+    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = bm * blocks * tokens
     carried = tl.zeros((BLOCK_N,), tl.float64)
     for index in range(tl.cdiv(blocks, BLOCK_B)):
         chunk = index
@@ -76,26 +77,26 @@ def sum_kernel(
     AFTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A tile of F."""
-    block = tl.program_id(0)
-    if tl.program_id(1) * BLOCK_N >= (block + 1) * BLOCK_M:
+    block, column, bm = place(blocks, tl.cdiv(tokens, BLOCK_N))
+    if column * BLOCK_N >= (block + 1) * BLOCK_M:
         return
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = (tl.program_id(2) // masks).to(tl.int64)
-    m = (tl.program_id(2) % masks).to(tl.int64)
+    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = bm // masks
+    m = bm % masks
     attack, _, _ = attack_tile(
         q_ptr + b * stride_qb + m * stride_qm, k_ptr + b * stride_kb + m * stride_km, bias_ptr + m,
         stride_qt, stride_kt, rows - 1, cols, tokens, scale, leak,
         E, BIAS, BOS, OWN, LEAKY, BLOCK_M, BLOCK_N, BLOCK_E,
     )  # fmt: skip
-    at = (tl.program_id(2).to(tl.int64) * blocks + block) * tokens + cols
+    at = (bm * blocks + block) * tokens + cols
     high = tl.load(high_ptr + at, mask=cols < tokens, other=0.0)
     low = tl.load(low_ptr + at, mask=cols < tokens, other=0.0)
     taken = high[None, :] + (down_columns(attack, False, True) + low[None, :])
     if AFTER:
         taken = tl.maximum(taken, 0.0)
     taken = tl.where(rows[:, None] > cols[None, :], taken, 0.0)
-    at = (tl.program_id(2).to(tl.int64) * tokens + rows)[:, None] * tokens + cols[None, :]
+    at = (bm * tokens + rows)[:, None] * tokens + cols[None, :]
     tl.store(out_ptr + at, taken, mask=(rows < tokens)[:, None] & (cols < tokens)[None, :])
 
 
@@ -116,13 +117,14 @@ def gradient_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums of F's gradients over each block of queries."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    square = tl.program_id(2).to(tl.int64) * tokens * tokens
+    block, column, bm = place(blocks, tl.cdiv(tokens, BLOCK_N))
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    square = bm * tokens * tokens
     total = tl.zeros((BLOCK_N,), tl.float32)
-    if tl.program_id(1) * BLOCK_N < (tl.program_id(0) + 1) * BLOCK_M:
+    if column * BLOCK_N < (block + 1) * BLOCK_M:
         total = tl.sum(gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER), 0)
-    at = (tl.program_id(2).to(tl.int64) * blocks + tl.program_id(0)) * tokens + cols
+    at = (bm * blocks + block) * tokens + cols
     tl.store(sums_ptr + at, total, mask=cols < tokens)
 
 
@@ -134,20 +136,20 @@ def sum_backward_kernel(
     AFTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A tile of the logits' gradient, zeros above the diagonal."""
-    block = tl.program_id(0)
+    block, column, bm = place(blocks, tl.cdiv(tokens, BLOCK_N))
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    square = tl.program_id(2).to(tl.int64) * tokens * tokens
+    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    square = bm * tokens * tokens
     d_logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if tl.program_id(1) * BLOCK_N < (block + 1) * BLOCK_M:
-        b = (tl.program_id(2) // masks).to(tl.int64)
-        m = (tl.program_id(2) % masks).to(tl.int64)
+    if column * BLOCK_N < (block + 1) * BLOCK_M:
+        b = bm // masks
+        m = bm % masks
         _, logits, counts = attack_tile(
             q_ptr + b * stride_qb + m * stride_qm, k_ptr + b * stride_kb + m * stride_km, bias_ptr + m,
             stride_qt, stride_kt, rows, cols, tokens, scale, leak,
             E, BIAS, BOS, OWN, LEAKY, BLOCK_M, BLOCK_N, BLOCK_E,
         )  # fmt: skip
-        at = (tl.program_id(2).to(tl.int64) * blocks + block) * tokens + cols
+        at = (bm * blocks + block) * tokens + cols
         high = tl.load(high_ptr + at, mask=cols < tokens, other=0.0)
         low = tl.load(low_ptr + at, mask=cols < tokens, other=0.0)
         grad = gradients(grad_ptr, out_ptr, square, rows, cols, tokens, AFTER)
@@ -169,7 +171,7 @@ def _offsets(sums: Tensor, *, behind: bool) -> tuple[Tensor, Tensor]:
     batch, masks, blocks, tokens = sums.shape
     high, low = torch.empty_like(sums), torch.empty_like(sums)
     size = max(16, min(64, triton.next_power_of_2(blocks)))
-    offsets_kernel[(triton.cdiv(tokens, 32), batch * masks)](
+    offsets_kernel[(triton.cdiv(tokens, 32) * batch * masks,)](
         sums, high, low, tokens, blocks, BEHIND=behind, BLOCK_B=size, BLOCK_N=32
     )
     return high, low
@@ -188,9 +190,9 @@ def _options(q: Tensor, bias: Tensor | None, leak: float, bos: bool, own: bool) 
     }  # fmt: skip
 
 
-def _tiles(q: Tensor) -> tuple[int, int, int]:
+def _tiles(q: Tensor) -> tuple[int]:
     batch, masks, tokens, _ = q.shape
-    return triton.cdiv(tokens, BLOCK_M), triton.cdiv(tokens, LAUNCH["BLOCK_N"]), batch * masks
+    return (triton.cdiv(tokens, BLOCK_M) * triton.cdiv(tokens, LAUNCH["BLOCK_N"]) * batch * masks,)
 
 
 def forward(

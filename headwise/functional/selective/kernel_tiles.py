@@ -11,6 +11,16 @@ BLOCK_M = 64
 
 
 @triton.jit
+def place(blocks, columns):
+    """Block of queries, block of keys and mask (int64) of this program.
+
+    In one dimension of the grid, for the others hold no more than 65,535 programs.
+    """
+    program = tl.program_id(0)
+    return program % blocks, program // blocks % columns, (program // blocks // columns).to(tl.int64)
+
+
+@triton.jit
 def logits_tile(
     q_ptr, k_ptr, stride_qt, stride_kt, rows, cols, tokens, scale, bias,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -35,10 +45,11 @@ def logits_tile(
 
 @triton.jit
 def attacked(logits, rows, cols, BOS: tl.constexpr, OWN: tl.constexpr, LEAKY: tl.constexpr, leak):
-    """The attack of logits, where it counts."""
+    """The attack of logits, where it counts; NaN takes nothing: sums by products would spread it to
+    earlier queries."""
     attack = tl.maximum(logits, 0.0)
     if LEAKY:
-        attack = tl.where(logits > 0, logits, leak * logits)
+        attack = tl.where(logits > 0, logits, tl.where(logits <= 0, leak * logits, 0.0))
     counts = rows[:, None] >= cols[None, :]
     if OWN:
         counts = rows[:, None] > cols[None, :]

@@ -1,0 +1,91 @@
+"""What the tests on a GPU share; they need torch, Triton, numpy, pytest and the checkout alone.
+
+`make test-gpu` runs them without the fixtures of the other tests (`--confcutdir`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.families import FAMILIES, Outcome, outcome
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "test-gpu.json"
+LONG = ("long texts", "large offsets", "large grids")
+
+
+def seed() -> int:
+    return int(os.environ.get("HEADWISE_TEST_SEED", "0"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU; or HEADWISE_TEST_DEVICE=cpu, to try the tests themselves at tiny sizes."""
+    name = os.environ.get("HEADWISE_TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return torch.device(name)
+
+
+@pytest.fixture(scope="session")
+def outcomes(device: torch.device) -> dict[str, list[Outcome]]:
+    """How every case of every family came out; on a GPU written to `benchmarks/results/test-gpu.json`.
+
+    Cases run in processes side by side, since compiling takes longer than computing.
+    """
+    began = time.perf_counter()
+    print(f"\nseed {seed()} (HEADWISE_TEST_SEED changes it)")
+    tiny = device.type == "cpu"
+    cases = [(name, n) for name, (_, count) in FAMILIES.items() for n in range(4 if tiny else count)]
+    names, indices = zip(*cases, strict=True)
+    seeds, devices = [seed()] * len(cases), [str(device)] * len(cases)
+    if tiny:
+        done = list(map(outcome, names, indices, seeds, devices))
+    else:
+        jobs = max(1, min(14, os.cpu_count() or 1))
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            done = list(pool.map(outcome, names, indices, seeds, devices))
+        from tests.gpu.long import run
+
+        done += run(device)
+    families: dict[str, list[Outcome]] = {name: [] for name in (*FAMILIES, *LONG)}
+    for found in done:
+        families[found.family].append(found)
+    if not tiny:
+        _write(families, device, time.perf_counter() - began)
+    return families
+
+
+def _write(families: dict[str, list[Outcome]], device: torch.device, seconds: float) -> None:
+    import importlib.metadata
+
+    from headwise.files import write_json
+    from headwise.runs.environment import environment
+
+    rows = {}
+    for family, found in families.items():
+        failed = [row for row in found if not row.passed]
+        finite = [row.error for row in found if row.error < float("inf")]
+        rows[family] = {
+            "cases": len(found),
+            "passed": len(found) - len(failed),
+            "failed": [{"case": row.case, "error": str(row.error), "limit": row.limit} for row in failed],
+            "largest_relative_error": max(finite, default=None),
+            "largest_error_of_its_limit": max(
+                (row.error / row.limit for row in found if row.limit and row.error < float("inf")),
+                default=None,
+            ),
+        }
+    versions = environment(str(device)) | {"triton": importlib.metadata.version("triton")}
+    versions["git_commit"] = (
+        os.environ.get("HEADWISE_TEST_COMMIT") or versions["git_commit"]
+    )  # of a bare copy
+    result = {"seed": seed(), "seconds": round(seconds, 1), "environment": versions, "families": rows}
+    write_json(RESULT, result)
+    print(f"written: {RESULT}")
