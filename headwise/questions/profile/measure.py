@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.files import write_json, write_text
+from headwise.files import sweep, write_json, write_text
 from headwise.measures.collector import Collector, wanted_measures
 from headwise.measures.table import MEASURES
 from headwise.questions.profile import parts
@@ -201,6 +201,8 @@ class Profile:
         wanted = {"model": loaded.name, "weights": loaded.fingerprint(), "data": samples.identity}
         wanted = json.loads(json.dumps(wanted | dataclasses.asdict(self.config)))
         path = self.folders.out / "profile.json"
+        if share.rank == 0:
+            sweep(self.folders.out)
         if share.rank == 0 and not path.exists():
             if self.folders.heads.exists():
                 raise HeadwiseError(
