@@ -77,14 +77,14 @@ def writing(path: Path) -> Iterator[None]:
     except HeadwiseError:
         raise
     except Exception as error:  # libraries hide the system's error in their own
-        number = _system_error(error)
+        number, place = _system_error(error), Path(*(part for part in path.parts if not is_draft(part)))
         if number in NO_ROOM:
             raise HeadwiseError(
-                f"{NO_ROOM[number]}: {path} was not written; free space there, "
+                f"{NO_ROOM[number]}: {place} was not written; free space there, "
                 "what was finished before is kept"
             ) from error
         if number in NO_PLACE and _concerns(error, path):
-            raise HeadwiseError(f"cannot write {path}: {os.strerror(number)}; give another place") from error
+            raise HeadwiseError(f"cannot write {place}: {os.strerror(number)}; give another place") from error
         raise
 
 

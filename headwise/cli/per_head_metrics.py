@@ -40,8 +40,10 @@ def main(argv: list[str]) -> int:
 
 def make_study(arguments: argparse.Namespace, command: str):  # type: ignore[no-untyped-def]
     """The suite as a study."""
+    from headwise.names import folder_name
     from headwise.study.plan import Study, Variant, supported_variants
 
+    folder_name(arguments.run_id, "--run-id")
     variants = {
         "standard": Variant("standard (SDPA)", "sdpa", {"model.attention.kind": "flash"}),
         "standard_flex": Variant("standard (FlexAttention)", "flex", {"model.attention.kind": "flex"}),

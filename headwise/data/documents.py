@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ _TEXT_PIECE = 1 << 20
 _LONGEST = 64 << 20
 """Bytes of the longest line."""
 
-_PACKED = (".gz", ".bz2", ".zst", ".lz4")
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 Position = tuple[int, int]
 """(file, record): the next record to read. A dataset is file 0."""
@@ -100,8 +101,8 @@ def open_documents(
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
     """The files of a folder and of those in it that fit a pattern."""
-    if ".." in Path(pattern).parts:
-        raise HeadwiseError(f"--pattern {pattern!r} leads out of the folder; give one such as *.c")
+    if not pattern or ".." in Path(pattern).parts:
+        raise HeadwiseError(f"--pattern {pattern!r} names nothing inside the folder; give one such as *.c")
     try:
         return list(folder.rglob(pattern))
     except (ValueError, NotImplementedError) as error:
@@ -194,7 +195,7 @@ class Files:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(pa.OSFile(str(file)))
+        table = pq.ParquetFile(pa.OSFile(os.fsencode(file)))
         names = table.schema_arrow.names
         columns = {path.split(".")[0]: hint for path, hint in self.fields.hints().items()}
         for column, hint in columns.items():
@@ -254,7 +255,8 @@ class Files:
     def _open(file: Path) -> io.BufferedReader:
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(file), compression="detect"), 1 << 20)
+        raw = pa.OSFile(os.fsencode(file))  # as bytes: a name need not be UTF-8
+        return io.BufferedReader(pa.input_stream(raw, compression=_PACKED.get(file.suffix)), 1 << 20)
 
 
 class HubDataset:

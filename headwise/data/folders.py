@@ -40,7 +40,7 @@ def files_of(folder: Path, found: Iterable[Path], cache: Path | None = None) -> 
     ours: dict[Path, bool] = {folder: False}
     kept = []
     for path in sorted(found):
-        if _below_ours(path.parent, ours, cache) or not path.is_file():
+        if path == folder or _below_ours(path.parent, ours, cache) or not path.is_file():
             continue
         if target := leads_out(folder, path):
             raise HeadwiseError(

@@ -9,6 +9,7 @@ different fractions are judged on the same validation text.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ def parquet_column(file: Path, column: str) -> Iterator[str]:
 
     try:
         reading.must_be_regular(file)
-        table = pq.ParquetFile(pa.OSFile(str(file)))
+        table = pq.ParquetFile(pa.OSFile(os.fsencode(file)))
         if column not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise HeadwiseError(f"{file} has no column {column!r}; it has {names}")

@@ -22,7 +22,7 @@ from headwise.config.run import Config, flatten, load, to_dict, to_yaml
 from headwise.data import open_data
 from headwise.data.base import Data
 from headwise.errors import HeadwiseError
-from headwise.files import write_json
+from headwise.files import sweep, write_json
 from headwise.model.count import forward_flops_by_part, parameters_by_part
 from headwise.model.decoder import Decoder
 from headwise.runs import checkpoint
@@ -79,6 +79,7 @@ def train(
         config = with_vocabulary(config, data)
         if resume:
             refuse_other_run(folder, config, data)
+            sweep(folder.path)
             if folder.read_status()["state"] == "finished":
                 return folder.read_summary() | {"reason": "it was before; nothing is left to do"}
         refuse_too_large(config, world)

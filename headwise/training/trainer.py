@@ -117,6 +117,8 @@ class Trainer:
         self.best_loss, self.best = saved.state["best_loss"], saved.state["best"]
         if self.best and self.world.leads:  # a run killed between saving and marking has not marked it
             checkpoint.mark_best(self.folder.checkpoints, self.best, self.best_loss)
+        if self.world.leads:  # nor one killed then has deleted older ones
+            checkpoint.prune(self.folder.checkpoints, self.config.training.keep_checkpoints)
         if saved.state["evaluation"]:
             self.last = Evaluation(**saved.state["evaluation"])
             self._evaluated_at = saved.state["evaluated_at"]

@@ -16,6 +16,7 @@ from headwise.attention.base import Attention
 from headwise.data.hub import ask_for
 from headwise.errors import HeadwiseError, one_of
 from headwise.files import local
+from headwise.watch.weight_map import refuse_outside
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -150,6 +151,7 @@ def _check_folder(path: Path) -> None:
         raise HeadwiseError(f"{path} holds no model: it has neither config.json nor config.yaml")
     reading.read_json(path / "config.json", dict[str, Any])
     if any(path.glob("*.safetensors")):
+        refuse_outside(path)
         return
     pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
     if pickled:

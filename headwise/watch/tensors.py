@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import local
+from headwise.names import hub_name
+from headwise.watch.weight_map import refuse_outside
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -71,6 +73,7 @@ def tensors_of_folder(folder: Path) -> Tensors:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise HeadwiseError(_no_weights(folder))
+    refuse_outside(folder)
     home: dict[str, Path] = {}
     for file in files:
         try:
@@ -107,6 +110,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _download(name: str) -> Path:
+    hub_name(name, "the model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

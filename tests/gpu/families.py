@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.attention.selective import bench as selective
 from headwise.bench import head_stats as stats
-from headwise.bench import selective
 from headwise.bench.layouts import KEEPING, LAYOUTS, drawn, laid_out, poison
 from headwise.functional import (
     attack_and_protect,
@@ -78,7 +78,7 @@ def worst(found: dict[str, float]) -> tuple[str, float]:
 
 
 def of_attention(draw: random.Random, device: torch.device, case: dict[str, Any]) -> tuple[str, float, float]:
-    """A case of `headwise.bench.selective` in random sizes and layouts, with every gradient."""
+    """A case of `headwise.attention.selective.bench` in random sizes and layouts, with every gradient."""
     tiny = device.type == "cpu"
     dtype, tokens = dtype_of(draw, device), tokens_of(draw, device)
     width = draw.choice((16,) if tiny else (16, 24, 64, 64, 80, 128, 160, 256))

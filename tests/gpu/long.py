@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from headwise.bench.selective import relative
 from torch import Tensor
 
+from headwise.attention.selective.bench import relative
 from headwise.bench import head_stats as stats
 from headwise.bench.layouts import laid_out, poison
 from headwise.functional import head_stats, own_mask_attention, selection, selective_attention

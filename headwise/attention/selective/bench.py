@@ -161,7 +161,7 @@ def errors(
 
 def relative(ours: Tensor, true: Tensor, small: float = 0.0) -> float:
     """Error relative to the root mean square of the truth, or to `small` where that is less."""
-    size = true.double().norm().item()
+    size: float = true.double().norm().item()
     size = max(size, small * true.numel() ** 0.5, 1e-30)
     return float((ours.double() - true).norm().item()) / size
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from headwise import reading
 from headwise.errors import HeadwiseError
-from headwise.files import write_json, write_text
+from headwise.files import sweep, write_json, write_text
 from headwise.measures.collector import Collector
 from headwise.measures.spec import FORMER_NAMES, in_order, measure_of, wanted_measures
 from headwise.questions.profile import parts
@@ -207,6 +207,8 @@ class Profile:
         wanted |= dataclasses.asdict(self.config) | {"measures": self.measures}
         wanted = json.loads(json.dumps(wanted))
         path = self.folders.out / "profile.json"
+        if share.rank == 0:
+            sweep(self.folders.out)
         if share.rank == 0 and not path.exists():
             if self.folders.heads.exists():
                 raise HeadwiseError(
