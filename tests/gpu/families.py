@@ -7,8 +7,10 @@ no kernel takes what was drawn (a wide head), the plain form runs, and is compar
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -294,11 +296,17 @@ FAMILIES: dict[str, tuple[Family, int]] = {
 
 
 def outcome(family: str, index: int, seed: int, device: str) -> Outcome:
-    """Run one case; an exception is an infinite error."""
+    """Run one case; an exception is an infinite error, and its place is in the case's text."""
     draw = random.Random(f"{seed} {family} {index}")
-    torch.manual_seed(draw.randrange(1 << 30))
     try:
+        torch.manual_seed(draw.randrange(1 << 30))
         case, error, limit = FAMILIES[family][0](draw, torch.device(device))
+        if device != "cpu":
+            torch.cuda.synchronize()
     except Exception as problem:
-        return Outcome(family, f"{index}: {type(problem).__name__}: {str(problem)[:500]}", float("inf"), 0.0)
+        frames = traceback.extract_tb(problem.__traceback__)
+        ours = [frame for frame in frames if "headwise" in frame.filename or "tests" in frame.filename]
+        place = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(ours))
+        reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:300]} at {place}"
+        return Outcome(family, f"{index}: {reason}", float("inf"), 0.0)
     return Outcome(family, f"{index}: {case}", error, limit)
