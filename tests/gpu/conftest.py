@@ -17,6 +17,7 @@ import torch
 from tests.gpu.families import FAMILIES, Outcome, outcome
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "test-gpu.json"
+JOBS = max(1, min(14, os.cpu_count() or 1))
 LONG = ("long texts", "large offsets", "large grids")
 
 
@@ -48,10 +49,20 @@ def outcomes(device: torch.device) -> dict[str, list[Outcome]]:
     if tiny:
         done = list(map(outcome, names, indices, seeds, devices))
     else:
-        jobs = max(1, min(14, os.cpu_count() or 1))
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")  # an illegal access is told of where it is
+        with ProcessPoolExecutor(JOBS, mp_context=get_context("spawn")) as pool:
             done = list(pool.map(outcome, names, indices, seeds, devices))
-        done = [_alone(found, case, device) for found, case in zip(done, cases, strict=True)]
+        broken = [n for n, found in enumerate(done) if found.error == float("inf")]
+        print(f"{len(done)} cases after {time.perf_counter() - began:.0f} s, {len(broken)} in exceptions")
+        if broken:
+            for n in broken:
+                print(f"exception: {done[n].family}, {done[n].case}", flush=True)
+            again = _alone([cases[n] for n in broken], device)
+            for n, found in zip(broken, again, strict=True):
+                done[n] = found
+        for found in done:
+            if not found.passed:
+                print(f"failed: {found.family}, {found.case}: {found.error} of {found.limit}", flush=True)
         from tests.gpu.long import run
 
         done += run(device)
@@ -63,16 +74,14 @@ def outcomes(device: torch.device) -> dict[str, list[Outcome]]:
     return families
 
 
-def _alone(found: Outcome, case: tuple[str, int], device: torch.device) -> Outcome:
-    """A case that ended in an exception, run again in a process of its own.
+def _alone(cases: list[tuple[str, int]], device: torch.device) -> list[Outcome]:
+    """Cases that ended in an exception, each again in a process of its own.
 
     An illegal access breaks all that follows in its process, so that the first pass blames others too.
     """
-    if found.error < float("inf"):
-        return found
-    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(outcome, *case, seed(), str(device)).result()
+    with ProcessPoolExecutor(JOBS, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        names, indices = zip(*cases, strict=True)
+        return list(pool.map(outcome, names, indices, [seed()] * len(cases), [str(device)] * len(cases)))
 
 
 def _write(families: dict[str, list[Outcome]], device: torch.device, seconds: float) -> None:
