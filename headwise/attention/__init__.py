@@ -1,6 +1,6 @@
 """Kinds of attention, exchangeable by name: those of this package, and those that other packages add."""
 
-from headwise.attention import flash, flex, mha
+from headwise.attention import flash, flex, mha, selective
 from headwise.attention.base import (
     Attention,
     AttentionShape,
@@ -11,7 +11,6 @@ from headwise.attention.base import (
 )
 from headwise.attention.config import AttentionConfig
 from headwise.attention.kinds import KINDS, attention_kind, load_installed, register
-from headwise.attention.selective import layer as selective
 
 load_installed()
 

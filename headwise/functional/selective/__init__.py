@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.functional.dispatch import fits_kernel
+from headwise.functional.dispatch import WIDEST_HEAD, fits_kernel
+from headwise.functional.layout import padded
 from headwise.functional.selective.scan import after_the_query, attack_and_protect, running_sum
 from headwise.functional.sharing import mask_of_head, per_head
 
@@ -292,9 +293,10 @@ def own_mask_attention(
 
 
 def fits_own_masks(q: Tensor, select_q: Tensor) -> bool:
-    """Whether the kernel of `own_mask_attention` takes these."""
+    """Whether the kernel of `own_mask_attention` takes these: its tiles hold both widths in shared memory."""
     narrow = fits_kernel(q) and fits_kernel(select_q)
-    return narrow and select_q.shape[1] == q.shape[1]
+    wide = q.dtype == torch.float32 and padded(q.shape[-1]) + padded(select_q.shape[-1]) > WIDEST_HEAD
+    return narrow and not wide and select_q.shape[1] == q.shape[1]
 
 
 def _one_dtype(*tensors: Tensor | None) -> bool:
