@@ -383,10 +383,18 @@ def _checked(path: Path, length: int, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"file": path.name, "sequences": len(ids), "sha256": files_checksum([path])}
 
 
+def _leave_nothing(out: Path, made: bool) -> None:
+    """Remove the lock, and the folder that was made for shards that did not come."""
+    (out / ".lock").unlink(missing_ok=True)
+    if made and not any(out.iterdir()):
+        out.rmdir()
+
+
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
     """Make the folder and hold it for this process alone."""
     lock = FileLock(out / ".lock")
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -398,5 +406,10 @@ def _alone_in(out: Path) -> Iterator[None]:
         ) from error
     try:
         yield
+    except HeadwiseError:
+        if not any(out.glob("shard_*.npz")):  # nothing was made, so nothing is to be gone on with
+            (out / _UNFINISHED).unlink(missing_ok=True)
+        raise
     finally:
+        _leave_nothing(out, made)
         lock.release()
