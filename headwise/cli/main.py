@@ -28,6 +28,10 @@ VERBS = {
 }  # fmt: skip
 
 
+LONGEST = 1200
+"""Characters of an error message."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -47,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(f"headwise.cli.{verb.replace('-', '_')}")
         return module.main(rest)
     except HeadwiseError as error:
-        print(f"headwise: {error}", file=sys.stderr)
+        print(f"headwise: {_shortened(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("headwise: stopped; what was finished is kept", file=sys.stderr)
@@ -55,6 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _shortened(message: str) -> str:
+    """A message without the middle of what it quotes, where that is very long."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
 
 
 def usage() -> str:

@@ -172,6 +172,10 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
         raise HeadwiseError("a flag is nested too deeply to be read; give plain values") from None
     names = [f.name for f in dataclasses.fields(Config)]
     config = Config(**{name: getattr(namespace, name) for name in names})
+    try:
+        reading.check(to_dict(config), Config)  # the parser takes null for what is not optional
+    except reading.Unreadable as error:
+        raise HeadwiseError(error.reason) from None
     config.validate()
     return config, namespace
 

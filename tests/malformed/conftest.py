@@ -12,7 +12,8 @@ import pytest
 from headwise.cli.main import main
 
 TINY = [
-    "--model.d_model=8", "--model.n_layers=1", "--model.n_heads=2", "--data.seq_len=16", "--data.batch_size=2",
+    "--model.d_model=8", "--model.n_layers=1", "--model.n_heads=2", "--data.seq_len=16",
+    "--data.batch_size=2",
     "--training.log_every=1", "--measure.map_tokens=8", "--measure.sequences=2", "--device=cpu",
 ]  # fmt: skip
 COPY = ["--data.name=copy", "--data.eval_sequences=4", *TINY]
@@ -49,8 +50,8 @@ def made(root: Path) -> None:
     )
     done("budget", run, "--budgets", 1, 0.5, "--sequences", 2, "--out", root / "budgets")
     done("profile", run, "--n-samples", 2, "--context-length", 16, "--out", root / "profile")
-    done("data", "prepare", text, "--tokenizer", "bytes", "--keep", "all", "--length", 16, "--out", root / "shards",
-         "--shard-sequences", 200)  # fmt: skip
+    done("data", "prepare", text, "--tokenizer", "bytes", "--keep", "all", "--length", 16,
+         "--out", root / "shards", "--shard-sequences", 200)  # fmt: skip
     done("geometry", run, "--json", root / "heads.json", "--profile", root / "profile")
     rows = "\n".join(f"{s},0,0,target,{1 + s},{s},{2 - s},9" for s in (0.5, 1.0, 1.5))
     (root / "q_scale_intervention_results.csv").write_text(

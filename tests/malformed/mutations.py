@@ -13,13 +13,14 @@ import yaml
 from hypothesis import strategies as st
 
 JUNK = st.sampled_from([
-    None, True, -1, 0, 2, 10**30, -(2**63), 1e308, math.nan, math.inf, -math.inf, 0.5, "", "x", "1", "\0", "é\n", [],
-    {}, [None], [[1]], {"a": 1}, ["x", 1], "../../x", "x" * 3000,
+    None, True, -1, 0, 2, 10**30, -(2**63), 1e308, math.nan, math.inf, -math.inf, 0.5, "", "x", "1", "\0",
+    "é\n", [], {}, [None], [[1]], {"a": 1}, ["x", 1], "../../x", "x" * 3000,
 ])  # fmt: skip
 TEXTS = st.sampled_from([
-    b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\0" * 9, b"\xff\xfe\x00\x01", b"[" * 100_000, b'{"a":' * 100_000,
-    b'{"a": 1, "a": 2}', b"9" * 10_000, b"NaN", b"a: &a [*a]", b"- - - x", b"a,b\n1\n", b"PAR1PAR1", b"PK\x05\x06" + b"\0" * 18,
-    b"\x93NUMPY\x01\x00\xff\xff", b"\xff" * 8 + b"{}", b"a: !!python/name:os.system", b"x\n" * 9,
+    b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\0" * 9, b"\xff\xfe\x00\x01", b"[" * 100_000,
+    b'{"a":' * 100_000, b'{"a": 1, "a": 2}', b"9" * 10_000, b"NaN", b"a: &a [*a]", b"- - - x", b"a,b\n1\n",
+    b"PAR1PAR1", b"PK\x05\x06" + b"\0" * 18, b"\x93NUMPY\x01\x00\xff\xff", b"\xff" * 8 + b"{}",
+    b"a: !!python/name:os.system", b"x\n" * 9,
 ])  # fmt: skip
 
 
