@@ -147,5 +147,5 @@ def test_kinds_are_told_apart_by_colour(profile, vision):
 
 def test_an_unfinished_profile_has_no_atlas(profile):
     (profile / "summary.json").unlink()
-    with pytest.raises(HeadwiseError, match=r"summary\.json cannot be read .* run the profile to its end"):
+    with pytest.raises(HeadwiseError, match=r"summary\.json cannot be read: .* run the profile to its end"):
         atlas(profile)
