@@ -203,7 +203,7 @@ def test_a_run_that_was_not_altered_goes_on(here: Path, tmp_path: Path) -> None:
     assert outcome(copied(here, tmp_path / "run"))[0] == 0
 
 
-@settings(examples, max_examples=MORE * 12)
+@settings(examples, max_examples=MORE * 5)
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["state.json", "../../status.json", "../../env.json", "../../config.yaml"])
 def test_a_resume_of_an_altered_run_is_refused_or_harmless(
