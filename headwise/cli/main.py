@@ -30,6 +30,10 @@ VERBS = {
 }  # fmt: skip
 
 
+LONGEST = 1200
+"""Characters of an error message."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except HeadwiseError as error:
-        return _say(str(error))
+        return _say(_shortened(str(error)))
     except KeyboardInterrupt:
         print("headwise: stopped; what was finished is kept", file=sys.stderr)
         return 130
@@ -115,6 +119,11 @@ def with_plugins(argv: list[str]) -> list[str]:
 
         load_plugins(names)
     return rest
+
+
+def _shortened(message: str) -> str:
+    """A message without the middle of what it quotes, where that is very long."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
 
 
 def usage() -> str:

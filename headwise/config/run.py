@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from headwise import reading
 from headwise.attention.kinds import KINDS, LOADED, load_plugins
@@ -24,6 +24,7 @@ from headwise.config.training import MeasureConfig, TrainingConfig
 from headwise.data.config import DataConfig
 from headwise.errors import HeadwiseError, did_you_mean
 from headwise.model.config import ModelConfig
+from headwise.reading.yaml_values import LONGEST_NUMBER
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -222,6 +223,10 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Config, Namespac
     names = [f.name for f in dataclasses.fields(Config)]
     config = Config(**{name: getattr(namespace, name) for name in names})
     config.plugins = list(dict.fromkeys([*config.plugins, *LOADED]))
+    try:
+        reading.check(to_dict(config), Config)  # the parser takes null for what is not optional
+    except reading.Unreadable as error:
+        raise HeadwiseError(error.reason) from None
     config.validate()
     return config, namespace
 
@@ -247,9 +252,35 @@ def _check_files(argv: Sequence[str]) -> None:
     for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.removeprefix("--").partition("=")
         value = value if equals else following
+        _refuse_no_number(name.replace("-", "_"), value)
         section = sections if name == "config" else _section(sections, name)
         if flag.startswith("--") and section is not None and not value.lstrip().startswith("{"):
             _check_file(Path(value), section, f"--{name}", "" if name == "config" else f"{name}.")
+
+
+def _refuse_no_number(key: str, value: Any) -> None:
+    """Refuse text that the parser would read as YAML of its own for a number: 1:30 is 90 there.
+
+    Raises:
+        HeadwiseError: names the key.
+    """
+    if isinstance(value, str) and key in _numeric_keys() and (":" in value or len(value) > LONGEST_NUMBER):
+        shown = value if len(value) <= LONGEST_NUMBER else f"{value[:20]}… ({len(value)} characters)"
+        raise HeadwiseError(f"{key}: got {shown}, expected a number")
+
+
+@functools.cache
+def _numeric_keys() -> frozenset[str]:
+    """Dotted keys of `Config` that hold a number."""
+
+    def of(kind: Any, prefix: str) -> Iterator[str]:
+        for name, hint in get_type_hints(kind).items():
+            if dataclasses.is_dataclass(hint):
+                yield from of(hint, f"{prefix}{name}.")
+            elif {int, float} & {hint, *get_args(hint)}:
+                yield f"{prefix}{name}"
+
+    return frozenset(of(Config, ""))
 
 
 def _section(sections: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -277,6 +308,8 @@ def _check_sections(values: dict[str, Any], sections: dict[str, Any], prefix: st
     for key, value in values.items():
         section = sections.get(key)
         if not isinstance(section, dict):
+            for inner in value if isinstance(value, list) else [value]:
+                _refuse_no_number(f"{prefix}{key}", inner)
             continue
         if isinstance(value, dict):
             _check_sections(value, section, f"{prefix}{key}.", folder)

@@ -135,14 +135,14 @@ def refuse_too_large(config: Config, world: distributed.World) -> None:
     room = memory_of(world.device)
     if (needed := BYTES_OF_PARAMETER * model.least_parameters()) > room:
         raise HeadwiseError(
-            f"model.d_model {model.d_model}, model.n_layers {model.n_layers} and a vocabulary of "
+            f"model.d_model {model.d_model}, model.n_layers {model.n_layers} and model.vocab_size "
             f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB to train, and {world.device} has "
             f"{room / 1e9:,.0f} GB: lower them"
         )
     tokens = max(1, data.batch_size // world.size) * data.seq_len
     if (needed := 4 * tokens * max(model.vocab_size or 0, model.d_model)) > room:
         raise HeadwiseError(
-            f"data.batch_size {data.batch_size} x data.seq_len {data.seq_len} tokens of a vocabulary of "
+            f"data.batch_size {data.batch_size} x data.seq_len {data.seq_len} tokens and model.vocab_size "
             f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB in one pass, and {world.device} has "
             f"{room / 1e9:,.0f} GB: lower data.batch_size"
         )

@@ -148,7 +148,7 @@ def test_errors_are_one_clear_line(model: Path, tmp_path: Path) -> None:
     json_to = ["--json", str(tmp_path / "x.json"), "--profile"]
     for arguments, message in (
         (["correlate", str(tmp_path / "none.json")], "does not exist; `headwise geometry MODEL --json FILE`"),
-        (["correlate", str(tmp_path / "broken.json")], "is not a JSON file"),
+        (["correlate", str(tmp_path / "broken.json")], "it is no JSON"),
         (
             [str(model), "--profile", str(wrong)],
             "--profile gives the dynamics of the file that --json writes",

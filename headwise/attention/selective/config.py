@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 
 from headwise.errors import HeadwiseError, in_range, one_of
@@ -17,6 +16,7 @@ PROTECTIONS = (
     "none", "zero", "head_two", "linear_combo", "linear_combo_head_two", "leaky_relu", "big_constant",
 )  # fmt: skip
 ACCUMULATIONS = ("fused", *SUMS)
+MOST = 1e9
 SECTION = "model.attention.selective"
 
 
@@ -179,8 +179,8 @@ class SelectiveConfig:
         one_of(f"{SECTION}.protection.kind", self.protection.kind, PROTECTIONS)
         one_of(f"{SECTION}.memory_penalty.reduce", self.memory_penalty.reduce, ("max", "mean"))
         for key, value in _numbers(self).items():
-            if not math.isfinite(value):
-                _refuse(key, value, "it must be a finite number")
+            if not abs(value) <= MOST:
+                _refuse(key, value, f"it must be a finite number of at most {MOST:.0e} in size")
         if self.combination_lr < 0:
             _refuse("combination_lr", self.combination_lr, "a learning-rate multiplier is at least 0")
         if self.relu_leak < 0:

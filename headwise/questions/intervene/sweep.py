@@ -96,8 +96,8 @@ def parse_sweeps(rows: Sequence[Mapping[str, str]], source: str) -> list[Sweep]:
     groups: dict[tuple[int, int, str], list[Mapping[str, str]]] = {}
     for row in rows:
         key = (
-            int(_number(row, "layer", source)),
-            int(_number(row, "head", source)),
+            _count(row, "layer", source),
+            _count(row, "head", source),
             row.get("head_type") or "target",
         )
         groups.setdefault(key, []).append(row)
@@ -149,11 +149,11 @@ def with_samples(sweeps: Sequence[Sweep], rows: Sequence[Mapping[str, str]], sou
     origin: dict[tuple[int, int, str], str] = {}
     for row in rows:
         key = (
-            int(_number(row, "layer", source)),
-            int(_number(row, "head", source)),
+            _count(row, "layer", source),
+            _count(row, "head", source),
             row.get("head_type", ""),
         )
-        cell = (int(_number(row, "sample", source)), _number(row, "scale", source))
+        cell = (_count(row, "sample", source), _number(row, "scale", source))
         values.setdefault(key, {})[cell] = _number(row, "mean_max_attn", source)
         origin[key] = row.get("samples_of", "")
     found = []
@@ -161,6 +161,7 @@ def with_samples(sweeps: Sequence[Sweep], rows: Sequence[Mapping[str, str]], sou
         key = (sweep.layer, sweep.head, sweep.head_type)
         own = values.get(key, {})
         n = 1 + max((sample for sample, _ in own), default=-1)
+        n = n if n <= len(own) else 0  # with numbers left out, some sample is missing
         table = [[own.get((sample, float(scale))) for sample in range(n)] for scale in sweep.scales]
         whole = n > 0 and all(value is not None for line in table for value in line)
         samples = np.array(table, dtype=np.float64) if whole else None
@@ -190,12 +191,19 @@ def _parse(key: tuple[int, int, str], rows: list[Mapping[str, str]], source: str
         layer, head, head_type, scales,
         mean={m: column(f"mean_{c}") for m, c in COLUMNS.items()},
         std={m: np.full(scales.size, np.nan) if v is None else v for m, v in std.items()},
-        n_tokens=int(_number(rows[0], "n_tokens", source)) if rows[0].get("n_tokens") else 0,
+        n_tokens=_count(rows[0], "n_tokens", source) if rows[0].get("n_tokens") else 0,
         delta_loss=optional("delta_loss"),
         delta_loss_ci95=optional("delta_loss_ci95"),
         kl=optional("kl"),
         output_change=optional("output_change"),
     )  # fmt: skip
+
+
+def _count(row: Mapping[str, str], column: str, source: str) -> int:
+    value = _number(row, column, source)
+    if not (0 <= value < 1 << 40 and value == int(value)):
+        raise HeadwiseError(f"{source}: column {column} holds {row[column]!r}, which counts nothing")
+    return int(value)
 
 
 def _number(row: Mapping[str, str], column: str, source: str) -> float:

@@ -25,7 +25,6 @@ class ProfileFile(TypedDict):
     data: DataOfProfile
     scores: Literal["pre_rope", "post_rope"]
     context_length: Count
-    n_samples: Count
     seed: int | None
     aggregate: bool
 
