@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
-from headwise.files import remove_folder, replacing, write_json
+from headwise.files import remove_folder, replacing, write_json, writing
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -54,6 +54,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         HeadwiseError: the disk is full; what was saved before is kept.
     """
     path = folder / folder_name(checkpoint.state["step"])
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
         draft.mkdir()
         _save_tensors(checkpoint.model, draft / "model.safetensors")
