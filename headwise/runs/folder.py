@@ -2,8 +2,9 @@
 
 config.yaml env.json metrics.csv heads/ maps/ checkpoints/step_<n>/ status.json summary.json log.txt
 
-status.json and summary.json carry the number of the format; a folder without one is of format 0. Older formats
-are read whole and resumed: a column of metrics.csv that did not exist is empty. Newer ones are left alone.
+status.json and summary.json carry the number of the format; a folder without one is of format 0. Older
+formats are read whole and resumed: a column of metrics.csv that did not exist is empty. Newer ones are left
+alone.
 """
 
 from __future__ import annotations
@@ -236,7 +237,8 @@ class RunFolder:
 
     def _damaged(self, number: int, reason: str) -> HeadwiseError:
         return HeadwiseError(
-            f"{self.metrics} is damaged in line {number}: {reason}; mend or delete the line (nothing was changed)"
+            f"{self.metrics} is damaged in line {number}: {reason}; mend or delete the line "
+            "(nothing was changed)"
         )
 
     def _columns(self) -> list[str]:

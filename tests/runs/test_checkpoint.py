@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headwise.config.training import TrainingConfig
 from headwise.errors import HeadwiseError
 from headwise.runs import checkpoint
 from headwise.runs.checkpoint import FILES, Checkpoint
-from headwise.config.training import TrainingConfig
 from headwise.training.optim import make_optimizer
 
 

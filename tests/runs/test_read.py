@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from headwise.errors import HeadwiseError
-from headwise.runs.read import Run, Study, Unreadable, find_runs
 from headwise.measures import table as head_table
 from headwise.runs.folder import RunFolder
+from headwise.runs.read import Run, Study, Unreadable, find_runs
 
 HEADER = "step,split,loss,smooth_loss\n"
 
