@@ -18,7 +18,8 @@ TINY = {
     "model.d_model": 16, "model.n_layers": 1, "model.n_heads": 2, "data.name": "copy", "data.seq_len": 8,
     "data.batch_size": 2, "data.vocab_size": 8, "data.eval_sequences": 2, "training.max_steps": 3,
     "training.warmup_steps": 1, "training.log_every": 1, "training.eval_every": 2,
-    "training.checkpoint_every": 1, "training.keep_checkpoints": 1, "seed": 7, "device": "cpu", "measure.maps": 0, "measure.heads": False,
+    "training.checkpoint_every": 1, "training.keep_checkpoints": 1, "seed": 7, "device": "cpu",
+    "measure.maps": 0, "measure.heads": False,
 }  # fmt: skip
 
 
