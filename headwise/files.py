@@ -77,14 +77,9 @@ def writing(path: Path) -> Iterator[None]:
     except HeadwiseError:
         raise
     except Exception as error:  # libraries hide the system's error in their own
-        number, place = _system_error(error), Path(*(part for part in path.parts if not is_draft(part)))
-        if number in NO_ROOM:
-            raise HeadwiseError(
-                f"{NO_ROOM[number]}: {place} was not written; free space there, "
-                "what was finished before is kept"
-            ) from error
-        if number in NO_PLACE and _concerns(error, path):
-            raise HeadwiseError(f"cannot write {place}: {os.strerror(number)}; give another place") from error
+        number = _system_error(error)
+        if number in NO_ROOM or (number in NO_PLACE and _concerns(error, path)):
+            raise _unwritable(path, error) from error
         raise
 
 
@@ -129,12 +124,13 @@ def too_long(name: str) -> bool:
 def shortened(path: str | Path) -> str:
     """A path for a message, cut where it is too long to read."""
     text = str(path)
-    return text if len(text) <= 200 else f"{text[:60]}… ({len(text)} characters)"
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 400 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder so that a kill at any moment leaves either all of it or nothing under its name."""
-    with suppress(OSError), _holder(path) as holder:
+    with suppress(OSError, HeadwiseError), _holder(path) as holder:
         path.rename(holder / path.name)
 
 
@@ -228,12 +224,8 @@ def _folder_of(path: Path) -> Iterator[None]:
     made = made[: next((i for i, place in enumerate(made) if os.path.lexists(place)), len(made))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise
-        raise HeadwiseError(
-            f"cannot write {shortened(path)}: {os.strerror(error.errno or 0)}; give another place"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
     try:
         yield
     except BaseException:
@@ -249,8 +241,8 @@ def _holder(path: Path) -> Iterator[Path]:
     folder = path.parent
     if folder not in _swept:
         _swept.add(folder)
-        for name in os.listdir(folder):
-            if is_draft(name):
+        with suppress(OSError):  # a folder that may be written in and not read
+            for name in filter(is_draft, os.listdir(folder)):
                 _sweep_draft(folder / name)
     holder, descriptor = _new_draft(path)
     try:
@@ -264,7 +256,10 @@ def _new_draft(path: Path) -> tuple[Path, int]:
     """A locked draft's folder beside `path`; made again where a sweep came between making and locking."""
     name = os.fsdecode(os.fsencode(path.name)[:100])  # the longest name leaves no room for more
     while True:
-        holder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=DRAFT, dir=path.parent))
+        try:
+            holder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=DRAFT, dir=path.parent))
+        except OSError as error:
+            raise _unwritable(path, error) from error
         try:
             descriptor = os.open(holder, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -294,6 +289,18 @@ def _discard(holder: Path) -> None:
             if not os.path.lexists(holder.parent / old.name):
                 old.rename(holder.parent / old.name)
     shutil.rmtree(holder, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: Exception) -> HeadwiseError:
+    """The user's error for the system's refusal to write `path`."""
+    number = _system_error(error) or 0
+    place = shortened(Path(*(part for part in path.parts if not is_draft(part))))
+    if number in NO_ROOM:
+        return HeadwiseError(
+            f"{NO_ROOM[number]}: {place} was not written; free space there, what was finished before is kept"
+        )
+    reason = os.strerror(number) if number else str(error)  # a NUL in a name is no system's error
+    return HeadwiseError(f"cannot write {place}: {reason}; give another place")
 
 
 def _system_error(error: BaseException) -> int | None:

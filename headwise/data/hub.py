@@ -59,8 +59,6 @@ def ask_for(name: str, *files: str) -> None:
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    hub_name(name)
-
     if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         HfApi().model_info(name, timeout=20)
 

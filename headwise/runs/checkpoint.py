@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from headwise import reading
 from headwise.errors import HeadwiseError
-from headwise.files import remove_folder, replacing, write_json
+from headwise.files import remove_folder, replacing, write_json, writing
 from headwise.runs.schemas import Best, CheckpointState, Manifest
 
 FORMAT = 1
@@ -57,6 +57,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         HeadwiseError: the disk is full; what was saved before is kept.
     """
     path = folder / folder_name(checkpoint.state["step"])
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
         draft.mkdir()
         _save_tensors(checkpoint.model, draft / "model.safetensors")

@@ -38,8 +38,8 @@ from headwise.files import write_text
 from headwise.model.count import parameters_by_part
 from headwise.model.decoder import Decoder
 from headwise.names import cleaned, folder_name, refuse_clash
-from headwise.runs.folder import FORMAT, RunFolder, newer
-from headwise.runs.read import Unreadable, read_plan
+from headwise.runs.folder import FORMAT, RunFolder
+from headwise.study.folders import refuse_newer_plan, variant_folder, variant_name
 from headwise.training.distributed import find_device
 from headwise.training.run import SAME_RUN, refuse_device
 
@@ -47,11 +47,6 @@ BUDGETS = {"flops": "max_flops", "steps": "max_steps", "tokens": "max_tokens"}
 MOST_RUNS = 10_000
 MATCHED = 0.02
 """Parameters within this share of the baseline's count as equal."""
-OWN = (
-    "study.yaml", "report.md", "report.html", "report.json", "figures", "config.yaml", "env.json",
-    "status.json", "summary.json", "metrics.csv", "log.txt", "heads", "maps", "checkpoints", "eval.json",
-)  # fmt: skip
-"""Names that mean something in the folder of a study or of a run: no variant is called so."""
 
 
 @dataclass
@@ -123,7 +118,7 @@ class Study:
         if not self.variants:
             raise HeadwiseError(f"study {self.name!r} has no variants")
         for name in self.variants:
-            _variant_name(name)
+            variant_name(name)
         refuse_clash(zip(self.variants, self.variants, strict=True), "variants")
         self.baseline = self.baseline or next(iter(self.variants))
         one_of("baseline", self.baseline, self.variants)
@@ -196,13 +191,6 @@ class PlannedRun:
         """Where it runs."""
         assert self.config.out is not None
         return RunFolder(Path(self.config.out))
-
-
-def _variant_name(name: str) -> None:
-    folder_name(name, "variant", reserved=OWN)
-    if "@" in name or name.lower().startswith("seed_"):
-        reason = "@ comes before an axis's value" if "@" in name else "runs are in folders seed_<n>"
-        raise HeadwiseError(f"variant {name!r} cannot name a folder: {reason}; choose another name")
 
 
 def read_study(path: str | Path) -> Study:
@@ -329,10 +317,7 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
     device = find_device(study.device)
     refuse_newer_plan(root / study.name)
     refuse_clash(((name, given) for name, given, _ in _variants(study)), "variants")
-    configs = {
-        folder_name(name, "variant", reserved=OWN): _configure(study, values)
-        for name, _, values in _variants(study)
-    }
+    configs = {variant_folder(name): _configure(study, values) for name, _, values in _variants(study)}
     if study.match_parameters:
         baseline = configs[next(name for name in configs if _origin(name) == study.baseline)]
         configs = {name: match_parameters(config, baseline) for name, config in configs.items()}
@@ -408,20 +393,6 @@ def match_parameters(config: Config, baseline: Config) -> Config:
 
     per_unit = count_parameters(at(2)) - count_parameters(at(1))
     return at(max(1, round(1 + (wanted - count_parameters(at(1))) / per_unit)))
-
-
-def refuse_newer_plan(folder: Path) -> None:
-    """Refuse a study's folder whose plan a newer headwise wrote.
-
-    Raises:
-        HeadwiseError: that is so; the folder is left as it is.
-    """
-    try:
-        reason = newer(read_plan(folder))
-    except Unreadable:  # an earlier plan that is damaged is replaced
-        return
-    if reason:
-        raise HeadwiseError(f"{folder / 'study.yaml'} {reason}")
 
 
 def _refuse_other(run: PlannedRun) -> None:

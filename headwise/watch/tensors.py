@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import local
-from headwise.names import hub_name
 from headwise.watch.weight_map import refuse_outside
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -110,7 +109,6 @@ def _no_weights(folder: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    hub_name(name, "the model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

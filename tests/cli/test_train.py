@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from headwise.cli.main import main
+from headwise.cli.train import _conclusion
+from headwise.config.run import from_dict
 from headwise.runs import checkpoint
 
 TINY = """
@@ -249,3 +251,17 @@ def test_two_processes_give_the_losses_of_one(config: str, tmp_path: Path) -> No
         for column in ("loss", "grad_norm", "accuracy", "smooth_loss"):
             if theirs[column]:
                 assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-5), column
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "said"), [(0, "val loss 5.5000 at step 0, the last"), (10, "5.5000, acc")]
+)
+def test_an_interrupted_run_says_which_step_its_loss_is_of(evaluated: int, said: str) -> None:
+    summary = {
+        "state": "interrupted", "step": 10, "reason": "stopped", "val_step": evaluated, "val_loss": 5.5,
+        "val_bits_per_byte": None, "val_accuracy": 0.1, "tokens_per_sec": None, "chance_loss": 5.5,
+        "vocab_size": 245,
+    }  # fmt: skip
+    line = _conclusion(summary, from_dict({"training.max_steps": 20}))
+    assert said in line
+    assert ("at chance" in line) == (evaluated == 10)
