@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headwise.attention.base import Attention, register
+from headwise.attention.observation import Observation
 from headwise.functional.softmax_attention import additive_mask, zero_rows
 
 BACKENDS = [
@@ -53,3 +54,17 @@ class FlashAttention(Attention):
                 choice = SDPBackend(torch._fused_sdp_choice(q, k, v, **arguments))
                 self.record_engine(f"sdpa-{choice.name.split('_')[0].lower()}")
             return zero_rows(F.scaled_dot_product_attention(q, k, v, **arguments), empty)
+
+    def observation(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_pre: Tensor,
+        k_pre: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+    ) -> Observation:
+        """Its softmax scores."""
+        return self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)

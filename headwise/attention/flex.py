@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from headwise.attention.base import Attention, register
+from headwise.attention.observation import Observation
 from headwise.functional.softmax_attention import additive_mask, zero_rows
 
 KERNEL: dict[str, Any] = {"BACKEND": "TRITON"}
@@ -60,12 +61,30 @@ class FlexAttention(Attention):
         self.record_engine("flex" if q.is_cuda else "flex-unfused")
         return zero_rows(_flex(q, k, v, arguments), empty)
 
+    def observation(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_pre: Tensor,
+        k_pre: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+    ) -> Observation:
+        """Its softmax scores."""
+        return self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)
+
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, **arguments)
     if q.is_cuda:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        # Fused also where compiled models run eagerly, as they do while they are watched.
+        with (
+            torch.compiler.set_stance("default"),
+            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+        ):
             return _compiled()(q, k, v, **arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from headwise.attention.base import Attention, register
+from headwise.attention.observation import Observation
 from headwise.functional.softmax_attention import softmax_attention
 
 
@@ -23,3 +24,17 @@ class VanillaAttention(Attention):
     def core(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
         self.record_engine("eager")
         return softmax_attention(q, k, v, causal=causal, mask=mask, scale=self.scale, dropout=self.dropout())
+
+    def observation(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_pre: Tensor,
+        k_pre: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+    ) -> Observation:
+        """Its softmax scores."""
+        return self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)

@@ -43,6 +43,7 @@ def definition(
     window: int | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
     mass: float = 0.9,
 ) -> dict[str, Tensor]:
     """The measures as written down, in float64 over whole `(T, T)` tensors; arguments of `head_stats`.
@@ -64,10 +65,18 @@ def definition(
         visible = visible & ((i - j).abs() < window)
     if key_mask is not None:
         visible = visible & key_mask[:, None, None]
+    same = (
+        torch.ones_like(visible)
+        if documents is None
+        else documents[:, None, :, None] == documents[:, None, None]
+    )
+    visible = visible & same
     logits = s
     if bias is not None:
         visible = visible & (bias > torch.finfo(bias.dtype).min / 2)
         logits = s + bias.double()
+    real = torch.ones_like(same) if key_mask is None else key_mask[:, None, None] & torch.ones_like(same)
+    first_keys = (same & real) & ((same & real).cumsum(-1) == 1)
     visible = visible.expand_as(s)
     n = visible.sum(-1)
     p = torch.where(visible, logits, -torch.inf).softmax(-1)
@@ -80,7 +89,7 @@ def definition(
         "k_eff": ((gathered < mass).sum(-1) + 1.0).masked_fill(gathered[..., -1].isnan(), torch.nan),
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
-        "sink_weight": p[..., 0],
+        "sink_weight": (p * first_keys).sum(-1),
         "self_weight": p.diagonal(dim1=-2, dim2=-1),
         "previous_weight": torch.nn.functional.pad(p.diagonal(-1, dim1=-2, dim2=-1), (1, 0)),
         "mean_distance": (p * (i - j).abs()).sum(-1),

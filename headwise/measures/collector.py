@@ -6,6 +6,7 @@ and forward passes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
 from headwise.errors import HeadwiseError, one_of
-from headwise.functional.head_stats import head_stats, weights_stats
+from headwise.functional.head_stats import document_starts, head_stats, weights_stats
 from headwise.functional.selective import memory
 from headwise.measures.table import MEASURES
 
@@ -53,7 +54,10 @@ def measure(
     if isinstance(observation, Margins):
         found = {"margin": observation.margin}
     elif isinstance(observation, Weights):
-        found = weights_stats(observation.weights, k_eff="k_eff" in wanted).columns()
+        found = weights_stats(
+            observation.weights, key_mask=observation.key_mask, documents=observation.documents,
+            k_eff="k_eff" in wanted,
+        ).columns()  # fmt: skip
     else:
         found = _measure_scores(observation, scores, wanted)
     return {name: value for name, value in found.items() if name in wanted}
@@ -71,7 +75,7 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
         q, k = seen.q_pre, seen.k_pre
     stats = head_stats(
         q, k, causal=seen.causal, scale=seen.scale, bias=seen.bias, window=seen.window,
-        softcap=seen.softcap, key_mask=seen.key_mask, k_eff="k_eff" in wanted,
+        softcap=seen.softcap, key_mask=seen.key_mask, documents=seen.documents, k_eff="k_eff" in wanted,
     )  # fmt: skip
     found = stats.columns()
     if before is not q and "query_norm" in wanted:
@@ -142,10 +146,28 @@ class Collector:
     passes: list[dict[int, Rows]] = field(default_factory=list)
     reasons: dict[int | str, str] = field(default_factory=dict)
     _sums: dict[int, _Sums] = field(default_factory=dict)
+    _open: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def begin(self) -> None:
+        """A forward pass begins: what is added up to its `end` belongs together."""
+        self._open = True
+        if self.per_token and (not self.passes or self.passes[-1]):
+            self.passes.append({})
+
+    def end(self) -> None:
+        """The forward pass that began last is over."""
+        self._open = False
+        if self.passes and not self.passes[-1]:
+            self.passes.pop()
 
     @torch.no_grad()
-    def add(self, layer: int, observation: Observation) -> None:
-        """Measure one layer of one forward pass. A layer seen again begins the next pass."""
+    def add(self, layer: int, observation: Observation, segment: bool = False) -> None:
+        """Measure one layer of one forward pass.
+
+        A layer seen again within a pass has more samples, or with `segment` a longer sequence: its
+        tokens are numbered on. Outside of `begin` and `end` a layer seen again begins the next pass.
+        """
         if isinstance(observation, Unmeasured):
             self.reasons[layer] = observation.reason
             return
@@ -154,16 +176,20 @@ class Collector:
             self.reasons.setdefault(layer, f"it offers none of {', '.join(self.measures)}")
             return
         values = {name: value.float() for name, value in values.items()}
-        real = observation.key_mask if isinstance(observation, Scores) else None
-        if not self.per_token:
-            self._accumulate(layer, values, real)
-            return
-        if "entropy" in values:
-            early = ~self._with_context(values["entropy"], real)
-            values["entropy"] = values["entropy"].masked_fill(early, torch.nan)
-        if not self.passes or layer in self.passes[-1]:
-            self.passes.append({})
-        self.passes[-1][layer] = Rows(values, real, _uniform(observation))
+        real = documents = None
+        if isinstance(observation, (Scores, Weights)):
+            real, documents = observation.key_mask, observation.documents
+        with self._lock:
+            if not self.per_token:
+                self._accumulate(layer, values, real, documents)
+                return
+            if "entropy" in values:
+                early = ~self._with_context(values["entropy"], real, documents)
+                values["entropy"] = values["entropy"].masked_fill(early, torch.nan)
+            if not self.passes or (not self._open and layer in self.passes[-1]):
+                self.passes.append({})
+            rows, here = Rows(values, real, _uniform(observation)), self.passes[-1]
+            here[layer] = _joined(here[layer], rows, segment) if layer in here else rows
 
     def columns(self) -> dict[str, np.ndarray]:
         """Head-table columns, ordered by sample, layer, head, token.
@@ -178,22 +204,28 @@ class Collector:
             raise HeadwiseError(f"no head was measured: {why}")
         return self._token_columns() if self.per_token else self._mean_columns()
 
-    def _with_context(self, like: Tensor, real: Tensor | None) -> Tensor:
-        """`(B or 1, 1, T)`, True from the real token number `ignore_first` on."""
+    def _with_context(self, like: Tensor, real: Tensor | None, documents: Tensor | None) -> Tensor:
+        """`(B or 1, 1, T)`, True from the real token number `ignore_first` of each document on."""
         if real is None:
             positions = torch.arange(like.shape[-1], device=like.device)[None]
         else:
             positions = real.cumsum(-1) - 1
+        starts = document_starts(documents)
+        if starts is not None:  # less the real tokens before the document
+            before = positions if real is None else real.cumsum(-1) - real.long()
+            positions = positions - before.expand(starts.shape).gather(1, starts.long())
         return (positions >= self.ignore_first)[:, None]
 
-    def _accumulate(self, layer: int, values: dict[str, Tensor], real: Tensor | None) -> None:
+    def _accumulate(
+        self, layer: int, values: dict[str, Tensor], real: Tensor | None, documents: Tensor | None
+    ) -> None:
         stacked = torch.stack(list(values.values())).double()  # (measures, B, H, T)
         counted = torch.ones_like(stacked, dtype=torch.bool)
         if real is not None:
             counted &= real[:, None]
         for n, name in enumerate(values):
             if name == "entropy":
-                counted[n] &= self._with_context(values[name], real)
+                counted[n] &= self._with_context(values[name], real, documents)
             elif name == "margin":  # +inf marks a query with fewer than two keys: no margin there
                 counted[n] &= ~torch.isposinf(values[name])
         total = torch.where(counted, stacked, 0.0).sum((1, 3))
@@ -236,6 +268,32 @@ class Collector:
                         _append_rows(columns, names, values, real, sample, first_sample, layer)
             first_sample += batch
         return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def _joined(first: Rows, second: Rows, segment: bool) -> Rows:
+    """The rows of two calls of one layer: tokens of one sequence after the other's, or more samples."""
+    real = [_real(rows) for rows in (first, second)]
+    segment = segment and len(real[0]) == len(real[1])
+    if segment:
+        values = {name: torch.cat((first.values[name], second.values[name]), -1) for name in first.values}
+        return Rows(values, torch.cat(real, 1), first.uniform)
+    tokens = max(x.shape[1] for x in real)
+    values = {
+        name: torch.cat([_widened(rows.values[name], tokens) for rows in (first, second)])
+        for name in first.values
+    }
+    return Rows(values, torch.cat([_widened(x, tokens) for x in real]), first.uniform)
+
+
+def _real(rows: Rows) -> Tensor:
+    like = next(iter(rows.values.values()))
+    shape = (like.shape[0], like.shape[-1])
+    return torch.ones(shape, dtype=torch.bool, device=like.device) if rows.real is None else rows.real
+
+
+def _widened(x: Tensor, tokens: int) -> Tensor:
+    """`x (…, T)` with more tokens, that are not real."""
+    return torch.nn.functional.pad(x, (0, tokens - x.shape[-1]))
 
 
 def _uniform(seen: Observation) -> tuple[float, float]:
