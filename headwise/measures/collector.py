@@ -298,16 +298,21 @@ def _widened(x: Tensor, tokens: int) -> Tensor:
 
 def _uniform(seen: Observation) -> tuple[float, float]:
     """Mean number of keys that a query sees, and their mean distance."""
-    causal, window = True, None
+    causal, window, lengths = True, None, None
     if isinstance(seen, Scores):
         tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window
+        starts = document_starts(seen.documents)
+        if starts is not None:  # every token's document is as long as its start is frequent
+            lengths = [np.unique(row, return_counts=True)[1] for row in starts.cpu().numpy()]
     elif isinstance(seen, Weights):
         tokens = seen.weights.shape[-1]
     else:
         assert isinstance(seen, Margins)
         tokens = seen.margin.shape[-1]
-    behind = np.minimum(np.arange(tokens), (window or tokens) - 1)
-    ahead = np.zeros_like(behind) if causal else behind[::-1]
+    documents = [tokens] if lengths is None else np.concatenate(lengths)
+    back = [np.minimum(np.arange(n), (window or tokens) - 1) for n in documents]
+    behind = np.concatenate(back)
+    ahead = np.zeros_like(behind) if causal else np.concatenate([x[::-1] for x in back])
     keys = behind + ahead + 1
     distance = (behind * (behind + 1) + ahead * (ahead + 1)) / 2 / keys
     return float(keys.mean()), float(distance.mean())

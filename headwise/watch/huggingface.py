@@ -76,8 +76,8 @@ _patching = threading.Lock()
 
 
 def is_huggingface(model: nn.Module) -> bool:
-    """Whether `model` is, or holds, a transformers model."""
-    return "transformers" in sys.modules and bool(_pretrained(model))
+    """Whether `model` is, or holds, a transformers model or one of its attention layers."""
+    return "transformers" in sys.modules and bool(_pretrained(model) or attention_modules(model))
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def watching(model: nn.Module, collector: Collector, capture: Capture | None = N
             stack.callback(rotations.close)
         for module in watcher.modules:
             stack.callback(tap(module, watcher.enter))
-        for part in _pretrained(model):
+        for part in _pretrained(model) or [model]:
             stack.callback(tap(part, watcher.begin, watcher.end))
         stack.enter_context(eagerly())
         stack.enter_context(listening(model, watcher.attention))

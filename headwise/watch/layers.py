@@ -23,7 +23,8 @@ CROSS = ("crossattention", "encdecattention", "encoderattn", "crossattn", "encod
 def attention_modules(model: nn.Module) -> dict[nn.Module, str]:
     """Every module whose class computes attention through the interface, to its name, in the tree's order."""
     names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
-    return {module: name for module, name in names.items() if _uses_interface(type(module))}
+    kinds: dict[nn.Module, Any] = {module: type(module) for module in names}
+    return {module: name for module, name in names.items() if _uses_interface(kinds[module])}
 
 
 def layer_numbers(modules: dict[nn.Module, str]) -> dict[nn.Module, int]:
@@ -41,7 +42,8 @@ def layer_numbers(modules: dict[nn.Module, str]) -> dict[nn.Module, int]:
 
 def source_of_keys(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The argument that a cross-attention call makes its keys of; None for self-attention."""
-    names = _parameters(type(module))
+    kind: Any = type(module)
+    names = _parameters(kind)
     given = dict(zip(names, args, strict=False)) | {n: x for n, x in kwargs.items() if n in names}
     queries = next((x for x in given.values() if isinstance(x, Tensor)), None)
     for name, value in given.items():

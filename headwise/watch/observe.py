@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -112,9 +113,10 @@ def attached(model: nn.Module, collector: Collector, capture: Capture | None = N
     if layers:
         with ExitStack() as stack:
             stack.enter_context(eagerly())
-            passes = _Passes(collector)
+            passes = _Passes(collector, layers)
             stack.callback(tap(model, passes.begin, passes.end))
             for index, layer in enumerate(layers):
+                stack.callback(tap(layer, passes.enter))
                 stack.enter_context(_observed(layer, index, collector, capture))
             yield
         return
@@ -129,12 +131,20 @@ def attached(model: nn.Module, collector: Collector, capture: Capture | None = N
         yield
 
 
-class _Passes:
-    """Tells a collector where a forward pass of the model begins and ends."""
+SILENT = ("it has not run", "its forward offers nothing to an observer")
 
-    def __init__(self, collector: Collector) -> None:
+
+class _Passes:
+    """Tells a collector where a forward pass of the model begins and ends, and which layers kept silent."""
+
+    def __init__(self, collector: Collector, layers: list[Attention]) -> None:
         self.collector = collector
+        self.layers = layers
+        self.ran: set[nn.Module] = set()
         self.depth = 0
+
+    def enter(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        self.ran.add(layer)
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self.depth == 0:
@@ -143,8 +153,18 @@ class _Passes:
 
     def end(self, model: nn.Module, output: Any) -> None:
         self.depth -= 1
-        if self.depth == 0:
-            self.collector.end()
+        if self.depth:
+            return
+        self.collector.end()
+        reasons = self.collector.reasons
+        for index, layer in enumerate(self.layers if output is not None else ()):
+            if not isinstance(layer.observer, _Observers) or layer.observer.called:
+                if reasons.get(index) in SILENT:
+                    del reasons[index]
+            elif index not in reasons or reasons[index] in SILENT:
+                if layer in self.ran and reasons.get(index) != SILENT[1]:
+                    warnings.warn(f"attention layer {index} is not measured: {SILENT[1]}", stacklevel=2)
+                reasons[index] = SILENT[layer in self.ran]
 
 
 class _Observers:
@@ -153,10 +173,12 @@ class _Observers:
     def __init__(self, before: Observer | None) -> None:
         self.before = before
         self.looks: list[Observer] = []
+        self.called = False
 
     def __call__(self, seen: Observation) -> None:
         if recomputing():
             return
+        self.called = True
         if self.before is not None:
             self.before(seen)
         for look in tuple(self.looks):
