@@ -127,7 +127,8 @@ def weights_stats(
 
     Args:
         weights: `(B, H, T, T)`, not negative. A row of zeros is a query that sees no key.
-        key_mask, documents: `(B, T)` as for `head_stats`; they only tell where a document begins.
+        key_mask, documents: `(B, T)` as for `head_stats`; they only tell where a document begins. Without
+            a key_mask, a key to which no query of any head gives weight is not real.
 
     Returns:
         HeadStats without `query_norm`, `logit_mean` and `logit_std`.
@@ -137,6 +138,8 @@ def weights_stats(
     _check_mass(mass)
     _check_tokens(weights.shape[0], weights.shape[2], key_mask, documents)
     starts = document_starts(documents)
+    if key_mask is None:
+        key_mask = torch.stack([sample.amax((0, 1)) > 0 for sample in weights])
     return HeadStats(**head_stats_plain.of_weights(weights, key_mask, starts, mass=mass, k_eff=k_eff))
 
 
