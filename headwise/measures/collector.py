@@ -147,6 +147,7 @@ class Collector:
     reasons: dict[int | str, str] = field(default_factory=dict)
     _sums: dict[int, _Sums] = field(default_factory=dict)
     _open: bool = False
+    _resumed: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def begin(self) -> None:
@@ -161,12 +162,16 @@ class Collector:
         if self.passes and not self.passes[-1]:
             self.passes.pop()
 
+    def resume(self, layer: int) -> None:
+        """What is added to `layer` next goes on with its last sequences: their tokens are numbered on."""
+        self._resumed.add(layer)
+
     @torch.no_grad()
-    def add(self, layer: int, observation: Observation, segment: bool = False) -> None:
+    def add(self, layer: int, observation: Observation) -> None:
         """Measure one layer of one forward pass.
 
-        A layer seen again within a pass has more samples, or with `segment` a longer sequence: its
-        tokens are numbered on. Outside of `begin` and `end` a layer seen again begins the next pass.
+        A layer seen again within a pass has more samples, or after `resume` longer ones. Outside of
+        `begin` and `end` a layer seen again begins the next pass.
         """
         if isinstance(observation, Unmeasured):
             self.reasons[layer] = observation.reason
@@ -180,6 +185,8 @@ class Collector:
         if isinstance(observation, (Scores, Weights)):
             real, documents = observation.key_mask, observation.documents
         with self._lock:
+            segment = layer in self._resumed
+            self._resumed.discard(layer)
             if not self.per_token:
                 self._accumulate(layer, values, real, documents)
                 return

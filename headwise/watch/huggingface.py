@@ -35,7 +35,7 @@ from headwise.attention.observation import Mask, Observation, Scores, Unmeasured
 from headwise.errors import HeadwiseError
 from headwise.measures.collector import Collector
 from headwise.watch.capture import Capture
-from headwise.watch.layers import attention_modules, layer_numbers, source_of_keys
+from headwise.watch.layers import attention_modules, layer_numbers, other_attention, source_of_keys
 from headwise.watch.rotation import Rotations
 from headwise.watch.taps import eagerly, recomputing, tap
 
@@ -114,7 +114,7 @@ def watching(model: nn.Module, collector: Collector, capture: Capture | None = N
     with ExitStack() as stack:
         if rotations is not None:
             stack.callback(rotations.close)
-        for module in watcher.modules:
+        for module in (*watcher.modules, *watcher.others):
             stack.callback(tap(module, watcher.enter))
         for part in _pretrained(model) or [model]:
             stack.callback(tap(part, watcher.begin, watcher.end))
@@ -136,6 +136,7 @@ class _Watcher:
         self.model = next((type(part).__name__ for part in _pretrained(model)), type(model).__name__)
         self.names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
         self.modules = attention_modules(model)
+        self.others = other_attention(model)
         self.numbers = layer_numbers(self.modules)
         self.collector = collector
         self.rotations = rotations
@@ -177,7 +178,7 @@ class _Watcher:
                 f"{self.model} computes attention without transformers' attention interface, "
                 "so its heads cannot be watched"
             )
-        for layer, name in self.modules.items():
+        for layer, name in (self.modules | self.others).items():
             if layer not in self.heard:
                 self._refuse(
                     name,
@@ -206,7 +207,9 @@ class _Watcher:
             self._refuse(name, seen.reason)
             return
         number = self.numbers.setdefault(layer, max(self.numbers.values(), default=-1) + 1)
-        self.collector.add(number, seen, segment=layer in self.inside)
+        if layer in self.inside:
+            self.collector.resume(number)
+        self.collector.add(number, seen)
         if layer in self.modules:
             self.inside.add(layer)
         if self.capture is not None:

@@ -27,6 +27,17 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, str]:
     return {module: name for module, name in names.items() if _uses_interface(kinds[module])}
 
 
+def other_attention(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that attend by their class's name, and have no way to the interface, to their names."""
+    known = attention_modules(model)
+    found = {}
+    for name, module in model.named_modules():
+        inside = [m for m in module.modules() if "Attention" in type(m).__name__ or m in known]
+        if inside == [module] and module not in known and any(True for _ in module.parameters()):
+            found[module] = name.replace("_orig_mod.", "")
+    return found
+
+
 def layer_numbers(modules: dict[nn.Module, str]) -> dict[nn.Module, int]:
     """A number for each self-attention layer, before the model has run.
 

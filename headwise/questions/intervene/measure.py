@@ -205,7 +205,7 @@ class _OneHead(Collector):
         self.target = target
         self.values: list[dict[str, np.ndarray]] = []
 
-    def add(self, layer: int, observation: Observation, segment: bool = False) -> None:
+    def add(self, layer: int, observation: Observation) -> None:
         """Keep `(B, T')` of each measure, of the tokens that count."""
         if layer != self.target.layer.number:
             return
@@ -240,7 +240,7 @@ class _AllHeads(Collector):
         self.squares: dict[int, dict[str, np.ndarray]] = {}
         self.n_tokens = 0
 
-    def add(self, layer: int, observation: Observation, segment: bool = False) -> None:
+    def add(self, layer: int, observation: Observation) -> None:
         """Keep `(S, B, H)` means of each measure."""
         if not isinstance(observation, Scores):
             self.reasons[layer] = _why_not(observation)
