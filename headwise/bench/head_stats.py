@@ -150,6 +150,12 @@ def check(device: torch.device, tokens: int = 300) -> list[dict[str, Any]]:
         "bias": {"bias": bias},
         "bias, softcap, full": {"bias": bias, "softcap": 3.0, "causal": False},
         "padding": {"key_mask": torch.rand(2, tokens, device=device) < 0.6},
+        "documents": {"documents": torch.arange(2 * tokens, device=device).view(2, -1) // 71},
+        "documents, window, full": {
+            "documents": torch.arange(2 * tokens, device=device).view(2, -1) // 71,
+            "window": 40,
+            "causal": False,
+        },
         "scales": {"q_scales": [0.0, 0.5, 1.0, 3.0]},
     }
     shapes = [(128, torch.bfloat16, way) for way in ways]

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
 
+from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.watch import watch
@@ -217,3 +218,76 @@ def test_two_watches_of_one_model_both_see_it(tokens):
         model(tokens)
     assert_equal(outer.columns(), expected)
     assert_equal(inner.columns(), expected)
+
+
+def test_a_kind_that_declares_nothing_is_not_measured():
+    from headwise.attention.base import Attention, AttentionShape
+
+    class Uniform(Attention):
+        kind = "uniform"
+        supports = frozenset({"causal"})
+        engine_family = "eager"
+
+        def core(self, q, k, v, *, mask, causal):
+            return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+    layer = Uniform(AttentionShape(32, 4, 2, 8))
+    with watch(layer) as watched:
+        layer(torch.randn(1, 5, 32))
+    assert watched.unmeasured == {0: "attention kind 'uniform' does not declare what its weights are"}
+    with pytest.raises(HeadwiseError, match="no head was measured: attention kind 'uniform'"):
+        watched.columns()
+
+
+def test_windows_of_a_tower_are_segments_of_its_layers_however_many_images():
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    torch.manual_seed(0)
+    sizes = {"depth": 4, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
+    tower = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**sizes)).eval()
+    images = [[1, 4, 4], [1, 8, 4], [1, 4, 4]]
+    pixels = torch.randn(64, 3 * 2 * 4 * 4)
+    with torch.no_grad(), watch(tower, per_token=True) as together:
+        tower(pixels, grid_thw=torch.tensor(images))
+        tower(pixels[:16], grid_thw=torch.tensor(images[:1]))
+    with torch.no_grad(), watch(tower, per_token=True) as alone:
+        for part, image in zip(pixels.split((16, 32, 16)), images, strict=True):
+            tower(part, grid_thw=torch.tensor([image]))
+    a, b = together.columns(), alone.columns()
+    assert sorted(set(a["layer"])) == [0, 1, 2, 3]
+    assert sorted(set(a["sample"])) == [0, 1]
+    order = np.lexsort((b["token"], b["sample"], b["head"], b["layer"]))
+    first = a["sample"] == 0
+    assert (a["token"][first] == np.tile(np.arange(64), 16)).all()
+    for name in set(a) - {"sample", "layer", "head", "token"}:
+        np.testing.assert_allclose(a[name][first], b[name][order], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_numbers_do_not_depend_on_what_ran_first(tokens):
+    model = llama()
+    with watch(model) as watched:
+        with pytest.raises(IndexError):
+            model(tokens + 64)
+        model.model.layers[2].self_attn(
+            torch.randn(1, 5, 64), position_embeddings=(torch.ones(1, 5, 16), torch.zeros(1, 5, 16)),
+            attention_mask=None,
+        )  # fmt: skip
+        assert set(watched.columns()["layer"]) == {2}
+        model(tokens)
+    assert sorted(set(watched.columns()["layer"])) == [0, 1, 2]
+
+
+def test_attention_past_the_interface_is_named_with_its_module():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.SiglipVisionConfig(**sizes, image_size=16, patch_size=4)
+    model = transformers.SiglipVisionModel(config).eval()
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="head.attention is not measured"),
+        watch(model) as seen,
+    ):
+        model(torch.randn(1, 3, 16, 16))
+    assert sorted(set(seen.columns()["layer"])) == [0, 1]
+    (name,) = seen.unmeasured
+    assert name.endswith("head.attention")
