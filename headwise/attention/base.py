@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attention.cache import KeyValueCache, LayerCache
-from headwise.attention.observation import Observation, Observer, Scores
+from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, read_mask
 from headwise.functional.budget import keys_of_share
 from headwise.measures.spec import Measure
 
@@ -204,9 +204,25 @@ class Attention(nn.Module):
         mask: Tensor | None,
         causal: bool,
     ) -> Observation:
-        """What this layer offers to be measured; by default its softmax scores."""
-        bias = None if mask is None else _as_bias(mask)
-        return Scores(q, k, self.scale, causal=causal, bias=bias, q_pre=q_pre, k_pre=k_pre)
+        """What this layer offers to be measured; nothing, until its kind declares what its weights are."""
+        return Unmeasured(f"attention kind {self.kind!r} does not declare what its weights are")
+
+    def softmax_scores(
+        self, q: Tensor, k: Tensor, q_pre: Tensor, k_pre: Tensor, *, mask: Tensor | None, causal: bool
+    ) -> Scores:
+        """The observation of a kind whose weights are a softmax of `scale · q·k` under `mask`."""
+        if mask is None:
+            return Scores(q, k, self.scale, causal=causal, q_pre=q_pre, k_pre=k_pre)
+        seen = read_mask(mask[:, None], q.shape[0], causal=causal)
+        return Scores(
+            q, k, self.scale, causal=seen.causal, bias=seen.bias, window=seen.window,
+            key_mask=seen.key_mask, documents=seen.documents, q_pre=q_pre, k_pre=k_pre,
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not observed, and has its class's methods where this layer's are replaced for a block."""
+        own = {name: value for name, value in vars(self).items() if not _replaces_method(self, name, value)}
+        return own | {"observer": None}
 
     def initialise(self) -> None:
         """Draw parameters that do not start as the model's matrices do."""
@@ -351,15 +367,26 @@ class Attention(nn.Module):
             raise ValueError(f"attention kind {self.kind!r} does not support {feature}; pass attn_mask=None")
 
 
-def _as_bias(mask: Tensor) -> Tensor:
-    """`mask (B or 1, T, T)` as float32 `(B or 1, 1, T, T)` to add to the scores."""
-    if mask.dtype != torch.bool:
-        return mask[:, None].float()
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)[:, None]
+def _replaces_method(layer: Attention, name: str, value: Any) -> bool:
+    return callable(value) and callable(getattr(type(layer), name, None))
 
 
 class SoftmaxAttention(Attention):
     """What kinds share whose heads are a softmax of q·k over keys and values that a cache can hold."""
+
+    def observation(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_pre: Tensor,
+        k_pre: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+    ) -> Observation:
+        """The softmax scores."""
+        return self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)
 
     def undecodable(self) -> str | None:
         """Nothing speaks against it."""

@@ -67,7 +67,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
     if torch.compiler.is_compiling():
         y = flex_attention(q, k, v, **arguments)
     elif q.is_cuda:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        # Fused also where compiled models run eagerly, as they do while they are watched.
+        with (
+            torch.compiler.set_stance("default"),
+            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+        ):
             y = _compiled()(q, k, v, **arguments)
     else:
         with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -26,6 +27,8 @@ class Scores:
         softcap: logits become `softcap · tanh(logits / softcap)`.
         window: query i sees keys j > i - window only.
         key_mask: `(B, T)`, True where a key is real and not padding.
+        documents: `(B, T)` integers, the same for the consecutive tokens of one document; a query sees keys
+            of its own document only. None = a row is one document.
         q_pre: queries before rotation, `(B, H, T, D)`, q itself where nothing is rotated; None = not known.
         k_pre: keys before rotation, `(B, K, T, D)`.
         taken: F, how much of key j was masked before query i came, `(B, 1 or H, T, T)`, for kinds whose
@@ -40,6 +43,7 @@ class Scores:
     softcap: float | None = None
     window: int | None = None
     key_mask: Tensor | None = None
+    documents: Tensor | None = None
     q_pre: Tensor | None = None
     k_pre: Tensor | None = None
     taken: Tensor | None = None
@@ -48,10 +52,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Weights:
-    """Explicit weights `(B, H, T, T)` of the first `window` tokens, for kinds without a softmax of q·k."""
+    """Explicit weights `(B, H, T, T)` of the first `window` tokens, for kinds without a softmax of q·k.
+
+    `key_mask` and `documents` as in `Scores`.
+    """
 
     weights: Tensor
     window: int
+    key_mask: Tensor | None = None
+    documents: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -79,3 +88,90 @@ class Unmeasured:
 
 Observation = Scores | Weights | Margins | Values | Unmeasured
 Observer = Callable[[Observation], None]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask in the terms of `Scores`."""
+
+    causal: bool
+    window: int | None = None
+    key_mask: Tensor | None = None
+    bias: Tensor | None = None
+    documents: Tensor | None = None
+
+
+def read_mask(mask: Tensor, batch: int, *, causal: bool = False, segments: bool = True) -> Mask:
+    """A mask as causality, window, padding and documents where it is made of these; as a bias otherwise.
+
+    Args:
+        mask: `(B or 1, H or 1, T, T)`, bool (True = may attend) or additive.
+        batch: B.
+        causal: query i sees keys j <= i only, whatever the mask lets through.
+        segments: blocks that do not see each other are documents; False where the layer itself cuts a
+            document into chunks.
+    """
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if causal:
+        visible = visible.tril()
+    documents = _documents(visible, batch) if segments else None
+    read = _pattern(visible, batch, documents)
+    added = mask.dtype != torch.bool and bool((mask.masked_fill(~visible, 0) != 0).any())
+    if read is not None and not added:
+        return read
+    bias = torch.zeros_like(visible, dtype=torch.float32) if mask.dtype == torch.bool else mask.float()
+    key_mask = visible.any(-2).any(1).expand(batch, mask.shape[-1])
+    return Mask(False, None, key_mask, bias.masked_fill(~visible, -torch.inf), documents)
+
+
+def _pattern(visible: Tensor, batch: int, documents: Tensor | None) -> Mask | None:
+    """`visible (B or 1, 1, T, T)` as causal, window, padding and documents; None if it is more."""
+    if visible.shape[1] != 1:
+        return None
+    visible = visible[:, 0]
+    tokens = visible.shape[-1]
+    position = torch.arange(tokens, device=visible.device)
+    behind = position[:, None] - position  # how far key j lies behind query i
+    real = visible.any(-2)
+    reach = int(torch.where(visible, behind.abs(), 0).max()) + 1
+    causal = not bool((visible & (behind < 0)).any())
+    expected = (behind.abs() < reach) & real[:, None]
+    if causal:
+        expected &= behind >= 0
+    if documents is not None:
+        expected = expected & (documents[:, :, None] == documents[:, None])
+    if not torch.equal(visible.expand_as(expected), expected):
+        return None
+    longest = tokens if documents is None else int(_lengths(documents).max())
+    key_mask = None if bool(real.all()) else real.expand(batch, tokens)
+    return Mask(causal and tokens > 1, reach if reach < longest else None, key_mask, None, documents)
+
+
+def _documents(visible: Tensor, batch: int) -> Tensor | None:
+    """The parts of each row that do not see each other, `(B, T)` int64; None where every row is one.
+
+    A token begins a document where no query from it on sees a key before it, nor the other way round.
+    """
+    seen = visible.any(1)
+    tokens = seen.shape[-1]
+    position = torch.arange(tokens, device=seen.device)
+    first = torch.where(seen, position, tokens).amin(-1).minimum(position)
+    last = torch.where(seen, position, -1).amax(-1).maximum(position)
+    crossed = torch.zeros(len(seen), tokens + 1, dtype=torch.int64, device=seen.device)
+    one = torch.ones_like(first)
+    crossed.scatter_add_(1, first + 1, one).scatter_add_(1, last + 1, -one)
+    begins = crossed[:, :tokens].cumsum(-1) == 0
+    documents = begins.cumsum(-1) - 1
+    real = seen.any(-2)
+    return documents.expand(batch, tokens) if bool((_count(documents, real) > 1).any()) else None
+
+
+def _count(documents: Tensor, real: Tensor) -> Tensor:
+    """How many documents of each row have a real key, `(B,)`."""
+    has = torch.zeros_like(documents, dtype=torch.bool).scatter_reduce(1, documents, real, "amax")
+    return has.sum(-1)
+
+
+def _lengths(documents: Tensor) -> Tensor:
+    """How long the documents of each row are, `(B, T)`, zeros at the end."""
+    return torch.zeros_like(documents).scatter_add(1, documents, torch.ones_like(documents))

@@ -44,6 +44,7 @@ def definition(
     window: int | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
     mass: float = MASS,
     rows: slice = slice(None),
 ) -> dict[str, Tensor]:
@@ -70,11 +71,19 @@ def definition(
         visible = visible & ((i - j).abs() < window)
     if key_mask is not None:
         visible = visible & key_mask[:, None, None]
+    same = (
+        torch.ones_like(visible)
+        if documents is None
+        else documents[:, None, rows, None] == documents[:, None, None]
+    )
+    visible = visible & same
     logits = s
     if bias is not None:
         bias = bias[..., rows, :]
         visible = visible & (bias > torch.finfo(bias.dtype).min / 2)
         logits = s + bias.double()
+    real = torch.ones_like(same) if key_mask is None else key_mask[:, None, None] & torch.ones_like(same)
+    first_keys = (same & real) & ((same & real).cumsum(-1) == 1)
     visible = visible.expand_as(s)
     n = visible.sum(-1)
     p = torch.where(visible, logits, -torch.inf).softmax(-1)
@@ -88,7 +97,7 @@ def definition(
         "k_eff": k_eff,
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
-        "sink_weight": p[..., 0],
+        "sink_weight": (p * first_keys).sum(-1),
         "self_weight": p.gather(-1, i.expand(*p.shape[:-1], 1))[..., 0],
         "previous_weight": before.where((i > 0)[:, 0], 0.0),
         "mean_distance": (p * (i - j).abs()).sum(-1),
@@ -149,6 +158,12 @@ def check(device: torch.device, tokens: int = 300) -> list[dict[str, Any]]:
         "bias": {"bias": bias},
         "bias, softcap, full": {"bias": bias, "softcap": 3.0, "causal": False},
         "padding": {"key_mask": torch.rand(2, tokens, device=device) < 0.6},
+        "documents": {"documents": torch.arange(2 * tokens, device=device).view(2, -1) // 71},
+        "documents, window, full": {
+            "documents": torch.arange(2 * tokens, device=device).view(2, -1) // 71,
+            "window": 40,
+            "causal": False,
+        },
         "scales": {"q_scales": [0.0, 0.5, 1.0, 3.0]},
     }
     shapes = [(128, torch.bfloat16, way) for way in ways]

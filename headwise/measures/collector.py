@@ -6,6 +6,7 @@ and forward passes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Values, Weights
 from headwise.errors import HeadwiseError
-from headwise.functional.head_stats import head_stats, weights_stats
+from headwise.functional.head_stats import document_starts, head_stats, weights_stats
 from headwise.functional.selective import memory
 from headwise.measures.means import counted, without_early
 from headwise.measures.spec import measure_of
@@ -56,7 +57,10 @@ def measure(
     if isinstance(observation, Margins):
         found = {"margin": observation.margin}
     elif isinstance(observation, Weights):
-        found = weights_stats(observation.weights, k_eff="k_eff" in wanted).columns()
+        found = weights_stats(
+            observation.weights, key_mask=observation.key_mask, documents=observation.documents,
+            k_eff="k_eff" in wanted,
+        ).columns()  # fmt: skip
     elif isinstance(observation, Scores):
         found = _measure_scores(observation, scores, wanted)
     found |= _handed_over(observation, found)
@@ -75,7 +79,7 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
         q, k = seen.q_pre, seen.k_pre
     stats = head_stats(
         q, k, causal=seen.causal, scale=seen.scale, bias=seen.bias, window=seen.window,
-        softcap=seen.softcap, key_mask=seen.key_mask, k_eff="k_eff" in wanted,
+        softcap=seen.softcap, key_mask=seen.key_mask, documents=seen.documents, k_eff="k_eff" in wanted,
     )  # fmt: skip
     found = stats.columns()
     if before is not q and "query_norm" in wanted:
@@ -152,10 +156,33 @@ class Collector:
     passes: list[dict[int, Rows]] = field(default_factory=list)
     reasons: dict[int | str, str] = field(default_factory=dict)
     _sums: dict[int, _Sums] = field(default_factory=dict)
+    _open: bool = False
+    _resumed: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def begin(self) -> None:
+        """A forward pass begins: what is added up to its `end` belongs together."""
+        self._open = True
+        if self.per_token and (not self.passes or self.passes[-1]):
+            self.passes.append({})
+
+    def end(self) -> None:
+        """The forward pass that began last is over."""
+        self._open = False
+        if self.passes and not self.passes[-1]:
+            self.passes.pop()
+
+    def resume(self, layer: int) -> None:
+        """What is added to `layer` next goes on with its last sequences: their tokens are numbered on."""
+        self._resumed.add(layer)
 
     @torch.no_grad()
     def add(self, layer: int, observation: Observation) -> None:
-        """Measure one layer of one forward pass. A layer seen again begins the next pass."""
+        """Measure one layer of one forward pass.
+
+        A layer seen again within a pass has more samples, or after `resume` longer ones. Outside of
+        `begin` and `end` a layer seen again begins the next pass.
+        """
         if isinstance(observation, Unmeasured):
             self.reasons[layer] = observation.reason
             return
@@ -164,14 +191,20 @@ class Collector:
             self.reasons.setdefault(layer, f"it offers none of {', '.join(self.measures)}")
             return
         values = {name: value.float() for name, value in values.items()}
-        real = observation.key_mask if isinstance(observation, Scores) else None
-        if not self.per_token:
-            self._accumulate(layer, values, real)
-            return
-        values = without_early(values, self._with_context(next(iter(values.values())), real))
-        if not self.passes or layer in self.passes[-1]:
-            self.passes.append({})
-        self.passes[-1][layer] = Rows(values, real, _uniform(observation))
+        real = documents = None
+        if isinstance(observation, (Scores, Weights)):
+            real, documents = observation.key_mask, observation.documents
+        with self._lock:
+            segment = layer in self._resumed
+            self._resumed.discard(layer)
+            if not self.per_token:
+                self._accumulate(layer, values, real, documents)
+                return
+            values = without_early(values, self._with_context(next(iter(values.values())), real, documents))
+            if not self.passes or (not self._open and layer in self.passes[-1]):
+                self.passes.append({})
+            rows, here = Rows(values, real, _uniform(observation)), self.passes[-1]
+            here[layer] = _joined(here[layer], rows, segment) if layer in here else rows
 
     def columns(self) -> dict[str, np.ndarray]:
         """Head-table columns, ordered by sample, layer, head, token.
@@ -186,17 +219,23 @@ class Collector:
             raise HeadwiseError(f"no head was measured: {why}")
         return self._token_columns() if self.per_token else self._mean_columns()
 
-    def _with_context(self, like: Tensor, real: Tensor | None) -> Tensor:
-        """`(B or 1, 1, T)`, True from the real token number `ignore_first` on."""
+    def _with_context(self, like: Tensor, real: Tensor | None, documents: Tensor | None) -> Tensor:
+        """`(B or 1, 1, T)`, True from the real token number `ignore_first` of each document on."""
         if real is None:
             positions = torch.arange(like.shape[-1], device=like.device)[None]
         else:
             positions = real.cumsum(-1) - 1
+        starts = document_starts(documents)
+        if starts is not None:  # less the real tokens before the document
+            before = positions if real is None else real.cumsum(-1) - real.long()
+            positions = positions - before.expand(starts.shape).gather(1, starts.long())
         return (positions >= self.ignore_first)[:, None]
 
-    def _accumulate(self, layer: int, values: dict[str, Tensor], real: Tensor | None) -> None:
+    def _accumulate(
+        self, layer: int, values: dict[str, Tensor], real: Tensor | None, documents: Tensor | None
+    ) -> None:
         stacked = torch.stack(list(values.values())).double()  # (measures, B, H, T)
-        has = counted(values, self._with_context(stacked, real), real)
+        has = counted(values, self._with_context(stacked, real, documents), real)
         total = torch.where(has, stacked, 0.0).sum((1, 3))
         count = has.sum((1, 3))
         known = self._sums.get(layer)
@@ -239,11 +278,40 @@ class Collector:
         return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
+def _joined(first: Rows, second: Rows, segment: bool) -> Rows:
+    """The rows of two calls of one layer: tokens of one sequence after the other's, or more samples."""
+    real = [_real(rows) for rows in (first, second)]
+    segment = segment and len(real[0]) == len(real[1])
+    if segment:
+        values = {name: torch.cat((first.values[name], second.values[name]), -1) for name in first.values}
+        return Rows(values, torch.cat(real, 1), first.uniform)
+    tokens = max(x.shape[1] for x in real)
+    values = {
+        name: torch.cat([_widened(rows.values[name], tokens) for rows in (first, second)])
+        for name in first.values
+    }
+    return Rows(values, torch.cat([_widened(x, tokens) for x in real]), first.uniform)
+
+
+def _real(rows: Rows) -> Tensor:
+    like = next(iter(rows.values.values()))
+    shape = (like.shape[0], like.shape[-1])
+    return torch.ones(shape, dtype=torch.bool, device=like.device) if rows.real is None else rows.real
+
+
+def _widened(x: Tensor, tokens: int) -> Tensor:
+    """`x (…, T)` with more tokens, that are not real."""
+    return torch.nn.functional.pad(x, (0, tokens - x.shape[-1]))
+
+
 def _uniform(seen: Observation) -> tuple[float, float]:
     """Mean number of keys that a query sees, and their mean distance."""
-    causal, window = True, None
+    causal, window, lengths = True, None, None
     if isinstance(seen, Scores):
         tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window
+        starts = document_starts(seen.documents)
+        if starts is not None:  # every token's document is as long as its start is frequent
+            lengths = [np.unique(row, return_counts=True)[1] for row in starts.cpu().numpy()]
     elif isinstance(seen, Weights):
         tokens = seen.weights.shape[-1]
     elif isinstance(seen, Margins):
@@ -251,8 +319,10 @@ def _uniform(seen: Observation) -> tuple[float, float]:
     else:
         assert isinstance(seen, Values)
         tokens = next(iter(seen.extra.values())).shape[-1]
-    behind = np.minimum(np.arange(tokens), (window or tokens) - 1)
-    ahead = np.zeros_like(behind) if causal else behind[::-1]
+    documents = [tokens] if lengths is None else np.concatenate(lengths)
+    back = [np.minimum(np.arange(n), (window or tokens) - 1) for n in documents]
+    behind = np.concatenate(back)
+    ahead = np.zeros_like(behind) if causal else np.concatenate([x[::-1] for x in back])
     keys = behind + ahead + 1
     distance = (behind * (behind + 1) + ahead * (ahead + 1)) / 2 / keys
     return float(keys.mean()), float(distance.mean())

@@ -75,19 +75,21 @@ def attention_layers(model: nn.Module, forward: Callable[[Tensor], Any], tokens:
     if own:
         return [Layer(i, module, module.shape.n_heads) for i, module in enumerate(own)]
     from headwise.watch.huggingface import Call, listening
+    from headwise.watch.layers import attention_modules, layer_numbers
 
+    modules = attention_modules(model)
+    numbers = layer_numbers(modules)
     found: dict[nn.Module, Layer] = {}
 
     def note(module: nn.Module, call: Call) -> None:
+        if module in modules and module not in numbers:  # cross-attention
+            return
         if module in found:
             raise HeadwiseError(
                 f"{type(model).__name__} runs one attention module as several layers, so a head of one of "
                 "them cannot be changed alone"
             )
-        taken = {layer.number for layer in found.values()}
-        index = getattr(module, "layer_idx", None)
-        free = isinstance(index, int) and index not in taken
-        number = int(index) if free else max(taken, default=-1) + 1  # type: ignore[arg-type]
+        number = numbers.setdefault(module, max(numbers.values(), default=-1) + 1)
         found[module] = Layer(number, module, call.q.shape[1])
 
     with listening(model, note):

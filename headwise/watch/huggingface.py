@@ -7,7 +7,14 @@ The model's configuration is not touched, so masks, branches on the implementati
 outputs are exactly those of the model unwatched, whether it runs SDPA, eager or any other.
 
 What is measured is read from the arguments alone: mask (boolean, additive, or none with
-`is_causal`), sliding window, soft-capping, scaling and grouped keys. No architecture is named here.
+`is_causal`), documents of a packed row, sliding window, soft-capping, scaling and grouped keys. No
+architecture is named here.
+
+A layer is a module. Several calls of a module in one forward pass are more samples of that layer
+(a layer that the model runs at several depths, a tower that runs once per image); several calls of the
+interface in one forward of a module are segments of its sequence (attention window by window). What
+a checkpoint computes again in the backward pass is not measured again. Compiled models run eagerly
+while they are watched.
 """
 
 from __future__ import annotations
@@ -15,22 +22,23 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.attention.observation import Observation, Scores, Unmeasured
+from headwise.attention.observation import Mask, Observation, Scores, Unmeasured, read_mask
 from headwise.errors import HeadwiseError
 from headwise.measures.collector import Collector
 from headwise.measures.spec import measure_of
 from headwise.watch.capture import Capture
+from headwise.watch.layers import attention_modules, layer_numbers, other_attention, source_of_keys
 from headwise.watch.rotation import Rotations
+from headwise.watch.taps import eagerly, recomputing, tap
 
 Attend = Callable[..., Any]
 
@@ -44,6 +52,7 @@ class Call:
         mask: as handed over.
         options: the other keyword arguments.
         eager: whether the layer's own eager function attends, which knows no `is_causal`.
+        name: of the implementation.
     """
 
     q: Tensor
@@ -52,6 +61,12 @@ class Call:
     mask: Any
     options: dict[str, Any]
     eager: bool
+    name: str = ""
+
+    @property
+    def reads_keywords(self) -> bool:
+        """Whether the function that attends may read flash attention's keywords."""
+        return not self.eager and self.name not in ("eager", "sdpa", "flex_attention")
 
 
 Listener = Callable[[nn.Module, Call], None]
@@ -62,8 +77,8 @@ _patching = threading.Lock()
 
 
 def is_huggingface(model: nn.Module) -> bool:
-    """Whether `model` is, or holds, a transformers model."""
-    return "transformers" in sys.modules and bool(_pretrained(model))
+    """Whether `model` is, or holds, a transformers model or one of its attention layers."""
+    return "transformers" in sys.modules and bool(_pretrained(model) or attention_modules(model))
 
 
 @contextmanager
@@ -101,9 +116,11 @@ def watching(model: nn.Module, collector: Collector, capture: Capture | None = N
     with ExitStack() as stack:
         if rotations is not None:
             stack.callback(rotations.close)
-        for part in _pretrained(model):
-            stack.callback(part.register_forward_pre_hook(watcher.begin).remove)
-            stack.callback(part.register_forward_hook(watcher.end, always_call=True).remove)
+        for module in (*watcher.modules, *watcher.others):
+            stack.callback(tap(module, watcher.enter))
+        for part in _pretrained(model) or [model]:
+            stack.callback(tap(part, watcher.begin, watcher.end))
+        stack.enter_context(eagerly())
         stack.enter_context(listening(model, watcher.attention))
         yield
 
@@ -118,70 +135,95 @@ class _Watcher:
         rotations: Rotations | None,
         capture: Capture | None,
     ) -> None:
-        self.model = type(model).__name__
-        self.names = {module: name for name, module in model.named_modules()}
+        self.model = next((type(part).__name__ for part in _pretrained(model)), type(model).__name__)
+        self.names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+        self.modules = attention_modules(model)
+        self.others = other_attention(model)
+        self.numbers = layer_numbers(self.modules)
         self.collector = collector
         self.rotations = rotations
         self.capture = capture
         self.depth = 0
-        self.calls: Counter[nn.Module] = Counter()
-        self.numbers: dict[tuple[nn.Module, int], int] = {}
-        self.masks: list[tuple[Tensor, _Mask]] = []
+        self.warned = False
+        self.ran: set[nn.Module] = set()
+        self.heard: set[nn.Module] = set()
+        self.sources: dict[nn.Module, str | None] = {}
+        self.inside: set[nn.Module] = set()
+        self.masks: list[tuple[Tensor, Mask]] = []
 
-    def begin(self, model: nn.Module, args: Any) -> None:
+    def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a forward pass of the model, or of a model inside it."""
         if self.depth == 0:
-            self.calls.clear()
+            self.collector.begin()
         self.depth += 1
 
-    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward of one attention module."""
+        self.ran.add(layer)
+        self.inside.discard(layer)
+        self.sources[layer] = source_of_keys(layer, args, kwargs)
+
+    def end(self, model: nn.Module, output: Any) -> None:
         """After it, also when it failed."""
         self.depth -= 1
         if self.depth:
             return
+        self.collector.end()
         self.masks.clear()
         if self.rotations is not None:
             self.rotations.forget()
         # Without an output the forward pass failed by itself, and its own error is the one to show.
-        if not self.calls and output is not None:
+        if output is None:
+            return
+        if not self.heard:
             raise HeadwiseError(
                 f"{self.model} computes attention without transformers' attention interface, "
                 "so its heads cannot be watched"
             )
+        for layer, name in (self.modules | self.others).items():
+            if layer not in self.heard:
+                self._refuse(
+                    name,
+                    "it computed its attention past transformers' attention interface"
+                    if layer in self.ran
+                    else "it has not run",
+                    aloud=layer in self.ran,
+                )
+
+    def _refuse(self, name: str, reason: str, aloud: bool = True) -> None:
+        """Keep the reason; it is warned about once, for the first layer."""
+        if aloud and not self.warned:
+            self.warned = True
+            warnings.warn(f"{name} is not measured: {reason}", stacklevel=2)
+        self.collector.reasons[name] = reason
 
     @torch.no_grad()
     def attention(self, layer: nn.Module, call: Call) -> None:
         """Measure one call of the interface."""
-        self.calls[layer] += 1
+        name = self.names[layer]
+        if layer not in self.heard:
+            self.heard.add(layer)
+            self.collector.reasons.pop(name, None)
         seen = self._observe(layer, call)
         if isinstance(seen, Unmeasured):
-            name = self.names[layer]
-            if not self.collector.reasons:
-                warnings.warn(f"{name} is not measured: {seen.reason}", stacklevel=2)
-            self.collector.reasons[name] = seen.reason
+            self._refuse(name, seen.reason)
             return
-        number = self._number(layer)
+        number = self.numbers.setdefault(layer, max(self.numbers.values(), default=-1) + 1)
+        if layer in self.inside:
+            self.collector.resume(number)
         self.collector.add(number, seen)
+        if layer in self.modules:
+            self.inside.add(layer)
         if self.capture is not None:
             self.capture.take(number, seen, call.v)
 
-    def _number(self, layer: nn.Module) -> int:
-        """The layer's own index; the next free number where it has none, where another layer
-        (of a decoder beside an encoder) has the same, or where one module attends several times."""
-        which = (layer, self.calls[layer])
-        if which not in self.numbers:
-            own = getattr(layer, "layer_idx", None)
-            taken = self.numbers.values()
-            if not isinstance(own, int) or own in taken:
-                own = max(taken, default=-1) + 1
-            self.numbers[which] = own
-        return self.numbers[which]
-
     def _observe(self, layer: nn.Module, call: Call) -> Observation:
-        problem = _unsupported(call)
+        problem = _unsupported(call, self.sources.get(layer))
         if problem is not None:
             return Unmeasured(problem)
         mask = self._mask(layer, call)
+        if isinstance(mask, Unmeasured):
+            return mask
         q, k = call.q, call.k
         q_pre = k_pre = None
         if self.rotations is not None:
@@ -192,42 +234,36 @@ class _Watcher:
         return Scores(
             q, k, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), causal=mask.causal,
             bias=mask.bias, softcap=call.options.get("softcap"), window=mask.window,
-            key_mask=mask.key_mask, q_pre=q_pre, k_pre=k_pre,
+            key_mask=mask.key_mask, documents=mask.documents, q_pre=q_pre, k_pre=k_pre,
         )  # fmt: skip
 
-    def _mask(self, layer: nn.Module, call: Call) -> _Mask:
+    def _mask(self, layer: nn.Module, call: Call) -> Mask | Unmeasured:
         read = self._read_mask(layer, call)
         position_bias = call.options.get("position_bias")
-        if position_bias is None:
+        if position_bias is None or isinstance(read, Unmeasured):
             return read
         bias = position_bias if read.bias is None else position_bias + read.bias
-        return _Mask(read.causal, read.window, read.key_mask, bias)
+        return replace(read, bias=bias)
 
-    def _read_mask(self, layer: nn.Module, call: Call) -> _Mask:
+    def _read_mask(self, layer: nn.Module, call: Call) -> Mask | Unmeasured:
         """The mask of this call; a 4-D one says everything by itself and is read once for all layers."""
         if call.mask is None or call.mask.dim() != 4:
             return _read_flags(layer, call)
         for known, read in self.masks:
             if known is call.mask:
                 return read
-        read = _read_pattern(call)
+        chunk = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
+        batch, tokens = call.q.shape[0], call.q.shape[-2]
+        read = read_mask(call.mask[..., :tokens], batch, segments=chunk is None or tokens <= chunk)
         self.masks.append((call.mask, read))
         return read
 
 
-@dataclass(frozen=True)
-class _Mask:
-    """A mask in the terms of `head_stats`."""
-
-    causal: bool
-    window: int | None = None
-    key_mask: Tensor | None = None
-    bias: Tensor | None = None
-
-
-def _unsupported(call: Call) -> str | None:
-    """Why this call cannot be measured, or None."""
+def _unsupported(call: Call, source: str | None) -> str | None:
+    """Why this call cannot be measured, or None; `source` is what its keys are made of, if not itself."""
     q, k = call.q, call.k
+    if source is not None:
+        return f"it is cross-attention, its keys come from {source}: only self-attention is measured"
     if q.dim() != 4 or k.dim() != 4:
         return f"its queries have shape {tuple(q.shape)}, not (B, H, T, D)"
     if q.shape[-2] != k.shape[-2]:
@@ -246,48 +282,39 @@ def _unsupported(call: Call) -> str | None:
     return None
 
 
-def _read_flags(layer: nn.Module, call: Call) -> _Mask:
+def _read_flags(layer: nn.Module, call: Call) -> Mask | Unmeasured:
     """Without a mask, or with padding alone `(B, T)` as flash attention takes it: flags say the rest."""
     given = call.options.get("is_causal")
     causal = bool(getattr(layer, "is_causal", True) if given is None else given)
     window = call.options.get("sliding_window")
-    if call.mask is None:
-        return _Mask(causal and not call.eager, window)
-    return _Mask(causal, window, key_mask=call.mask[:, -call.q.shape[-2] :].bool())
+    if call.mask is not None:
+        return Mask(causal, window, key_mask=call.mask[:, -call.q.shape[-2] :].bool())
+    documents = _packed(call) if call.reads_keywords else None
+    if isinstance(documents, Unmeasured):
+        return documents
+    return Mask(causal and not call.eager, window, documents=documents)
 
 
-def _read_pattern(call: Call) -> _Mask:
-    """A 4-D mask as causal, window and padding where it is made of these; as a bias otherwise."""
+def _packed(call: Call) -> Tensor | Unmeasured | None:
+    """The documents of a packed row `(B, T)`, by flash attention's keywords; None where a row is one."""
     batch, tokens = call.q.shape[0], call.q.shape[-2]
-    mask = call.mask[..., :tokens]
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    read = _pattern(visible, batch)
-    added = mask.dtype != torch.bool and bool((mask.masked_fill(~visible, 0) != 0).any())
-    if read is not None and not added:
-        return read
-    bias = torch.zeros_like(visible, dtype=torch.float32) if mask.dtype == torch.bool else mask.float()
-    key_mask = visible.any(-2).any(1).expand(batch, tokens)
-    return _Mask(False, None, key_mask, bias.masked_fill(~visible, -torch.inf))
-
-
-def _pattern(visible: Tensor, batch: int) -> _Mask | None:
-    """`visible (B or 1, 1, T, T)` as causal, sliding window and padding; None if it is more."""
-    if visible.shape[1] != 1:
-        return None
-    visible = visible[:, 0]
-    tokens = visible.shape[-1]
-    position = torch.arange(tokens, device=visible.device)
-    behind = position[:, None] - position  # how far key j lies behind query i
-    real = visible.any(-2)
-    reach = int(torch.where(visible, behind.abs(), 0).max()) + 1
-    causal = not bool((visible & (behind < 0)).any())
-    expected = (behind.abs() < reach) & real[:, None]
-    if causal:
-        expected &= behind >= 0
-    if not torch.equal(visible, expected):
-        return None
-    key_mask = None if bool(real.all()) else real.expand(batch, tokens)
-    return _Mask(causal and tokens > 1, reach if reach < tokens else None, key_mask)
+    ends, key_ends = call.options.get("cu_seq_lens_q"), call.options.get("cu_seq_lens_k")
+    positions = call.options.get("position_ids")
+    if isinstance(ends, Tensor):
+        if isinstance(key_ends, Tensor) and not torch.equal(ends, key_ends):
+            return Unmeasured("its cu_seq_lens_q and cu_seq_lens_k differ: only self-attention is measured")
+        if int(ends[-1]) != batch * tokens:
+            return Unmeasured(f"its cu_seq_lens_q end at {int(ends[-1])}, not at {batch * tokens} tokens")
+        place = torch.arange(batch * tokens, device=call.q.device)
+        documents = torch.searchsorted(ends.to(place), place, right=True).view(batch, tokens)
+        if bool((documents[1:, 0] == documents[:-1, -1]).any()):
+            return Unmeasured("a document of its cu_seq_lens_q goes on in the next row of the batch")
+        return documents
+    if "flash" in call.name and batch == 1 and isinstance(positions, Tensor) and positions.numel() == tokens:
+        positions = positions.view(1, tokens)
+        if bool((positions.diff() != 1).any()):
+            return (positions == positions.min()).cumsum(-1)
+    return None
 
 
 def _pretrained(model: nn.Module) -> list[nn.Module]:
@@ -304,10 +331,10 @@ def _wrap_interface() -> None:
 
     def get_reporting(self: Any, name: str, default: Attend) -> Attend:
         attend = get_interface(self, name, default)
-        return _reporting(attend, eager=attend is default)
+        return _reporting(attend, name, eager=attend is default)
 
     def getitem_reporting(self: Any, name: str) -> Attend:
-        return _reporting(getitem(self, name), eager=False)
+        return _reporting(getitem(self, name), name, eager=False)
 
     for name, reporting in (("get_interface", get_reporting), ("__getitem__", getitem_reporting)):
         _replaced[name] = vars(AttentionInterface).get(name)
@@ -325,7 +352,7 @@ def _unwrap_interface() -> None:
     _replaced.clear()
 
 
-def _reporting(attend: Attend, eager: bool) -> Attend:
+def _reporting(attend: Attend, name: str, eager: bool) -> Attend:
     if getattr(attend, "reports_to_headwise", False):
         return attend
 
@@ -333,8 +360,8 @@ def _reporting(attend: Attend, eager: bool) -> Attend:
     def report(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **rest: Any
     ) -> Any:
-        for listener in tuple(_listeners.get(module, ())):
-            listener(module, Call(query, key, value, attention_mask, rest, eager))
+        for listener in () if recomputing() else tuple(_listeners.get(module, ())):
+            listener(module, Call(query, key, value, attention_mask, rest, eager, name))
         return attend(module, query, key, value, attention_mask, **rest)
 
     report.reports_to_headwise = True  # type: ignore[attr-defined]

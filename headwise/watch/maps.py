@@ -58,12 +58,15 @@ def weights_of(observation: Observation) -> Tensor | None:
 
 
 def _mask(observation: Scores) -> Tensor | None:
-    """`(B or 1, T, T)`, True where window and padding let query i see key j; None where there is neither."""
-    if observation.window is None and observation.key_mask is None:
+    """`(B or 1, T, T)`, True where window, padding and documents let query i see key j; None without any."""
+    documents = observation.documents
+    if observation.window is None and observation.key_mask is None and documents is None:
         return None
     tokens, device = observation.q.shape[-2], observation.q.device
     visible = torch.ones(1, tokens, tokens, dtype=torch.bool, device=device)
     if observation.window is not None:
         position = torch.arange(tokens, device=device)
         visible = visible & ((position[:, None] - position).abs() < observation.window)
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None])
     return visible if observation.key_mask is None else visible & observation.key_mask[:, None]

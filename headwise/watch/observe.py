@@ -9,19 +9,23 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from headwise.attention.base import Attention
-from headwise.attention.observation import Observation
+from headwise.attention.observation import Observation, Observer
 from headwise.errors import HeadwiseError, one_of
 from headwise.measures.collector import IGNORE_FIRST, SCORES, Collector, ScoresFrom
 from headwise.measures.spec import KEYS, in_order, wanted_measures
 from headwise.watch.capture import Capture
+from headwise.watch.hooks import replaced
+from headwise.watch.taps import eagerly, recomputing, tap
 
 if TYPE_CHECKING:
     import polars
@@ -36,6 +40,11 @@ class Watch:
     @property
     def reasons(self) -> dict[int | str, str]:
         """Layer, by its number or name, to why it was not measured."""
+        return self.collector.reasons
+
+    @property
+    def unmeasured(self) -> dict[int | str, str]:
+        """The same: every attention layer that has no rows, and why."""
         return self.collector.reasons
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -104,7 +113,11 @@ def attached(model: nn.Module, collector: Collector, capture: Capture | None = N
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if layers:
         with ExitStack() as stack:
+            stack.enter_context(eagerly())
+            passes = _Passes(collector, layers)
+            stack.callback(tap(model, passes.begin, passes.end))
             for index, layer in enumerate(layers):
+                stack.callback(tap(layer, passes.enter))
                 stack.enter_context(_observed(layer, index, collector, capture))
             yield
         return
@@ -119,6 +132,63 @@ def attached(model: nn.Module, collector: Collector, capture: Capture | None = N
         yield
 
 
+SILENT = ("it has not run", "its forward offers nothing to an observer")
+
+
+class _Passes:
+    """Tells a collector where a forward pass of the model begins and ends, and which layers kept silent."""
+
+    def __init__(self, collector: Collector, layers: list[Attention]) -> None:
+        self.collector = collector
+        self.layers = layers
+        self.ran: set[nn.Module] = set()
+        self.depth = 0
+
+    def enter(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        self.ran.add(layer)
+
+    def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.depth == 0:
+            self.collector.begin()
+        self.depth += 1
+
+    def end(self, model: nn.Module, output: Any) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        self.collector.end()
+        reasons = self.collector.reasons
+        for index, layer in enumerate(self.layers if output is not None else ()):
+            if not isinstance(layer.observer, _Observers) or layer.observer.called:
+                if reasons.get(index) in SILENT:
+                    del reasons[index]
+            elif index not in reasons or reasons[index] in SILENT:
+                if layer in self.ran and reasons.get(index) != SILENT[1]:
+                    warnings.warn(f"attention layer {index} is not measured: {SILENT[1]}", stacklevel=2)
+                reasons[index] = SILENT[layer in self.ran]
+
+
+class _Observers:
+    """The observers of one layer, in the order in which they were attached; a layer's `observer`."""
+
+    def __init__(self, before: Observer | None) -> None:
+        self.before = before
+        self.looks: list[Observer] = []
+        self.called = False
+
+    def __call__(self, seen: Observation) -> None:
+        if recomputing():
+            return
+        self.called = True
+        if self.before is not None:
+            self.before(seen)
+        for look in tuple(self.looks):
+            look(seen)
+
+
+_attaching = threading.Lock()
+
+
 @contextmanager
 def _observed(layer: Attention, index: int, collector: Collector, capture: Capture | None) -> Iterator[None]:
     values: list[Tensor] = []
@@ -128,17 +198,23 @@ def _observed(layer: Attention, index: int, collector: Collector, capture: Captu
         if capture is not None and values:
             capture.take(index, seen, values.pop())
 
+    before = layer.heads
+
     def heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = type(layer).heads(layer, x)
+        q, k, v = before(x)
         values[:] = [v]
         return q, k, v
 
-    previous = layer.observer
-    layer.observer = look
-    if capture is not None:
-        layer.heads = heads  # type: ignore[method-assign]
+    with _attaching:
+        if not isinstance(layer.observer, _Observers):
+            layer.observer = _Observers(layer.observer)
+        observers = layer.observer
+        observers.looks.append(look)
     try:
-        yield
+        with replaced(layer, "heads", heads) if capture is not None else nullcontext():
+            yield
     finally:
-        layer.observer = previous
-        vars(layer).pop("heads", None)
+        with _attaching:
+            observers.looks.remove(look)
+            if not observers.looks and layer.observer is observers:
+                layer.observer = observers.before

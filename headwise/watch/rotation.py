@@ -16,17 +16,17 @@ result is found, up to a factor, among the outputs of the layer's own projection
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from headwise.errors import HeadwiseError
 from headwise.functional.dispatch import fits_kernel
+from headwise.watch.taps import tap
 
 LAYOUTS = ("half", "interleaved", "split")
 """Pairs (d, d + P); pairs (2d, 2d + 1); pairs (2d, 2d + 1) that leave the rotation as (d, d + P)."""
@@ -83,11 +83,11 @@ class Rotations:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Callable[[], None]] = []
         self._given: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self._made: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self._outputs: dict[nn.Module, list[Tensor]] = {}
-        self._search: dict[nn.Module, list[RemovableHandle]] = {}
+        self._search: dict[nn.Module, list[Callable[[], None]]] = {}
         self._conventions: dict[nn.Module, Convention | None] = {}
         self._scaled: dict[nn.Module, bool] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, Tables]] = {}
@@ -97,13 +97,12 @@ class Rotations:
             if "Attention" in kind:
                 self._follow(module)
             if "Rotary" in kind or "Rope" in kind:
-                hook = module.register_forward_hook(partial(_remember, self._made))
-                self._handles.append(hook)
+                self._handles.append(tap(module, after=partial(_remember, self._made)))
 
     def close(self) -> None:
         """Take every hook off the model."""
-        for handle in (*self._handles, *(h for handles in self._search.values() for h in handles)):
-            handle.remove()
+        for remove in (*self._handles, *(h for handles in self._search.values() for h in handles)):
+            remove()
         self.forget()
 
     def forget(self) -> None:
@@ -115,8 +114,8 @@ class Rotations:
 
     def settle(self, layer: nn.Module) -> None:
         """Stop keeping what the projections of `layer` give."""
-        for handle in self._search.pop(layer, ()):
-            handle.remove()
+        for remove in self._search.pop(layer, ()):
+            remove()
         self._outputs.pop(layer, None)
 
     def scaled(self, layer: nn.Module) -> bool:
@@ -142,12 +141,10 @@ class Rotations:
         return _unrotate(q, table, convention), _unrotate(k, table, convention)
 
     def _follow(self, layer: nn.Module) -> None:
-        self._handles.append(
-            layer.register_forward_pre_hook(partial(_remember_arguments, self._given), with_kwargs=True)
-        )
+        self._handles.append(tap(layer, partial(_remember_arguments, self._given)))
         leaves = [m for m in layer.modules() if m is not layer and not any(m.children())]
         keep = partial(_keep_output, self._outputs, layer)
-        self._search[layer] = [leaf.register_forward_hook(keep) for leaf in leaves]
+        self._search[layer] = [tap(leaf, after=keep) for leaf in leaves]
 
     def _candidates(self, layer: nn.Module) -> list[Tables]:
         """The tables that `layer` may have used: handed to it, made inside it, else made anywhere."""
@@ -194,14 +191,12 @@ def _remember_arguments(
     given[layer] = [pair for value in (*args, *kwargs.values()) for pair in _table_pairs(value)]
 
 
-def _remember(
-    made: dict[nn.Module, list[tuple[Tensor, Tensor]]], module: nn.Module, args: tuple, output: Any
-) -> None:
+def _remember(made: dict[nn.Module, list[tuple[Tensor, Tensor]]], module: nn.Module, output: Any) -> None:
     made[module] = list(_table_pairs(output))
 
 
 def _keep_output(
-    outputs: dict[nn.Module, list[Tensor]], layer: nn.Module, leaf: nn.Module, args: tuple, output: Any
+    outputs: dict[nn.Module, list[Tensor]], layer: nn.Module, leaf: nn.Module, output: Any
 ) -> None:
     if isinstance(output, Tensor) and output.is_floating_point():
         outputs.setdefault(layer, []).append(output.detach())

@@ -15,6 +15,7 @@ from headwise.watch.maps import attention_maps, weights_of
 
 TOKENS = 12
 PADDED = torch.tensor([[True] * TOKENS, [False] * 3 + [True] * 7 + [False] * 2])
+DOCUMENTS = torch.tensor([[0] * 5 + [1] + [2] * 6, [0] * 6 + [1] * 6])
 BIAS = torch.randn(1, 4, TOKENS, TOKENS, generator=torch.Generator().manual_seed(3))
 
 
@@ -26,8 +27,10 @@ BIAS = torch.randn(1, 4, TOKENS, TOKENS, generator=torch.Generator().manual_seed
         {"window": 3},
         {"key_mask": PADDED},
         {"window": 4, "key_mask": PADDED, "bias": BIAS, "softcap": 2.0},
+        {"documents": DOCUMENTS},
+        {"documents": DOCUMENTS, "window": 4, "key_mask": PADDED, "bias": BIAS},
     ],
-    ids=["plain", "window", "padding", "all"],
+    ids=["plain", "window", "padding", "all", "documents", "documents, all"],
 )
 def test_maps_have_the_measures_of_the_scores(options: dict, causal: bool) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -35,7 +38,7 @@ def test_maps_have_the_measures_of_the_scores(options: dict, causal: bool) -> No
     weights = weights_of(Scores(q, k, 0.5, causal=causal, **options))
     assert weights is not None
     expected = head_stats(q, k, scale=0.5, causal=causal, **options).columns()
-    for name, value in weights_stats(weights).columns().items():
+    for name, value in weights_stats(weights, documents=options.get("documents")).columns().items():
         torch.testing.assert_close(value, expected[name], equal_nan=True)
 
 

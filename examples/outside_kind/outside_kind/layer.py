@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headwise.attention import Attention, AttentionShape, register
 from headwise.attention.cache import LayerCache
-from headwise.attention.observation import Observation, scores_of
+from headwise.attention.observation import Observation
 from headwise.errors import HeadwiseError
 from headwise.measures.spec import Measure
 from outside_kind.cache import NothingCache
@@ -87,7 +87,7 @@ class NothingAttention(Attention):
         causal: bool,
     ) -> Observation:
         """The softmax over the keys, whose weights sum to 1, and what this kind measures itself."""
-        seen = scores_of(q, k, self.scale, causal=causal, mask=mask, q_pre=q_pre, k_pre=k_pre)
+        seen = self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)
         lead = log_sum_exp(q, k, mask=mask, causal=causal, scale=self.scale) - self.offset.detach()[:, None]
         return replace(seen, extra={"nothing_weight": torch.sigmoid(-lead), "nothing_lead": lead})
 

@@ -430,7 +430,7 @@ class SelectiveAttention(FlashAttention):
     ) -> Observation:
         """The softmax scores, with -F as the bias it is."""
         if self.mask is None:
-            return super().observation(q, k, v, q_pre, k_pre, mask=mask, causal=causal)
+            return self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)
         taken = per_head(self.mask, self.shape.n_heads)
         self.mask = None
         return Scores(q, k, self.scale, causal=causal, bias=-taken, q_pre=q_pre, k_pre=k_pre, taken=taken)

@@ -13,7 +13,7 @@ With `s = softcap(scale · q_scale · q·k)` over the visible keys of query i an
                      `mass` (of the row's sum, for explicit weights)    keys
     query_norm       |q_scale| · ‖q_i‖
     logit_mean/std   of s, without the bias; std of the population (divided by n)
-    sink_weight      p on key 0
+    sink_weight      p on the first real key of the query's document
     self_weight      p on key i
     previous_weight  p on key i - 1; 0 for i = 0
     mean_distance    Σ p_j |i - j|                                      tokens
@@ -72,6 +72,7 @@ def head_stats(
     window: int | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
     mass: float = MASS,
     k_eff: bool = True,
 ) -> HeadStats:
@@ -88,6 +89,8 @@ def head_stats(
         window: query i sees keys `j > i - window` only (and `j < i + window` when not causal).
         softcap: logits become `softcap · tanh(logits / softcap)`.
         key_mask: bool `(B, T)`, True where a key is real.
+        documents: integers `(B, T)`, the same for the consecutive tokens of one document; a query sees
+            keys of its own document only. None: a row is one document.
         mass: share of the weight that `k_eff` counts keys for, in (0, 1). The count is exact; where
             some keys' sum meets `mass` within 1e-6 it may be that number of keys.
         k_eff: whether to measure `k_eff`, the costliest of the measures.
@@ -95,7 +98,8 @@ def head_stats(
     Raises:
         ValueError: shapes that do not fit each other, or a parameter outside its range.
     """
-    _check(q, k, bias=bias, key_mask=key_mask, window=window, softcap=softcap, mass=mass)
+    _check(q, k, bias=bias, window=window, softcap=softcap, mass=mass)
+    _check_tokens(q.shape[0], q.shape[2], key_mask, documents)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     factors = [1.0] if q_scales is None else [float(x) for x in q_scales]
@@ -106,7 +110,7 @@ def head_stats(
         measure = fused
     with torch.autocast(q.device.type, enabled=False):
         stats = measure(
-            q, k, scale, factors, bias, key_mask,
+            q, k, scale, factors, bias, key_mask, document_starts(documents),
             causal=causal, window=window, softcap=softcap, mass=mass, k_eff=k_eff,
         )  # fmt: skip
     if q_scales is None:
@@ -115,13 +119,22 @@ def head_stats(
 
 
 @torch.no_grad()
-def weights_stats(weights: Tensor, *, mass: float = MASS, k_eff: bool = True) -> HeadStats:
+def weights_stats(
+    weights: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    mass: float = MASS,
+    k_eff: bool = True,
+) -> HeadStats:
     """Measure explicit weights, as they are given (rows are not normalised); extra memory O(T).
 
     `k_eff` counts keys for `mass` of the row's sum, which is 1 for rows that are normalised.
 
     Args:
         weights: `(B, H, T, T)`, not negative. A row of zeros is a query that sees no key.
+        key_mask, documents: `(B, T)` as for `head_stats`; they only tell where a document begins. Without
+            a key_mask, a key to which no query of any head gives weight is not real.
 
     Returns:
         HeadStats without `query_norm`, `logit_mean` and `logit_std`.
@@ -131,7 +144,20 @@ def weights_stats(weights: Tensor, *, mass: float = MASS, k_eff: bool = True) ->
     if weights.numel() == 0:
         raise ValueError(f"there is nothing to measure in weights {tuple(weights.shape)}")
     _check_mass(mass)
-    return HeadStats(**head_stats_plain.of_weights(weights, mass=mass, k_eff=k_eff))
+    _check_tokens(weights.shape[0], weights.shape[2], key_mask, documents)
+    starts = document_starts(documents)
+    if key_mask is None:
+        key_mask = torch.stack([sample.amax((0, 1)) > 0 for sample in weights])
+    return HeadStats(**head_stats_plain.of_weights(weights, key_mask, starts, mass=mass, k_eff=k_eff))
+
+
+def document_starts(documents: Tensor | None) -> Tensor | None:
+    """Where the document of each token begins, int32 `(B, T)`."""
+    if documents is None:
+        return None
+    position = torch.arange(documents.shape[1], dtype=torch.int32, device=documents.device)
+    inside = torch.nn.functional.pad(documents[:, 1:] == documents[:, :-1], (1, 0))
+    return torch.where(inside, 0, position).cummax(-1).values
 
 
 def _check_mass(mass: float) -> None:
@@ -144,7 +170,6 @@ def _check(
     k: Tensor,
     *,
     bias: Tensor | None,
-    key_mask: Tensor | None,
     window: int | None,
     softcap: float | None,
     mass: float,
@@ -170,13 +195,22 @@ def _check(
             f"bias must be a float tensor (B or 1, H or 1, T, T), got {bias.dtype} "
             f"{tuple(bias.shape)} for q {tuple(q.shape)}"
         )
-    if key_mask is not None and (key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask must be bool (B, T), got {key_mask.dtype} {tuple(key_mask.shape)} "
-            f"for q {tuple(q.shape)}"
-        )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     _check_mass(mass)
+
+
+def _check_tokens(batch: int, tokens: int, key_mask: Tensor | None, documents: Tensor | None) -> None:
+    expected = f"for B = {batch}, T = {tokens}"
+    if key_mask is not None and (key_mask.shape != (batch, tokens) or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_mask must be bool (B, T), got {key_mask.dtype} {tuple(key_mask.shape)} {expected}"
+        )
+    if documents is not None and (
+        documents.shape != (batch, tokens) or documents.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"documents must be integers (B, T), got {documents.dtype} {tuple(documents.shape)} {expected}"
+        )

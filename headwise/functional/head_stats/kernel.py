@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.functional.head_stats.kernel_k_eff import k_eff_kernel
-from headwise.functional.head_stats.kernel_tiles import HIDDEN, LOG2E, cap, columns, key_ranges, sees, tile
+from headwise.functional.head_stats.kernel_tiles import (
+    HIDDEN,
+    LOG2E,
+    cap,
+    columns,
+    key_ranges,
+    sees,
+    sees_key,
+    tile,
+)
+from headwise.functional.head_stats.reference import first_real_keys
 from headwise.functional.layout import packed
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -104,7 +114,8 @@ def single(
     inside = (cols >= 0) & (cols < tokens) & (rows < tokens)
     keep = inside & sees(rows, cols, tokens, window, CAUSAL, WINDOW)
     if KEY_MASK:
-        keep = keep & (tl.load(keys_real + cols, mask=inside, other=0) != 0)
+        of_keys = tl.load(keys_real + cols, mask=inside, other=0)
+        keep = keep & sees_key(of_keys, tl.load(keys_real + rows, mask=inside, other=0), KEY_MASK)
     if BIAS:
         at = rows.to(tl.int64) * stride_bi + cols.to(tl.int64) * stride_bj
         bias = tl.load(bias_head + at, mask=inside, other=0.0).to(tl.float32)
@@ -125,7 +136,7 @@ def weight_of(y, top, z, unit):
 
 @triton.jit
 def stats_kernel(
-    q_ptr, k_ptr, factors_ptr, bias_ptr, key_mask_ptr,
+    q_ptr, k_ptr, factors_ptr, bias_ptr, key_mask_ptr, first_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_bb, stride_bh, stride_bi, stride_bj, lowest, factor,
     batch, heads, kv_heads, tokens, window, softcap, plane, out_ptr, state_ptr, ticket_ptr, unscale,
@@ -133,7 +144,7 @@ def stats_kernel(
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    DATA_MASK: tl.constexpr = BIAS or KEY_MASK
+    DATA_MASK: tl.constexpr = BIAS or (KEY_MASK > 0)
     plane = tl.cast(plane, tl.int64)
     row_blocks = tl.cdiv(tokens, BLOCK_M)
     sbh = tl.program_id(0) // row_blocks
@@ -160,11 +171,21 @@ def stats_kernel(
         unit = 1.0
     q32 = q.to(tl.float32)
     norm = tl.sqrt(tl.sum(q32 * q32, 1)) * (factor * unscale)
-    # Key 0 for all queries (16 times, the least a dot takes), and the key before the block, which
-    # no tile of the diagonal holds, for the first.
-    sixteen = tl.zeros((16,), tl.int32)
-    key = tl.load(k_head + sixteen[:, None] + ds[None, :], mask=(ds < D)[None, :], other=0.0)
-    raw_sink = tl.sum(tl.dot(q, tl.trans(key), input_precision="ieee"), 1) * 0.0625
+    # The first key of each query's document, or of the row for all queries (16 times, the least a dot
+    # takes), and the key before the block, which no tile of the diagonal holds, for the first.
+    first = rows * 0
+    if KEY_MASK:
+        first = tl.load(first_ptr + b_index * tokens + rows, mask=rows < tokens, other=0)
+    if KEY_MASK == 2:
+        at_first = first.to(tl.int64)[:, None] * stride_kt + ds[None, :]
+        key = tl.load(k_head + at_first, mask=(ds < D)[None, :], other=0.0)
+        raw_sink = tl.sum(q32 * key.to(tl.float32), 1)
+    else:
+        at_first = tl.zeros((16,), tl.int64)
+        if KEY_MASK:
+            at_first += tl.load(first_ptr + b_index * tokens).to(tl.int64) * stride_kt
+        key = tl.load(k_head + at_first[:, None] + ds[None, :], mask=(ds < D)[None, :], other=0.0)
+        raw_sink = tl.sum(tl.dot(q, tl.trans(key), input_precision="ieee"), 1) * 0.0625
     one_q = tl.load(q_head + start_m.to(tl.int64) * stride_qt + ds, mask=ds < D, other=0.0)
     before = tl.maximum(start_m - 1, 0).to(tl.int64)
     one_k = tl.load(k_head + before * stride_kt + ds, mask=ds < D, other=0.0)
@@ -244,7 +265,7 @@ def stats_kernel(
     own = tl.sum(own, 1)
     previous = tl.sum(previous, 1)
     sink = single(
-        raw_sink, rows, rows * 0, bias_head, stride_bi, stride_bj, lowest, keys_real, tokens,
+        raw_sink, rows, first, bias_head, stride_bi, stride_bj, lowest, keys_real, tokens,
         window, factor, softcap, CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK,
     )  # fmt: skip
     earlier = single(
@@ -304,6 +325,7 @@ def head_stats(
     factors: list[float],
     bias: Tensor | None,
     key_mask: Tensor | None,
+    starts: Tensor | None = None,
     *,
     causal: bool,
     window: int | None,
@@ -327,13 +349,18 @@ def head_stats(
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    sinks = first_real_keys(key_mask, starts)
+    sinks = None if sinks is None else sinks.to(torch.int32).contiguous()
+    tokens_read = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    if starts is not None:
+        tokens_read = (2 * starts + (1 if key_mask is None else key_mask.int())).contiguous()
     several = len(factors) > 1
     combined = [scale * factor for factor in factors]
     arguments = (
         q, k,
         torch.tensor(combined, dtype=torch.float32, device=q.device) if several else out,
         out if bias is None else bias,
-        out if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        out if tokens_read is None else tokens_read, out if sinks is None else sinks,
         *q.stride()[:3], *k.stride()[:3], *strides,
         0.0 if bias is None else torch.finfo(bias.dtype).min / 2, combined[0],
         batch, heads, k.shape[1], tokens, window or 0, softcap or 1.0, plane,
@@ -341,7 +368,7 @@ def head_stats(
     options = {
         "SEVERAL": several, "CAUSAL": causal, "WINDOW": window is not None,
         "SOFTCAP": softcap is not None, "BIAS": bias is not None,
-        "KEY_MASK": key_mask is not None, "D": width,
+        "KEY_MASK": 2 if starts is not None else int(key_mask is not None), "D": width,
     }  # fmt: skip
     first, second = blocks or block_sizes(width, q.dtype)
     copies = len(factors) * batch * heads

@@ -137,7 +137,7 @@ def collect_range(
 
 @triton.jit(do_not_specialize=["room", "blocks", "copies", "group", "batch", "heads", "kv_heads"])
 def k_eff_kernel(
-    q_ptr, k_ptr, factors_ptr, bias_ptr, key_mask_ptr,
+    q_ptr, k_ptr, factors_ptr, bias_ptr, key_mask_ptr, first_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_bb, stride_bh, stride_bi, stride_bj, lowest, factor,
     batch, heads, kv_heads, tokens, window, softcap, plane,
@@ -146,7 +146,7 @@ def k_eff_kernel(
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    DATA_MASK: tl.constexpr = BIAS or KEY_MASK
+    DATA_MASK: tl.constexpr = BIAS or (KEY_MASK > 0)
     plane = tl.cast(plane, tl.int64)
     local = tl.arange(0, BLOCK_M)
     pool = pool_ptr + tl.program_id(0).to(tl.int64) * room

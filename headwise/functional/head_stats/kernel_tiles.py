@@ -58,6 +58,18 @@ def sees(rows, cols, tokens, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr)
 
 
 @triton.jit
+def sees_key(key, query, KEY_MASK: tl.constexpr):
+    """Whether a key is real, and in the query's document.
+
+    KEY_MASK is 1 where 0 marks padding alone, and 2 where tokens are `2 · start of the document + real`.
+    """
+    keep = key != 0
+    if KEY_MASK == 2:
+        keep = ((key & 1) != 0) & ((key >> 1) == (query >> 1))
+    return keep
+
+
+@triton.jit
 def key_ranges(
     start_m, tokens, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DATA_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
@@ -114,7 +126,10 @@ def tile(
         cols = start_n + lane + place
         keep = sees(rows, cols, tokens, window, CAUSAL, WINDOW)
         if KEY_MASK:
-            keep = keep & (tl.load(keys_real + cols, mask=cols < tokens, other=0) != 0)
+            keep = keep & sees_key(
+                tl.load(keys_real + cols, mask=cols < tokens, other=0),
+                tl.load(keys_real + rows, mask=rows < tokens, other=0), KEY_MASK,
+            )  # fmt: skip
         if BIAS:
             at = rows.to(tl.int64) * stride_bi + cols.to(tl.int64) * stride_bj
             inside = (rows < tokens) & (cols < tokens)

@@ -48,6 +48,7 @@ def of_scores(
     factors: list[float],
     bias: Tensor | None,
     key_mask: Tensor | None,
+    starts: Tensor | None,
     *,
     causal: bool,
     window: int | None,
@@ -55,7 +56,8 @@ def of_scores(
     mass: float,
     k_eff: bool,
 ) -> dict[str, Tensor]:
-    """Measures by name, each `(S, B, H, T)` for S factors; other arguments as `head_stats` takes."""
+    """Measures by name, each `(S, B, H, T)` for S factors; `starts (B, T)` is where the document of each
+    token begins; other arguments as `head_stats` takes."""
     batch, heads, tokens, width = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -66,8 +68,10 @@ def of_scores(
         out["query_norm"][n] = abs(factor) * torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
     rows, kv_step = _tile_shape(q, group, tokens)
     can_be_blind = bias is not None or key_mask is not None
+    sinks = first_real_keys(key_mask, starts)
     for b in range(batch):
         real = None if key_mask is None else key_mask[b]
+        start = None if starts is None else starts[b]
         for g0 in range(0, kv_heads, kv_step):
             g1 = min(g0 + kv_step, kv_heads)
             some = slice(g0 * group, g1 * group)
@@ -82,7 +86,8 @@ def of_scores(
                 raw = raw @ key_block[:, span.k0 : span.k1].mT
                 raw = raw.view(-1, span.q1 - span.q0, span.k1 - span.k0)
                 part = None if bias_block is None else bias_block[:, span.q0 : span.q1, span.k0 : span.k1]
-                hidden = _hidden(span, causal, window, part, real, q.device)
+                hidden = _hidden(span, causal, window, part, real, start, q.device)
+                sink = None if sinks is None else sinks[b, span.q0 : span.q1]
                 n_visible: Tensor | int = span.k1 - span.k0
                 if hidden is not None:
                     n_visible = n_visible - hidden.sum(-1).to(dtype)
@@ -93,17 +98,20 @@ def of_scores(
                         s *= factor
                     if softcap is not None:
                         s.div_(softcap).tanh_().mul_(softcap)
-                    tile = _tile(s, part, hidden, n_visible, span, causal, mass, k_eff)
+                    tile = _tile(s, part, hidden, n_visible, span, sink, causal, mass, k_eff)
                     _store(out, tile, seen, shape, (n, b, some.start, q0))
     return out
 
 
-def of_weights(weights: Tensor, *, mass: float, k_eff: bool) -> dict[str, Tensor]:
+def of_weights(
+    weights: Tensor, key_mask: Tensor | None, starts: Tensor | None, *, mass: float, k_eff: bool
+) -> dict[str, Tensor]:
     """Measures of explicit weights `(B, H, T, T)` by name, each `(B, H, T)`."""
     batch, heads, tokens, _ = weights.shape
     dtype = _compute_dtype(weights)
     out: dict[str, Tensor] = {}
     rows, _ = _tile_shape(weights, 1, tokens)
+    sinks = first_real_keys(key_mask, starts)
     for b in range(batch):
         for h in range(heads):
             for q0 in range(0, tokens, rows):
@@ -111,7 +119,8 @@ def of_weights(weights: Tensor, *, mass: float, k_eff: bool) -> dict[str, Tensor
                 p = weights[b, h : h + 1, span.q0 : span.q1].to(dtype, copy=True)
                 total = p.sum(-1)
                 tile = {"entropy": torch.special.entr(p).sum(-1), "max_weight": p.amax(-1)}
-                tile |= _where_it_looks(p, torch.ones_like(total), span, causal=False)
+                sink = None if sinks is None else sinks[b, span.q0 : span.q1]
+                tile |= _where_it_looks(p, torch.ones_like(total), span, sink, causal=False)
                 if k_eff:
                     tile["k_eff"] = _count_keys(p, total, mass)
                 _store(out, tile, total > 0, (1, batch, heads, tokens), (0, b, h, q0))
@@ -124,6 +133,7 @@ def _tile(
     hidden: Tensor | None,
     n_visible: Tensor | int,
     span: Span,
+    sink: Tensor | None,
     causal: bool,
     mass: float,
     k_eff: bool,
@@ -153,16 +163,39 @@ def _tile(
     total = e.sum(-1)
     stats["entropy"] = total.log() - s.mul_(e).sum(-1) / total
     stats["max_weight"] = 1.0 / total
-    stats |= _where_it_looks(e, total, span, causal)
+    stats |= _where_it_looks(e, total, span, sink, causal)
     if k_eff:
         stats["k_eff"] = _count_keys(e, total, mass)
     return stats
 
 
-def _where_it_looks(e: Tensor, total: Tensor, span: Span, causal: bool) -> dict[str, Tensor]:
-    """Weights on key 0, i and i - 1 and the mean distance; weights are `e (h, c, n) / total`."""
+def first_real_keys(key_mask: Tensor | None, starts: Tensor | None) -> Tensor | None:
+    """The first real key of each token's document, int64 `(B, T)`, where the document has one; None where
+    it is key 0 for all."""
+    if key_mask is None:
+        return None if starts is None else starts.long()
+    tokens = key_mask.shape[1]
+    begin = torch.zeros_like(key_mask, dtype=torch.int64) if starts is None else starts.long()
+    position = torch.arange(tokens, device=key_mask.device)
+    # The next real key from each position on.
+    following = torch.where(key_mask, position, tokens - 1).flip(-1).cummin(-1).values.flip(-1)
+    return following.gather(1, begin)
+
+
+def _where_it_looks(
+    e: Tensor, total: Tensor, span: Span, first: Tensor | None, causal: bool
+) -> dict[str, Tensor]:
+    """Weights on the first key, i and i - 1 and the mean distance; weights are `e (h, c, n) / total`.
+
+    `first (c,)` is each query's first key, None where it is key 0.
+    """
     shift = span.q0 - span.k0
-    sink = e[..., 0] if span.k0 == 0 else torch.zeros_like(e[..., 0])
+    if first is not None:
+        at = (first - span.k0).expand(e.shape[:-1]).unsqueeze(-1)
+        inside = (at >= 0) & (at < e.shape[-1])
+        sink = torch.where(inside, e.gather(-1, at.clamp(0, e.shape[-1] - 1)), 0.0).squeeze(-1)
+    else:
+        sink = e[..., 0] if span.k0 == 0 else torch.zeros_like(e[..., 0])
     previous = torch.zeros_like(sink)
     before = e.diagonal(shift - 1, dim1=-2, dim2=-1)
     previous[..., previous.shape[-1] - before.shape[-1] :] = before
@@ -232,6 +265,7 @@ def _hidden(
     window: int | None,
     bias: Tensor | None,
     real: Tensor | None,
+    start: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
     """Keys a query does not see, `(h or 1, c, n')` over the tile's last n' keys; None: sees all.
@@ -239,7 +273,7 @@ def _hidden(
     Causality alone hides keys only at the tile's diagonal, which is all that is covered then.
     """
     rows = span.q1 - span.q0
-    if window is None and bias is None and real is None:
+    if window is None and bias is None and real is None and start is None:
         return torch.ones(1, rows, rows, dtype=torch.bool, device=device).triu_(1) if causal else None
     ahead = span.keys(device) - span.queries(device).unsqueeze(-1)
     hidden = (ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)).unsqueeze(0)
@@ -247,6 +281,8 @@ def _hidden(
         hidden = hidden | (ahead.abs() >= window)
     if real is not None:
         hidden = hidden | ~real[span.k0 : span.k1]
+    if start is not None:
+        hidden = hidden | (start[span.q0 : span.q1, None] != start[span.k0 : span.k1])
     if bias is not None:
         hidden = hidden | (bias <= torch.finfo(bias.dtype).min / 2)
     return hidden

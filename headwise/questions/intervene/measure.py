@@ -315,7 +315,7 @@ def _measured(
         q, k = seen.q_pre, seen.k_pre
     return head_stats(
         q, k, causal=seen.causal, scale=seen.scale, q_scales=q_scales, bias=seen.bias, window=seen.window,
-        softcap=seen.softcap, key_mask=seen.key_mask, k_eff=k_eff,
+        softcap=seen.softcap, key_mask=seen.key_mask, documents=seen.documents, k_eff=k_eff,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import warnings
 import torch
 
 from headwise.bench.head_stats import definition, errors
+from headwise.functional.head_stats import document_starts
 from headwise.functional.head_stats import kernel as kernels
 
 TOKENS = 29
@@ -21,6 +22,10 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "EDGE_N": 16, "num_warps": 1, "num_stages
 
 def holes(*shape: int) -> torch.Tensor:
     return torch.randn(shape).masked_fill(torch.rand(shape) < 0.3, -torch.inf)
+
+
+def packed(*lengths: int) -> torch.Tensor:
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
 
 
 def cases() -> dict[str, dict]:
@@ -35,6 +40,18 @@ def cases() -> dict[str, dict]:
         "bias": {"bias": holes(1, 2, TOKENS, TOKENS)},
         "bias, softcap, full": {"bias": holes(1, 1, TOKENS, TOKENS), "softcap": 2.0, "causal": False},
         "padding": {"key_mask": torch.rand(1, TOKENS) < 0.6},
+        "left padding": {"key_mask": torch.arange(TOKENS)[None] > 4},
+        "documents": {"documents": packed(3, 1, 17, 8)},
+        "documents, padding, window": {
+            "documents": packed(1, 14, 1, 13),
+            "window": 6,
+            "key_mask": torch.rand(1, TOKENS) < 0.7,
+        },
+        "documents, full, bias": {
+            "documents": packed(20, 9),
+            "causal": False,
+            "bias": holes(1, 1, TOKENS, TOKENS),
+        },
     }
     found = {name: {"options": options} for name, options in plain.items()}
     found |= {
@@ -72,6 +89,7 @@ def measure(case: dict) -> dict[str, float]:
     arguments = {"causal": True, "window": None, "softcap": None, "mass": 0.9} | options
     factors = arguments.pop("q_scales", None)
     masks = [arguments.pop(name, None) for name in ("bias", "key_mask")]
+    masks.append(document_starts(arguments.pop("documents", None)))
     stats = kernels.head_stats(
         q, k, width**-0.5, factors or [1.0], *masks, k_eff=True, blocks=(blocks, blocks),
         pool=case.get("pool", 16), **arguments,

@@ -13,7 +13,8 @@ import pytest
 
 CASES = (
     "causal", "full", "window", "wide window", "full window", "softcap", "scales", "bias",
-    "bias, softcap, full", "padding", "one token", "float16, width 80", "small pool", "flat",
+    "bias, softcap, full", "padding", "left padding", "documents", "documents, padding, window",
+    "documents, full, bias", "one token", "float16, width 80", "small pool", "flat",
     "sharp, half the mass", "equal weights", "three kinds of keys", "two sinks", "nan",
 )  # fmt: skip
 # Relative to 1 + |value|; k_eff is exact.
