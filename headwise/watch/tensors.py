@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
-
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+from headwise.pretrained import no_weights
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,11 @@ class Tensors:
     config: dict[str, Any]
 
 
-def find(model: str | Path) -> Path | nn.Module:
+def find(model: str | Path, *, with_code: bool = False) -> Path | nn.Module:
     """A checkpoint folder, downloaded if `model` is a name on the hub; or the model of a headwise run.
+
+    Args:
+        with_code: download Python files too.
 
     Raises:
         HeadwiseError: there is nothing of that name, here or on the hub.
@@ -41,7 +43,7 @@ def find(model: str | Path) -> Path | nn.Module:
         return load_model(path)[0]
     if path.exists():
         return path
-    return _download(str(model))
+    return _download(str(model), with_code)
 
 
 def tensors_of_module(model: nn.Module) -> Tensors:
@@ -69,7 +71,7 @@ def tensors_of_folder(folder: Path) -> Tensors:
         raise HeadwiseError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise HeadwiseError(_no_weights(folder))
+        raise no_weights(folder)
     home: dict[str, Path] = {}
     for file in files:
         try:
@@ -98,22 +100,13 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _no_weights(folder: Path) -> str:
-    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
-    if pickled:
-        return (
-            f"{folder} holds its weights as {pickled[0]}, which would have to be unpickled and could run "
-            "anything; convert them to safetensors first"
-        )
-    return f"{folder} holds no weights: no *.safetensors file is there"
-
-
-def _download(name: str) -> Path:
+def _download(name: str, with_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.safetensors", "*.json", *(["*.py"] if with_code else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "config.json"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except HFValidationError as error:
         raise HeadwiseError(f"no folder {name!r}, and it is not a name on the hub (owner/name)") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
