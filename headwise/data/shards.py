@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from headwise.data.progress import progress
-from headwise.data.text import files_checksum, only_one
+from headwise.data.text import files_checksum, is_sealed, only_one, seal
 from headwise.errors import HeadwiseError
 from headwise.files import replacing, write_json
 
@@ -68,10 +68,11 @@ def open_shards(path: str | Path, cache: Path, vocab_size: int | None = None) ->
     checksum = files_checksum(files)
     target = cache / "shards" / checksum[:32]
     with only_one(target):
-        if not target.exists():
+        if not is_sealed(target):
             with replacing(target) as draft:
                 draft.mkdir()
                 _convert(files, draft)
+                seal(draft)
     facts = json.loads((target / "shape.json").read_text())
     limit = vocab_size or manifest_vocab_size(files[0].parent) or facts["max"] + 1
     if facts["max"] >= limit:

@@ -8,6 +8,7 @@ the same validation text.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ import numpy as np
 from filelock import FileLock
 
 from headwise.errors import HeadwiseError
+from headwise.files import write_json
 
+SEAL = "checksums.json"
 _BLOCK = 1 << 20
 
 
@@ -99,6 +102,31 @@ def blocks(files: Iterable[Path]) -> Iterator[bytes]:
                     yield block
         except OSError as error:
             raise unreadable(path, error) from error
+
+
+def seal(folder: Path) -> None:
+    """Write down the checksum of every file in a folder of the cache, for `is_sealed`."""
+    write_json(folder / SEAL, {file.name: files_checksum([file]) for file in sorted(folder.iterdir())})
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder of the cache was sealed, and holds what it held then, byte by byte.
+
+    False where there is none, or one of an older version without a seal: it is made again.
+
+    Raises:
+        HeadwiseError: a file in it has changed.
+    """
+    try:
+        stated = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise HeadwiseError(f"{folder / SEAL} is damaged; delete {folder} and run again") from error
+    for name, checksum in stated.items() if isinstance(stated, dict) else ():
+        if not (folder / name).is_file() or files_checksum([folder / name]) != checksum:
+            raise HeadwiseError(f"{folder / name} is damaged; delete {folder} and run again")
+    return bool(stated)
 
 
 @contextmanager

@@ -7,15 +7,18 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from headwise import pretrained
 from headwise.data.hub import ask_for, reason
 from headwise.data.progress import progress
-from headwise.data.text import Text, character_start, only_one
+from headwise.data.text import Text, character_start, files_checksum, is_sealed, only_one, seal
 from headwise.errors import HeadwiseError
 from headwise.files import replacing, write_json
+from headwise.pretrained import refused, tokenizer_code, tokenizer_settings
 
 BYTES = "bytes"
 """Names the tokenizer that leaves bytes as they are."""
@@ -46,7 +49,7 @@ class Tokenizer:
             vocabulary, content = fast.get_vocab(with_added_tokens=True), fast.to_str()
         else:
             vocabulary = slow.get_vocab()
-            content = repr((type(slow).__name__, sorted(vocabulary.items())))
+            content = _saved(slow)
         self.vocab_size = max(vocabulary.values()) + 1
         self.checksum = hashlib.sha256(content.encode()).hexdigest()
         self.pad_id: int | None = vocabulary.get(pad_token)
@@ -75,6 +78,18 @@ class Tokenizer:
         return (self._fast or self._slow).decode(ids, skip_special_tokens=False)
 
 
+def _saved(slow: Any) -> str:
+    """All that decides the ids of a tokenizer without a fast form: its class, its files, its code."""
+    with TemporaryDirectory() as folder:
+        slow.save_pretrained(folder)
+        files = {
+            file.relative_to(folder).as_posix(): files_checksum([file])
+            for file in sorted(Path(folder).rglob("*"))
+            if file.is_file()
+        }
+    return repr((type(slow).__name__, sorted(slow.get_vocab().items()), files))
+
+
 class ByteTokenizer(Tokenizer):
     """The bytes of UTF-8 as they are: 256 ids, no padding."""
 
@@ -101,26 +116,35 @@ def text_of_bytes(ids: Iterable[int]) -> str:
     return b"".join(bytes([i]) if i < 256 else unknown for i in ids).decode(errors="replace")
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer in a `tokenizer.json` file or a folder, of that name at Hugging Face, or `bytes`.
 
+    Args:
+        trust_remote_code: run code that comes with the tokenizer where it names some.
+
     Raises:
-        HeadwiseError: there is none, or it cannot be read.
+        HeadwiseError: there is none, it cannot be read, or only code of its own can read it.
     """
     if name == BYTES:
         return ByteTokenizer()
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        return _from_file(name, file)
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
+        settings = tokenizer_settings(file.parent) if file.name == "tokenizer.json" else {}
+        code = tokenizer_code(settings)
+        if code is None:
+            return _from_file(name, file, settings)
+        if not trust_remote_code:
+            raise refused(name, code)
+        path = file.parent
+    elif not path.is_dir() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
         raise HeadwiseError(f"tokenizer {name!r} does not exist; give a tokenizer.json, a folder or a name")
-    from transformers import AutoTokenizer
-
     try:
         if not path.is_dir():
             ask_for(name, "tokenizer.json", "tokenizer_config.json", "config.json")
-        loaded = AutoTokenizer.from_pretrained(name)
+        loaded = pretrained.load_tokenizer(path if path.is_dir() else name, trust=trust_remote_code)
+    except HeadwiseError:
+        raise
     except Exception as error:  # transformers raises errors of many libraries
         raise HeadwiseError(
             f"tokenizer {name!r} cannot be loaded ({reason(error)}); give a folder or another name"
@@ -129,15 +153,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(name, fast, loaded, loaded.pad_token)
 
 
-def _from_file(name: str, file: Path) -> Tokenizer:
+def _from_file(name: str, file: Path, settings: dict[str, Any]) -> Tokenizer:
     import tokenizers
 
     try:
         fast = tokenizers.Tokenizer.from_file(str(file))
-        settings = file.with_name("tokenizer_config.json")
-        pad = json.loads(settings.read_text()).get("pad_token") if settings.is_file() else None
     except Exception as error:  # tokenizers raises bare Exception
         raise HeadwiseError(f"tokenizer {str(file)!r} cannot be read ({error})") from error
+    pad = settings.get("pad_token")
     return Tokenizer(name, fast, pad_token=pad["content"] if isinstance(pad, dict) else pad)
 
 
@@ -153,16 +176,15 @@ def tokenised(text: Text, tokenizer: Tokenizer, cache: Path) -> tuple[dict[str, 
     key = hashlib.sha256(f"{text.checksum} {tokenizer.checksum} {_PIECE}".encode()).hexdigest()
     folder = cache / "tokens" / key[:32]
     with only_one(folder):
-        if not folder.exists():
+        if not is_sealed(folder):
             with replacing(folder) as draft:
                 draft.mkdir()
                 _write(text, tokenizer, draft)
+                seal(draft)
     lengths = json.loads((folder / "lengths.json").read_text())
     splits = {}
     for split, (n_tokens, _) in lengths.items():
         file = folder / f"{split}.bin"
-        if file.stat().st_size != n_tokens * np.dtype(tokenizer.dtype).itemsize:
-            raise HeadwiseError(f"{file} is damaged; delete {folder} and run again")
         empty = np.empty(0, dtype=tokenizer.dtype)
         splits[split] = np.memmap(file, dtype=tokenizer.dtype, mode="r") if n_tokens else empty
     return splits, {split: n_bytes for split, (_, n_bytes) in lengths.items()}
