@@ -7,10 +7,11 @@ import signal
 
 from hypothesis import settings
 
+from tests.fixtures.checkpoints import checkpoint
 from tests.fixtures.models import hf_model, tokens
 from tests.fixtures.studies import built, demo, make
 
-__all__ = ["built", "demo", "hf_model", "make", "tokens"]
+__all__ = ["built", "checkpoint", "demo", "hf_model", "make", "tokens"]
 
 # A busy machine is no failure, and continuous integration gives the same verdict on the same commit.
 settings.register_profile("developer", deadline=None)
