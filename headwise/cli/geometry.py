@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     if args.profile and not args.json:
         raise HeadwiseError("--profile gives the dynamics of the file that --json writes; name that file too")
     dynamics = _dynamics(Path(args.profile)) if args.profile else None
+    if args.profile:
+        _check_profile(Path(args.profile), args.model)
 
     from headwise.cli.quiet import quiet_transformers
     from headwise.questions.geometry.projections import read_weights
@@ -203,6 +205,24 @@ def _read_json(path: Path) -> object:
         ) from None
     except (OSError, ValueError) as error:
         raise HeadwiseError(f"{path} is not a JSON file: {error}") from error
+
+
+def _check_profile(folder: Path, model: str) -> None:
+    """Refuse a profile of other weights; a table without a checksum of them is taken with a word.
+
+    Raises:
+        HeadwiseError: the profile was made of other files than the model's.
+    """
+    from headwise.watch.tensors import checksum_of
+
+    about = _read_json(folder / "profile.json") if (folder / "profile.json").is_file() else {}
+    stated = about.get("files") if isinstance(about, dict) else None
+    if stated is None or (found := checksum_of(model)) is None:
+        print(f"headwise: nothing tells whether {folder} was measured on these weights", file=sys.stderr)
+    elif stated != found:
+        raise HeadwiseError(
+            f"the profile {folder} was measured on other weights than {model}; profile it again"
+        )
 
 
 def _dynamics(folder: Path) -> dict[str, np.ndarray]:

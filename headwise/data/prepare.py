@@ -336,10 +336,25 @@ def _same(out: Path, found: dict[str, Any], wanted: dict[str, Any], what: str) -
     wanted = json.loads(json.dumps(wanted))
     for key, value in wanted.items():
         if found.get(key) != value:
+            if changed := _changed_file(found.get(key), value):
+                raise HeadwiseError(
+                    f"--out {str(out)!r} holds {what} {changed}; use the same input, or choose another folder"
+                )
             raise HeadwiseError(
                 f"--out {str(out)!r} holds {what} with {key} {found.get(key)!r}, not {value!r}; "
                 "use the same options, or choose another folder"
             )
+
+
+def _changed_file(found: Any, wanted: Any) -> str | None:
+    """The first file that two inputs do not have alike, in words; None where they are no lists of files."""
+    if not all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in (found, wanted)):
+        return None
+    before, now = found["files"], wanted["files"]
+    name = next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
+    if isinstance(before.get(name), int):
+        return "of an older version, which noted the sizes of its input's files and not their content"
+    return None if name is None else f"of another {name}: its content differs"
 
 
 def _finish(config: PrepareConfig, tokenizer: Tokenizer, settings: dict[str, Any], work: _Work) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headwise.data.text import files_checksum
 from headwise.errors import HeadwiseError
 from headwise.pretrained import no_weights
 
@@ -104,6 +105,19 @@ def tensors_of_folder(folder: Path) -> Tensors:
     if (folder / "adapter_config.json").is_file():
         return merged(folder, _plain(folder) if own else None)
     return merged(folder, _plain(folder), beside=False)
+
+
+def checksum_of(model: str | Path) -> str | None:
+    """A checksum of the files of a checkpoint folder: configuration, adapters and every byte of its weights.
+
+    None where `model` is none: a name on the hub, a headwise run.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    used = {*_homes(folder).values(), folder / "config.json"}
+    adapters = {folder / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    return files_checksum(sorted(used | {path for path in adapters if path.is_file()}))
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def test_a_source_edited_in_place_is_another_source(configure: Configure, source
     prepare(configure())
     assert prepare(configure())["sequences"]  # nothing has changed
     overwrite(source / "a.jsonl", lambda text: text.replace(b" the ", b" eht ", 1))
-    with pytest.raises(HeadwiseError, match=r"holds shards with input .*a\.jsonl.*use the same options"):
+    with pytest.raises(HeadwiseError, match=r"holds shards of another a\.jsonl: its content differs"):
         prepare(configure())
 
 
@@ -297,7 +297,7 @@ def test_an_unfinished_preparation_of_a_source_edited_in_place_is_not_continued(
 ) -> None:
     next(prepare_shards(configure()))
     overwrite(source / "a.jsonl", lambda text: text.replace(b" the ", b" eht ", 1))
-    with pytest.raises(HeadwiseError, match="holds an unfinished preparation with input"):
+    with pytest.raises(HeadwiseError, match=r"an unfinished preparation of another a\.jsonl"):
         prepare(configure())
 
 
@@ -317,3 +317,12 @@ def test_shards_that_changed_are_not_taken_for_finished(configure: Configure, fi
         prepare(configure())
     first.write_bytes(right)
     assert prepare(configure())["sequences"]
+
+
+def test_a_manifest_that_knows_only_sizes_proves_nothing(configure: Configure, source: Path) -> None:
+    manifest = prepare(configure())
+    sizes = {name: (source / name).stat().st_size for name in manifest["settings"]["input"]["files"]}
+    manifest["settings"]["input"]["files"] = sizes
+    (Path(configure().out) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(HeadwiseError, match="holds shards of an older version, which noted the sizes"):
+        prepare(configure())

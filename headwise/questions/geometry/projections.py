@@ -130,6 +130,10 @@ def _from_names(tensors: Tensors, fold_norm: bool, stack: str | None) -> HeadWei
     if not good:
         raise HeadwiseError(_nothing_found(tensors, [r for r in reasons.values() if r]))
     stacks = _stacks(good)
+    if stack is not None and stack not in stacks:
+        why = dict.fromkeys(r for p in places if p.stack == stack and (r := reasons[p.root]))
+        if why:
+            raise HeadwiseError(f"{stack} of {tensors.name} is not covered: {'; '.join(why)}")
     chosen = _choose(stacks, stack, tensors.name)
     layers = {place.layer: place for place in stacks[chosen] if place.layer is not None}
     for other, others in stacks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,36 @@ def test_streams_of_different_width_have_a_metric_and_no_core(tmp_path: Path) ->
     assert main([str(tmp_path)]) == 0
     with pytest.raises(HeadwiseError, match="reads a width of 6 and writes one of 10"):
         main([str(tmp_path), "--matrix", "core"])
+
+
+def test_a_layout_that_only_the_checkpoint_knows_is_not_guessed(checkpoint, tmp_path: Path) -> None:
+    """The same tensors under a model type that transformers does not know: towers keep their head counts."""
+    for file in checkpoint("blip2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "unknown"}))
+    for stack, heads in (("qformer.encoder.layer", 2), ("language_model.model.decoder.layers", 8)):
+        weights = read_weights(tmp_path, stack=stack)
+        assert [len(layer.q) for _, layer in weights] == [heads, heads]
+        assert (
+            "lays out its fused qkv is not known"
+            in reasons(weights)["vision_model.encoder.layers.N.self_attn"][1]
+        )
+    with pytest.raises(
+        HeadwiseError, match=r"vision_model\.encoder\.layers of .* is not covered: how model type"
+    ):
+        read_weights(tmp_path, stack="vision_model.encoder.layers")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3_next"])
+def test_names_without_the_prefix_of_the_whole_model_are_recognised(
+    checkpoint, tmp_path: Path, name: str
+) -> None:
+    for file in checkpoint(name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    plain = {re.sub(r"^(model|transformer)\.", "", key): value for key, value in tensors.items()}
+    save_file(plain, tmp_path / "model.safetensors", {"format": "pt"})
+    for (_, found), (_, whole) in zip(read_weights(tmp_path), read_weights(checkpoint(name)), strict=True):
+        for role in "qkvo":
+            np.testing.assert_array_equal(getattr(found, role), getattr(whole, role))
