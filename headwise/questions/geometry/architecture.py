@@ -268,13 +268,13 @@ class Architecture:
         kinds = self.settings(place).get("layer_types") or self.settings(place).get("layers_block_type")
         if isinstance(kinds, list) and place.layer is not None and place.layer < len(kinds):
             kind = str(kinds[place.layer])
-            if "attention" not in kind or "linear" in kind:
+            if re.search(r"linear|mamba|conv|recurrent|ssm", kind):
                 return f"its layer is of type {kind}, which has no softmax attention"
         if re.search(r"(?i)linear_att|delta|mamba", place.root):
             return "linear attention has no softmax over keys"
         modules = [m for m in self._attention(place) if type(m).__module__.startswith("transformers.")]
         if modules and (any(NOT_SOFTMAX.search(type(m).__name__) for m in modules) or not _softmax(modules)):
-            return f"{type(modules[0]).__name__} has no softmax over keys"
+            return f"{type(modules[0]).__name__} is not plain softmax attention"
         return None
 
     def is_cross(self, place: Place) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.questions.geometry.architecture import HEAD_COUNTS, Architecture
+from headwise.questions.geometry.architecture import HEAD_COUNTS, WIDTHS, Architecture
 from headwise.questions.geometry.layouts import layout_of, split
 from headwise.questions.geometry.places import FUSED, Place
 from headwise.watch.tensors import Tensors
@@ -60,8 +60,8 @@ def cut(place: Place, source: Place | None, tensors: Tensors, architecture: Arch
         other = source or place
         k = get("k", other)
         v = get("v", other) if "v" in other.roles else k
-        heads, width = _heads(place, _rows(q, output), q.shape[1], "q", architecture)
-        if q.shape[0] == 2 * heads * width and q.shape[0] == 2 * output.shape[1]:  # as in Qwen3-Next
+        heads, width = _heads(place, _rows(place, q, output, architecture), q.shape[1], "q", architecture)
+        if q.shape[0] == 2 * heads * width:  # as in Qwen3-Next
             q = q.reshape(heads, 2, width, -1)[:, 0].flatten(0, 1)  # a gate follows each head's query
     kv_heads = k.shape[0] // width
     if (
@@ -84,9 +84,11 @@ def cut(place: Place, source: Place | None, tensors: Tensors, architecture: Arch
     return LayerWeights(*(np.ascontiguousarray(t.float().cpu().numpy()) for t in (q, k, v, o)))
 
 
-def _rows(q: Tensor, output: Tensor) -> int:
+def _rows(place: Place, q: Tensor, output: Tensor, architecture: Architecture) -> int:
     """Rows of the queries alone: half of the projection where a gate as wide lies beside them."""
-    return output.shape[1] if q.shape[0] == 2 * output.shape[1] else q.shape[0]
+    heads, width = architecture.heads(place), architecture.width(place)
+    narrower_values = bool(heads and width) and q.shape[0] == (heads or 0) * (width or 0)
+    return output.shape[1] if q.shape[0] == 2 * output.shape[1] and not narrower_values else q.shape[0]
 
 
 def _heads(place: Place, rows: int, inputs: int, role: str, architecture: Architecture) -> tuple[int, int]:
@@ -100,6 +102,9 @@ def _heads(place: Place, rows: int, inputs: int, role: str, architecture: Archit
     heads, width = architecture.heads(place), architecture.width(place)
     name, tensors = place.roles[role], architecture.tensors
     as_built = architecture.shape_of(place, name) == tuple(tensors.get(name).shape)
+    own = None if architecture.attribute(place, HEAD_COUNTS) else architecture.attribute(place, WIDTHS)
+    if as_built and own and rows % own == 0:  # a layer's own width is nearer than its tower's count
+        return rows // own, own
     pruned = tensors.module is not None or not as_built
     told = pruned and bool(width) and rows % (width or 1) == 0 and architecture.states_input(place, inputs)
     if told and width and (heads is None or rows // width < heads):

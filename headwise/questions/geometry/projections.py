@@ -177,6 +177,8 @@ def _why_not(place: Place, places: list[Place], architecture: Architecture) -> s
         return "multi-head latent attention, whose keys are not one matrix per head"
     if CROSS.search(place.root) or architecture.is_cross(place):
         return "cross-attention, whose queries and keys read two different streams"
+    if not roles:
+        return "none of its tensors is known as a projection"
     if reason := architecture.unlike(place):
         return reason
     if "o" not in roles:

@@ -115,6 +115,17 @@ def test_values_may_be_narrower_than_queries(tmp_path: Path) -> None:
     same(layer.o.transpose(1, 0, 2).reshape(24, 32), attention.o_proj)
 
 
+def test_values_half_as_wide_as_queries_are_no_gate(checkpoint) -> None:
+    layer = dict(read_weights(checkpoint("narrow")))[0]
+    assert (layer.q.shape, layer.v.shape, layer.o.shape) == ((4, 16, 24), (2, 8, 24), (4, 24, 8))
+
+
+def test_layers_of_a_hybrid_that_hold_attention_are_covered(checkpoint) -> None:
+    weights = read_weights(checkpoint("zamba2"))
+    assert weights.layers
+    assert {len(layer.q) for _, layer in weights} == {4}
+
+
 @torch.no_grad()
 def test_codegen_and_deberta_lay_out_their_fused_projection_in_their_own_way(tmp_path: Path) -> None:
     model = build("codegen")
