@@ -14,10 +14,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.fixtures.checkpoints import checkpoint
 from tests.fixtures.models import hf_model, tokens
 from tests.fixtures.studies import built, demo, make
 
-__all__ = ["built", "demo", "hf_model", "make", "tokens"]
+__all__ = ["built", "checkpoint", "demo", "hf_model", "make", "tokens"]
 
 # A busy machine is not a failure, so nothing has a deadline.
 settings.register_profile("fixed", deadline=None, derandomize=True)

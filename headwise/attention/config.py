@@ -30,6 +30,12 @@ class AttentionConfig:
         """The options of the chosen kind, or None where it has none."""
         return getattr(self, self.kind, None)
 
+    def chosen(self) -> dict[str, Any]:
+        """The kind with its own options as plain values; other kinds decide nothing."""
+        own = {"kind": self.kind, "dropout": self.dropout}
+        options = self.options()
+        return own if options is None else own | {self.kind: dataclasses.asdict(options)}
+
     def validate(self, *, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
         """Refuse what no kind can do with its options, and what the chosen kind cannot do.
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from headwise.cli.bench import main
+from headwise.bench.command import main
 
 sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from headwise.cli.text_options import add_trust_option
 from headwise.data.prepare import KEEP, PrepareConfig
 from headwise.errors import HeadwiseError
 
@@ -51,6 +52,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", help="split of a Hugging Face dataset (%(default)s)")
     add("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
     add("--cache", metavar="DIR", help="folder for the dataset's download")
+    add_trust_option(parser)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +63,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     add("--vocab-size", type=int, help="ids must be below it")
     add("--top", type=int, default=20, help="number of most frequent tokens to show (%(default)s)")
     add("--json", action="store_true", help="print JSON instead of tables")
+    add_trust_option(parser)
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -91,7 +94,9 @@ def _inspect(args: argparse.Namespace) -> int:
     from headwise.data.inspect import inspect_shards
     from headwise.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = None
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code)
     result = inspect_shards(args.path, vocab_size=args.vocab_size, tokenizer=tokenizer)
     if args.json:
         print(json.dumps(result.as_dict(args.top), indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -34,24 +35,32 @@ def main(argv: list[str]) -> int:
     if args.profile and not args.json:
         raise HeadwiseError("--profile gives the dynamics of the file that --json writes; name that file too")
     dynamics = _dynamics(Path(args.profile)) if args.profile else None
+    if args.profile:
+        _check_profile(Path(args.profile), args.model)
 
+    from headwise.cli.quiet import quiet_transformers
     from headwise.questions.geometry.projections import read_weights
 
+    quiet_transformers()
     weights = read_weights(args.model, fold_norm=args.fold_norm, stack=args.stack)
     singular = _singular_values(weights, args.matrix)
-    shape = _shape(singular, weights.name)
-    described = {name: _descriptors(values) for name, values in singular.items()}
-    print(f"{weights.name}: {shape[0]} layers x {shape[1]} heads, matrix {args.matrix}")
-    for note in weights.notes:
-        print(f"  {note}")
+    counts = [len(values) for values in singular["query_key"]]
+    shape = len(counts), max(counts)
+    described = {name: _descriptors(values, shape[1]) for name, values in singular.items()}
+    heads = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
+    print(f"{weights.name}: {shape[0]} layers x {heads} heads, matrix {args.matrix}")
+    for line in _remarks(weights):
+        print(f"  {line}")
     for circuit, values in described.items():
-        _print_layers(CIRCUITS[circuit], weights.layers, values)
-    broken = sum(int(np.isnan(v["op_norm"]).sum()) for v in described.values())
+        _print_layers(CIRCUITS[circuit], weights.layers, values, counts)
+    broken = sum(
+        int(np.isnan(v["op_norm"]).sum()) - shape[0] * shape[1] + sum(counts) for v in described.values()
+    )
     if broken:
         circuits = "circuit has" if broken == 1 else "circuits have"
         print(f"headwise: {broken} {circuits} weights that are not finite: NaN descriptors", file=sys.stderr)
     if args.out:
-        _write(Path(args.out), described, weights)
+        _write(Path(args.out), described, weights, counts)
     if args.json:
         if dynamics is not None and dynamics["entropy"].shape != shape:
             found = " x ".join(map(str, dynamics["entropy"].shape))
@@ -64,9 +73,12 @@ def main(argv: list[str]) -> int:
             "matrix": args.matrix,
             "fold_norm": args.fold_norm,
             "notes": weights.notes,
+            "not_covered": [dataclasses.asdict(one) for one in weights.not_covered],
             "layers": weights.layers,
+            "heads": counts,
         }
-        write_json(args.json, correlation.heads_document(singular["query_key"], dynamics) | about)
+        padded = [_padded(values, shape[1]) for values in singular["query_key"]]
+        write_json(args.json, correlation.heads_document(padded, dynamics) | about)
         print(f"wrote {args.json}" + ("" if dynamics else " (without dynamics: --profile DIR adds them)"))
     return 0
 
@@ -122,38 +134,48 @@ def _singular_values(weights: HeadWeights, matrix: str) -> dict[str, list[np.nda
 
     found: dict[str, list[np.ndarray]] = {name: [] for name in CIRCUITS}
     with progress("decomposing", len(weights), "layers") as advance:
-        for _, layer in weights:
+        for number, layer in weights:
+            if matrix == "core" and layer.o.shape[1] != layer.v.shape[2]:
+                raise HeadwiseError(
+                    f"layer {number} of {weights.name} reads a width of {layer.v.shape[2]} and writes one of "
+                    f"{layer.o.shape[1]}, so that W_V W_O is not defined; leave out --matrix core"
+                )
             found["query_key"].append(geometry.query_key_singular_values(layer.q, layer.k, matrix))
             found["value_output"].append(geometry.value_output_singular_values(layer.v, layer.o, matrix))
             advance(1)
     return found
 
 
-def _shape(singular: dict[str, list[np.ndarray]], name: str) -> tuple[int, int]:
-    counts = {values.shape[0] for values in singular["query_key"]}
-    if len(counts) > 1:
-        raise HeadwiseError(
-            f"{name} has layers of {', '.join(map(str, sorted(counts)))} heads; they must be alike"
-        )
-    return len(singular["query_key"]), counts.pop()
+def _remarks(weights: HeadWeights) -> list[str]:
+    """What the projections leave out, and what has none."""
+    return [*weights.notes, *(f"not covered: {one}" for one in weights.not_covered)]
 
 
-def _descriptors(singular: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Descriptor to `(L, H)`."""
+def _padded(values: np.ndarray, heads: int) -> np.ndarray:
+    """`(H, …)` to `(heads, …)`: NaN for the heads that this layer does not have."""
+    missing = np.full((heads - len(values), *values.shape[1:]), np.nan)
+    return np.concatenate([values, missing]) if len(missing) else values
+
+
+def _descriptors(singular: list[np.ndarray], heads: int) -> dict[str, np.ndarray]:
+    """Descriptor to `(L, heads)`."""
     layers = [geometry.descriptors(values) for values in singular]
-    return {name: np.stack([layer[name] for layer in layers]) for name in geometry.DESCRIPTORS}
+    return {name: np.stack([_padded(one[name], heads) for one in layers]) for name in geometry.DESCRIPTORS}
 
 
-def _print_layers(title: str, layers: list[int], values: dict[str, np.ndarray]) -> None:
+def _print_layers(title: str, layers: list[int], values: dict[str, np.ndarray], counts: list[int]) -> None:
     """The mean over heads of each layer; the table stays readable for any depth."""
     print(f"\n{title}, mean over the heads of a layer (condition: median)")
     print(f"{'layer':>7}" + "".join(f"{name:>14}" for name in values))
     for row, layer in enumerate(layers):
-        means = [np.median(v[row]) if name == "condition" else v[row].mean() for name, v in values.items()]
+        own = {name: v[row, : counts[row]] for name, v in values.items()}
+        means = [np.median(v) if name == "condition" else v.mean() for name, v in own.items()]
         print(f"{layer:>7}" + "".join(f"{mean:>14.5g}" for mean in means))
 
 
-def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], weights: HeadWeights) -> None:
+def _write(
+    folder: Path, described: dict[str, dict[str, np.ndarray]], weights: HeadWeights, counts: list[int]
+) -> None:
     from headwise.questions.geometry.page import draw_descriptors
 
     text = io.StringIO()
@@ -161,6 +183,8 @@ def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], weights: H
     writer.writerow(["layer", "head", "circuit", *geometry.DESCRIPTORS])
     for circuit, values in described.items():
         for row, head in np.ndindex(values["op_norm"].shape):
+            if head >= counts[row]:
+                continue
             numbers = (float(v[row, head]) for v in values.values())
             writer.writerow([weights.layers[row], head, circuit, *numbers])
     write_text(folder / "geometry.csv", text.getvalue())
@@ -168,7 +192,11 @@ def _write(folder: Path, described: dict[str, dict[str, np.ndarray]], weights: H
         draw_descriptors(
             values, f"{Path(weights.name).name}: {CIRCUITS[circuit]}", folder / f"geometry_{circuit}.png"
         )
-    print(f"wrote {folder / 'geometry.csv'} and a heatmap of each circuit")
+    lines = [f"# Geometry of {weights.name}", "", *(f"- {line}" for line in _remarks(weights))]
+    write_text(folder / "geometry.md", "\n".join(lines) + "\n")
+    print(
+        f"wrote {folder / 'geometry.csv'}, what it leaves out in geometry.md, and a heatmap of each circuit"
+    )
 
 
 def _read_json(path: Path) -> object:
@@ -178,6 +206,24 @@ def _read_json(path: Path) -> object:
         raise HeadwiseError(
             f"{path} does not exist; `headwise geometry MODEL --json FILE` makes it"
         ) from None
+
+
+def _check_profile(folder: Path, model: str) -> None:
+    """Refuse a profile of other weights; a table without a checksum of them is taken with a word.
+
+    Raises:
+        HeadwiseError: the profile was made of other files than the model's.
+    """
+    from headwise.watch.tensors import checksum_of
+
+    about = _read_json(folder / "profile.json") if (folder / "profile.json").is_file() else {}
+    stated = about.get("files") if isinstance(about, dict) else None
+    if stated is None or (found := checksum_of(model)) is None:
+        print(f"headwise: nothing tells whether {folder} was measured on these weights", file=sys.stderr)
+    elif stated != found:
+        raise HeadwiseError(
+            f"the profile {folder} was measured on other weights than {model}; profile it again"
+        )
 
 
 def _dynamics(folder: Path) -> dict[str, np.ndarray]:

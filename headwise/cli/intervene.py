@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwise import reading
 from headwise.cli.quiet import quiet_transformers
-from headwise.cli.text_options import add_text_options, source_of
+from headwise.cli.text_options import add_text_options, add_trust_option, source_of
 from headwise.errors import HeadwiseError, one_of
 from headwise.files import write_json, write_text
 from headwise.questions.intervene.gain import Gain, gain_of, summary_row
@@ -53,7 +53,12 @@ def main(argv: list[str]) -> int:
     from headwise.watch.samples import open_samples
 
     quiet_transformers()
-    speaker = load_speaker(args.model, dtype=args.dtype, device=find_device(args.device))
+    speaker = load_speaker(
+        args.model,
+        dtype=args.dtype,
+        device=find_device(args.device),
+        trust_remote_code=args.trust_remote_code,
+    )
     samples = open_samples(
         source_of(args), speaker.loaded, n_samples=args.n_samples, context_length=args.context_length,
         seed=args.seed,
@@ -101,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4, help="contexts per forward pass (%(default)s)")
     add("--dtype", default="auto", help="of the model: auto (as stored), float32, bfloat16, float16")
     add("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
+    add_trust_option(parser)
     add_text_options(parser)
     return parser
 

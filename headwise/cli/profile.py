@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwise.cli.quiet import quiet_transformers
-from headwise.cli.text_options import add_text_options, source_of
+from headwise.cli.text_options import add_text_options, add_trust_option, source_of
 from headwise.errors import HeadwiseError
 from headwise.measures.spec import measures
 
@@ -64,6 +64,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
     add("--no-atlas", action="store_true", help="write no atlas.html")
+    add_trust_option(parser)
     add_text_options(parser)
     return parser
 
@@ -107,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         profile = Profile(args.out, config)
         quiet_transformers()
-        loaded = load(args.model, dtype=args.dtype, device=world.device)
+        loaded = load(
+            args.model, dtype=args.dtype, device=world.device, trust_remote_code=args.trust_remote_code
+        )
         samples = open_samples(
             source_of(args), loaded, n_samples=config.n_samples, context_length=config.context_length,
             seed=config.seed,

@@ -9,6 +9,14 @@ if TYPE_CHECKING:
     from headwise.watch.samples import Source
 
 
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """`--trust-remote-code`, off by default."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run code that the model or the tokenizer brings along; read it first",
+    )  # fmt: skip
+
+
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """`--tokenizer`, `--text-field` and the rest, as a group of their own."""
     text = parser.add_argument_group("text")
@@ -32,4 +40,5 @@ def source_of(args: argparse.Namespace) -> Source:
         args.dataset_config,
         args.streaming,
         args.cache,
+        args.trust_remote_code,
     )

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from headwise import reading
 from headwise.data.folders import files_of
-from headwise.data.hub import load_dataset
+from headwise.data.hub import load_dataset, revision_of
+from headwise.data.text import files_checksum
 from headwise.errors import HeadwiseError
 from headwise.files import local
 
@@ -161,8 +162,9 @@ class Files:
         self.files, self.root, self.fields = files, root, fields
 
     def identity(self) -> dict[str, Any]:
-        sizes = {file.relative_to(self.root).as_posix(): file.stat().st_size for file in self.files}
-        return {"files": sizes}
+        """The checksum of every file's content."""
+        contents = {file.relative_to(self.root).as_posix(): files_checksum([file]) for file in self.files}
+        return {"files": contents}
 
     def read(self, start: Position) -> Iterator[Document]:
         for index in range(start[0], len(self.files)):
@@ -278,8 +280,12 @@ class HubDataset:
         )
 
     def identity(self) -> dict[str, Any]:
-        rows = None if self.options["streaming"] else len(self._dataset)
-        return {"dataset": self.name, **self.options, "rows": rows}
+        """The download's rows and the checksum of its files; a stream's revision on the hub."""
+        facts: dict[str, Any] = {"dataset": self.name, **self.options}
+        if self.options["streaming"]:
+            return facts | {"rows": None, "revision": revision_of(self.name)}
+        files = [Path(file["filename"]) for file in self._dataset.cache_files]
+        return facts | {"rows": len(self._dataset), "checksum": files_checksum(files)}
 
     def read(self, start: Position) -> Iterator[Document]:
         rows = self._dataset.skip(start[1])

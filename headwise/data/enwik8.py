@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from headwise.data.progress import progress
-from headwise.data.text import only_one
+from headwise.data.text import files_checksum, only_one
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
 
@@ -35,6 +35,8 @@ def enwik8(cache: Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) 
         raise HeadwiseError(
             f"{target} has {target.stat().st_size} bytes instead of {size}; delete it and run again"
         )
+    if files_checksum([target]) != sha256:
+        raise HeadwiseError(f"{target} has changed since its download; delete it and run again")
     return target
 
 

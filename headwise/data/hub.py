@@ -14,6 +14,9 @@ from headwise.names import hub_name
 def load_dataset(path: str, otherwise: str, **options: Any) -> Any:
     """`datasets.load_dataset` with errors that say what to do: `otherwise`, or install the extra.
 
+    It runs no code of a data set: `datasets` refuses loading scripts from version 4 on, the oldest that is
+    installed with headwise.
+
     Raises:
         HeadwiseError: `datasets` is not installed, or cannot load the data set.
     """
@@ -61,6 +64,16 @@ def ask_for(name: str, *files: str) -> None:
 
     if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         HfApi().model_info(name, timeout=20)
+
+
+def revision_of(dataset: str) -> str | None:
+    """The commit of a data set on the hub; None where the hub does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(dataset, timeout=20).sha
+    except Exception:  # of several libraries
+        return None
 
 
 def reason(error: Exception) -> str:

@@ -68,9 +68,10 @@ def open_path(path: Path, cache: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 def _joined(files: list[Path], cache: Path) -> Path:
     """One file with the contents of `files`, kept in the cache under their checksum."""
-    target = cache / "text" / f"{files_checksum(files)}.txt"
+    checksum = files_checksum(files)
+    target = cache / "text" / f"{checksum}.txt"
     with only_one(target):
-        if not target.exists():
+        if not target.exists() or files_checksum([target]) != checksum:
             with replacing(target) as draft, draft.open("wb") as file:
                 file.writelines(blocks(files))
     return target

@@ -53,6 +53,7 @@ class PrepareConfig:
             and is slower; without it a cached download is read.
         cache: folder for the download; default Hugging Face's own.
         pattern: of a folder's files, those to read.
+        trust_remote_code: run code that comes with the tokenizer where it names some.
     """
 
     source: str
@@ -70,6 +71,7 @@ class PrepareConfig:
     streaming: bool = False
     cache: str | None = None
     pattern: str = "*"
+    trust_remote_code: bool = False
 
     def validate(self) -> None:
         """Refuse what cannot be prepared.
@@ -108,6 +110,7 @@ class _Work:
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     waiting: list[np.ndarray] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
+    checksums: list[str] = field(default_factory=list)
 
     def reached(self, limit: int | None) -> bool:
         """Whether the sequences written and waiting are as many as asked for."""
@@ -138,7 +141,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def prepare_shards(config: PrepareConfig) -> Iterator[Path]:
     """As `prepare`, yielding each shard when it is on disk; may be left at any time."""
     config.validate()
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
     tokenizer.plain = True
     fields = Fields(config.text_field, config.source_field if _needs_sources(config) else None)
     documents = open_documents(
@@ -260,6 +263,7 @@ def _write_shard(config: PrepareConfig, work: _Work) -> tuple[Path, int]:
         np.savez(draft, input_ids=rows[:n])
     for source in work.origins[:n]:
         work.sources[source]["sequences"] += 1
+    work.checksums.append(files_checksum([path]))
     work.waiting, work.origins = [rows[n:]], work.origins[n:]
     work.shards += 1
     work.written += n
@@ -274,6 +278,7 @@ def _save(out: Path, settings: dict[str, Any], work: _Work) -> None:
         "written": work.written,
         "sources": work.sources,
         "origins": work.origins,
+        "checksums": work.checksums,
     }
     with replacing(out / _UNFINISHED) as draft:
         np.savez(
@@ -324,6 +329,7 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
     _same(out, facts["settings"], settings, "an unfinished preparation")
     if waiting.shape[1] != settings["length"]:
         raise HeadwiseError(f"{path} is damaged (its waiting sequences are {waiting.shape}); start again")
+    _check_shards(out, {f"shard_{i:05}.npz": sum_ for i, sum_ in enumerate(facts["checksums"])})
     return _Work(
         position=tuple(facts["position"]),
         shards=facts["shards"],
@@ -331,6 +337,7 @@ def _resume(out: Path, settings: dict[str, Any]) -> _Work:
         sources=facts["sources"],
         waiting=[waiting],
         origins=facts["origins"],
+        checksums=facts["checksums"],
     )
 
 
@@ -339,18 +346,43 @@ def _finished(out: Path, settings: dict[str, Any]) -> bool:
     if manifest is None:
         return False
     _same(out, manifest.get("settings", {}), settings, "shards")
+    _check_shards(out, {shard["file"]: shard["sha256"] for shard in manifest["shards"]})
     (out / _UNFINISHED).unlink(missing_ok=True)
     return True
+
+
+def _check_shards(out: Path, stated: dict[str, str]) -> None:
+    """Refuse shards that are not, byte by byte, those that were written here."""
+    for name, checksum in stated.items():
+        path = out / name
+        if not path.is_file() or files_checksum([path]) != checksum:
+            what = "has changed since it was written" if path.is_file() else "is missing"
+            raise HeadwiseError(f"{path} {what}; delete the folder {str(out)!r} and prepare again")
 
 
 def _same(out: Path, found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     wanted = json.loads(json.dumps(wanted))
     for key, value in wanted.items():
         if found.get(key) != value:
+            if changed := _changed_file(found.get(key), value):
+                raise HeadwiseError(
+                    f"--out {str(out)!r} holds {what} {changed}; use the same input, or choose another folder"
+                )
             raise HeadwiseError(
                 f"--out {str(out)!r} holds {what} with {key} {found.get(key)!r}, not {value!r}; "
                 "use the same options, or choose another folder"
             )
+
+
+def _changed_file(found: Any, wanted: Any) -> str | None:
+    """The first file that two inputs do not have alike, in words; None where they are no lists of files."""
+    if not all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in (found, wanted)):
+        return None
+    before, now = found["files"], wanted["files"]
+    name = next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
+    if isinstance(before.get(name), int):
+        return "of an older version, which noted the sizes of its input's files and not their content"
+    return None if name is None else f"of another {name}: its content differs"
 
 
 def _finish(config: PrepareConfig, tokenizer: Tokenizer, settings: dict[str, Any], work: _Work) -> None:

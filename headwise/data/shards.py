@@ -17,7 +17,7 @@ from msgspec import Meta
 from headwise import reading
 from headwise.data.folders import files_of
 from headwise.data.progress import progress
-from headwise.data.text import files_checksum, only_one
+from headwise.data.text import files_checksum, is_sealed, only_one, seal
 from headwise.errors import HeadwiseError
 from headwise.files import local, replacing, write_json
 
@@ -69,10 +69,11 @@ def open_shards(path: str | Path, cache: Path, vocab_size: int | None = None) ->
     checksum = files_checksum(files)
     target = cache / "shards" / checksum[:32]
     with only_one(target):
-        if not target.exists():
+        if not is_sealed(target):
             with replacing(target) as draft:
                 draft.mkdir()
                 _convert(files, draft)
+                seal(draft)
     facts = _facts_of(target)
     limit = vocab_size or manifest_vocab_size(files[0].parent) or facts["max"] + 1
     if facts["max"] >= limit:

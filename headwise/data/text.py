@@ -20,8 +20,9 @@ import numpy as np
 
 from headwise import reading
 from headwise.errors import HeadwiseError
-from headwise.files import alone
+from headwise.files import alone, write_json
 
+SEAL = "checksums.json"
 _BLOCK = 1 << 20
 
 
@@ -88,6 +89,31 @@ def blocks(files: Iterable[Path]) -> Iterator[bytes]:
         with reading.opened(path) as file:
             while block := file.read(_BLOCK):
                 yield block
+
+
+def seal(folder: Path) -> None:
+    """Write down the checksum of every file in a folder of the cache, for `is_sealed`."""
+    write_json(folder / SEAL, {file.name: files_checksum([file]) for file in sorted(folder.iterdir())})
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder of the cache was sealed, and holds what it held then, byte by byte.
+
+    False where there is none, or one of an older version without a seal: it is made again.
+
+    Raises:
+        HeadwiseError: a file in it has changed.
+    """
+    try:
+        stated = reading.read_json(folder / SEAL, dict[str, str])
+    except reading.Missing:
+        return False
+    except reading.Unreadable as error:
+        raise error.so(f"delete {folder} and run again") from error
+    for name, checksum in stated.items():
+        if not (folder / name).is_file() or files_checksum([folder / name]) != checksum:
+            raise HeadwiseError(f"{folder / name} is damaged; delete {folder} and run again")
+    return bool(stated)
 
 
 @contextmanager

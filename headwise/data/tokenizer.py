@@ -6,16 +6,18 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
-from headwise import reading
+from headwise import pretrained, reading
 from headwise.data.hub import ask_for
 from headwise.data.progress import progress
-from headwise.data.text import Text, character_start, only_one
+from headwise.data.text import Text, character_start, files_checksum, is_sealed, only_one, seal
 from headwise.errors import HeadwiseError, in_range
 from headwise.files import local, replacing, write_json
+from headwise.pretrained import refused, tokenizer_code, tokenizer_settings
 
 LIMIT = 256 << 20
 """Bytes of a tokenizer.json."""
@@ -49,7 +51,7 @@ class Tokenizer:
             vocabulary, content = fast.get_vocab(with_added_tokens=True), fast.to_str()
         else:
             vocabulary = slow.get_vocab()
-            content = repr((type(slow).__name__, sorted(vocabulary.items())))
+            content = _saved(slow)
         if not vocabulary:
             raise HeadwiseError(f"tokenizer {name!r} has no tokens; give another")
         self.vocab_size = max(vocabulary.values()) + 1
@@ -81,6 +83,18 @@ class Tokenizer:
         return (self._fast or self._slow).decode(ids, skip_special_tokens=False)
 
 
+def _saved(slow: Any) -> str:
+    """All that decides the ids of a tokenizer without a fast form: its class, its files, its code."""
+    with TemporaryDirectory() as folder:
+        slow.save_pretrained(folder)
+        files = {
+            file.relative_to(folder).as_posix(): files_checksum([file])
+            for file in sorted(Path(folder).rglob("*"))
+            if file.is_file()
+        }
+    return repr((type(slow).__name__, sorted(slow.get_vocab().items()), files))
+
+
 class ByteTokenizer(Tokenizer):
     """The bytes of UTF-8 as they are: 256 ids, no padding."""
 
@@ -107,26 +121,35 @@ def text_of_bytes(ids: Iterable[int]) -> str:
     return b"".join(bytes([i]) if i < 256 else unknown for i in ids).decode(errors="replace")
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer in a `tokenizer.json` file or a folder, of that name at Hugging Face, or `bytes`.
 
+    Args:
+        trust_remote_code: run code that comes with the tokenizer where it names some.
+
     Raises:
-        HeadwiseError: there is none, or it cannot be read.
+        HeadwiseError: there is none, it cannot be read, or only code of its own can read it.
     """
     if name == BYTES:
         return ByteTokenizer()
     path = local(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        return _from_file(name, file)
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
+        settings = tokenizer_settings(file.parent) if file.name == "tokenizer.json" else {}
+        code = tokenizer_code(settings)
+        if code is None:
+            return _from_file(name, file, settings)
+        if not trust_remote_code:
+            raise refused(name, code)
+        path = file.parent
+    elif not path.is_dir() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
         raise HeadwiseError(f"tokenizer {name!r} does not exist; give a tokenizer.json, a folder or a name")
-    from transformers import AutoTokenizer
-
     try:
         if not path.is_dir():
             ask_for(name, "tokenizer.json", "tokenizer_config.json", "config.json")
-        loaded = AutoTokenizer.from_pretrained(name)
+        loaded = pretrained.load_tokenizer(path if path.is_dir() else name, trust=trust_remote_code)
+    except HeadwiseError:
+        raise
     except BaseException as error:  # transformers raises errors of many libraries, and tokenizers panics
         if not isinstance(error, Exception) and not reading.is_panic(error):
             raise
@@ -138,14 +161,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(name, fast, loaded, loaded.pad_token)
 
 
-def _from_file(name: str, file: Path) -> Tokenizer:
+def _from_file(name: str, file: Path, settings: dict[str, Any]) -> Tokenizer:
     import tokenizers
 
     try:
         content = reading.read_bytes(file, limit=LIMIT)
-        pad = _pad_token(file.with_name("tokenizer_config.json"))
         fast = tokenizers.Tokenizer.from_buffer(content)
-        return Tokenizer(name, fast, pad_token=pad)
+        return Tokenizer(name, fast, pad_token=_pad_token(file, settings))
     except reading.Unreadable as error:
         raise HeadwiseError(f"tokenizer {error}") from error
     except HeadwiseError:
@@ -158,20 +180,11 @@ def _from_file(name: str, file: Path) -> Tokenizer:
         ) from error
 
 
-class _Settings(TypedDict, total=False):
-    """`tokenizer_config.json`, as far as it is read here."""
-
-    pad_token: str | dict[str, Any] | None
-
-
-def _pad_token(file: Path) -> str | None:
-    try:
-        pad = reading.read_json(file, _Settings).get("pad_token")
-    except reading.Missing:
-        return None
+def _pad_token(file: Path, settings: dict[str, Any]) -> str | None:
+    pad = settings.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad is not None and not isinstance(pad, str):
-        raise reading.Unreadable(file, f"its pad_token is {pad!r}")
+        raise reading.Unreadable(file.with_name("tokenizer_config.json"), f"its pad_token is {pad!r}")
     return pad
 
 
@@ -188,10 +201,11 @@ def tokenised(text: Text, tokenizer: Tokenizer, cache: Path) -> tuple[dict[str, 
     key = hashlib.sha256(f"{text.checksum} {tokenizer.checksum} {_PIECE} {splits_at}".encode()).hexdigest()
     folder = cache / "tokens" / key[:32]
     with only_one(folder):
-        if not folder.exists():
+        if not is_sealed(folder):
             with replacing(folder) as draft:
                 draft.mkdir()
                 _write(text, tokenizer, draft)
+                seal(draft)
     try:
         lengths = reading.read_json(folder / "lengths.json", dict[str, tuple[int, int]])
         held = {split: reading.must_be_regular(folder / f"{split}.bin") for split in lengths}

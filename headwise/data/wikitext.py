@@ -25,6 +25,7 @@ from headwise.data.text import (
     blocks,
     character_start,
     file_facts,
+    files_checksum,
     map_bytes,
     only_one,
     split_90_5_5,
@@ -78,8 +79,8 @@ def _in_cache(files: list[Path], cache: Path, split: str) -> np.ndarray:
     """The text of `files` as one mapped file; a lone text file is mapped where it is."""
     if len(files) == 1 and files[0].suffix != ".parquet":
         return map_bytes(files[0])
-    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:32]
+    contents = [(file.suffix, files_checksum([file])) for file in files]
+    key = hashlib.sha256(repr(contents).encode()).hexdigest()[:32]
     return _written(cache / "wikitext103" / f"{key}.{split}.txt", lambda: _pieces(files))
 
 

@@ -20,6 +20,7 @@ from headwise.files import local, replacing
 from headwise.model.config import ModelConfig
 from headwise.model.convert import NANOGPT
 from headwise.model.decoder import Decoder
+from headwise.pretrained import load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -207,9 +208,7 @@ def _difference(model: Decoder, folder: Path, name: str) -> float:
     Raises:
         HeadwiseError: they differ by more than rounding.
     """
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = load_model("AutoModelForCausalLM", folder, load_config(folder), dtype=torch.float32).eval()
     length = min(model.max_seq_len, 128)
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.tokens.num_embeddings, (1, length), generator=draw)
@@ -240,7 +239,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 def local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of that path or name as far as it is on this machine; else None."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     path = local(name)
     if path.is_file() and path.name != "tokenizer.json":
@@ -249,6 +248,6 @@ def local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     if (folder / "tokenizer.json").is_file():  # as it stands: an architecture's own class may rewrite it
         return PreTrainedTokenizerFast.from_pretrained(folder)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return load_tokenizer(name, local_files_only=True)
     except Exception:  # transformers raises errors of many libraries for what is not there
         return None

@@ -22,6 +22,8 @@ from headwise.analysis.verdict import Evidence, check_criteria, judge
 from headwise.report.compare import Family, Material, family, most, relative_to
 from headwise.runs.read import Run
 
+OF_A_PLACE = "memory"
+"""The cost whose place is named: the device's memory, or the whole process's."""
 COSTS = {"parameters": "parameters", "compute": "compute", "memory": "memory", "tokens_per_sec": "tokens/s"}
 MEMORY = {"device": "peak_vram_mb", "process": "peak_rss_mb"}
 METRICS = {"val_loss": "validation loss", "train_loss": "training loss, smoothed"}
@@ -183,7 +185,7 @@ def _difference(row: dict[str, Any]) -> str:
 def _costs(row: dict[str, Any]) -> list[str]:
     of = " (of the process)" if row["memory_of"] == "process" else ""
     return [
-        f"{label} {row['costs'][name]:.2f}x{of if name == 'memory' else ''}"
+        f"{label} {row['costs'][name]:.2f}x{of if name == OF_A_PLACE else ''}"
         for name, label in COSTS.items()
         if row["costs"][name] is not None
     ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError, one_of
 from headwise.files import local
+from headwise.pretrained import load_config, load_model
 from headwise.watch.load import DTYPES, Loaded, is_run, load
 from headwise.watch.tensors import find, tensors_of_folder
 
@@ -45,13 +46,20 @@ class Speaker:
         return self.loaded.forward(tokens.to(device))
 
 
-def load_speaker(name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Speaker:
+def load_speaker(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Speaker:
     """The model of that name with the output layer that its checkpoint has.
 
     Args:
         name: a folder with config.json and *.safetensors, a name on the hub, or a headwise run.
         dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
         device: where it computes.
+        trust_remote_code: run code of the checkpoint where it names some.
 
     Raises:
         HeadwiseError: nothing of that name, no weights, or an architecture that is not known.
@@ -61,10 +69,10 @@ def load_speaker(name: str, *, dtype: str = "auto", device: torch.device | str =
         return Speaker(replace(loaded, forward=loaded.model), True, True)
     one_of("dtype", dtype, ("auto", *DTYPES))
     path = local(name)
-    folder = find(path if path.exists() else name)
+    folder = find(path if path.exists() else name, with_code=trust_remote_code)
     assert isinstance(folder, Path)
     tensors_of_folder(folder)  # says clearly what is missing, before transformers says it otherwise
-    return speaker_of(_pretrained(name, folder, dtype).to(device), name)
+    return speaker_of(_pretrained(name, folder, dtype, trust_remote_code).to(device), name)
 
 
 def speaker_of(model: nn.Module, name: str = "model") -> Speaker:
@@ -76,23 +84,21 @@ def speaker_of(model: nn.Module, name: str = "model") -> Speaker:
     return Speaker(Loaded(name, model, None, forward), with_logits, type(model).__name__.endswith(NEXT_TOKEN))
 
 
-def _pretrained(name: str, folder: Path, dtype: str) -> nn.Module:
-    import transformers
-
+def _pretrained(name: str, folder: Path, dtype: str, trust: bool) -> nn.Module:
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = load_config(folder, trust=trust)
         wanted = (config.architectures or [""])[0]
-        kind: Any = transformers.AutoModel
+        kind = "AutoModel"
         if wanted.endswith(NEXT_TOKEN):
-            kind = transformers.AutoModelForCausalLM
+            kind = "AutoModelForCausalLM"
         elif wanted.endswith(("ForMaskedLM", "ForPreTraining")):
-            kind = transformers.AutoModelForMaskedLM
+            kind = "AutoModelForMaskedLM"
         if getattr(config, "is_encoder_decoder", False):
             raise HeadwiseError(
                 f"{name} is an encoder with a decoder, whose two inputs are not supported here"
             )
-        return kind.from_pretrained(
-            folder, dtype=dtype if dtype == "auto" else DTYPES[dtype], use_safetensors=True
+        return load_model(
+            kind, folder, config, trust=trust, dtype=dtype if dtype == "auto" else DTYPES[dtype]
         )
     except HeadwiseError:
         raise

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,13 @@ from headwise.attention.base import Attention
 from headwise.data.hub import ask_for
 from headwise.errors import HeadwiseError, one_of
 from headwise.files import local
+from headwise.model.config import ModelConfig
+from headwise.pretrained import load_config, load_model, no_weights
 from headwise.watch.weight_map import refuse_outside
 
+VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache")
+"""Of a configuration: where it is from, and what does not change what a head computes."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,27 @@ class Loaded:
         return limit if learned else None
 
     def fingerprint(self) -> str:
-        """Tells other weights apart: a checksum over the first values of every tensor."""
-        digest = hashlib.sha256()
-        for name, value in self.model.state_dict().items():
-            first = value.flatten()[:16].float().cpu().numpy().tobytes()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + first)
-        return digest.hexdigest()[:16]
+        """Tells other models apart: a checksum of the configuration and of every byte of every tensor.
+
+        Buffers count, also those that a checkpoint leaves out. Equal models have equal fingerprints on
+        every device.
+        """
+        about = f"{type(self.model).__name__} {self._configuration()}"
+        values = dict(self.model.named_buffers()) | self.model.state_dict()
+        tensors = sorted((name, v) for name, v in values.items() if isinstance(v, Tensor))
+        with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+            digests = pool.map(_digest, [value for _, value in tensors])
+            parts = [f"{name} {digest}" for (name, _), digest in zip(tensors, digests, strict=True)]
+        return hashlib.sha256("\n".join([about, *parts]).encode()).hexdigest()[:32]
+
+    def _configuration(self) -> str:
+        """What decides what the weights compute, as text that does not depend on where they lie."""
+        own = self.model.config if self.run is None else self.run.model
+        if isinstance(own, ModelConfig):
+            settings = dataclasses.asdict(own) | {"attention": own.attention.chosen()}
+        else:
+            settings = own.to_dict()  # type: ignore[union-attr, operator]
+        return json.dumps(_without(settings, VOLATILE), sort_keys=True, default=str)
 
 
 def is_run(name: str) -> bool:
@@ -89,13 +110,20 @@ def is_run(name: str) -> bool:
     return (local(name) / "config.yaml").is_file()
 
 
-def load(name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Loaded:
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Loaded:
     """The model of that name, without the output layer where a checkpoint has one.
 
     Args:
         name: a folder with config.json and *.safetensors, a name on the hub, or a headwise run.
         dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
         device: where it computes.
+        trust_remote_code: run code of the checkpoint where it names some.
 
     Raises:
         HeadwiseError: nothing of that name, no weights, or an architecture that is not known.
@@ -103,19 +131,17 @@ def load(name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") 
     one_of("dtype", dtype, ("auto", *DTYPES))
     path = local(name)
     if is_run(name):
-        from headwise.runs.weights import load_model
+        from headwise.runs.weights import load_model as load_run
 
-        model, config = load_model(path, device)
+        model, config = load_run(path, device)
         if dtype != "auto":
             model = model.to(DTYPES[dtype])
         return Loaded(name, model.requires_grad_(False), config, model.hidden)
-    loaded = _pretrained(name, path, dtype).eval().requires_grad_(False).to(device)
+    loaded = _pretrained(name, path, dtype, trust_remote_code).eval().requires_grad_(False).to(device)
     return Loaded(name, loaded, None, lambda ids: loaded(input_ids=ids))
 
 
-def _pretrained(name: str, path: Path, dtype: str) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
-
+def _pretrained(name: str, path: Path, dtype: str, trust: bool) -> nn.Module:
     if path.is_dir():
         _check_folder(path)
     elif path.exists() or name.startswith((".", "/", "~")):
@@ -123,15 +149,16 @@ def _pretrained(name: str, path: Path, dtype: str) -> nn.Module:
     try:
         if not path.is_dir():
             ask_for(name, "config.json")
-        config = AutoConfig.from_pretrained(name)
+        source = path if path.is_dir() else name
+        config = load_config(source, trust=trust)
         if getattr(config, "is_encoder_decoder", False):
             raise HeadwiseError(
                 f"{name} is an encoder with a decoder, which needs two inputs; use headwise.watch on it"
             )
         config.use_cache = False
         wanted = dtype if dtype == "auto" else DTYPES[dtype]
-        model, info = AutoModel.from_pretrained(
-            name, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
+        model, info = load_model(
+            "AutoModel", source, config, trust=trust, dtype=wanted, output_loading_info=True
         )
     except HeadwiseError:
         raise
@@ -150,16 +177,9 @@ def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise HeadwiseError(f"{path} holds no model: it has neither config.json nor config.yaml")
     reading.read_json(path / "config.json", dict[str, Any])
-    if any(path.glob("*.safetensors")):
-        refuse_outside(path)
-        return
-    pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
-    if pickled:
-        raise HeadwiseError(
-            f"{path} holds its weights as {pickled[0]}, which would have to be unpickled and could run "
-            "anything; convert them to safetensors first"
-        )
-    raise HeadwiseError(f"{path} holds no weights: no *.safetensors file is there")
+    if not any(path.glob("*.safetensors")):
+        raise no_weights(path)
+    refuse_outside(path)
 
 
 def _why_not_loaded(name: str, path: Path, error: Exception) -> str:
@@ -170,3 +190,17 @@ def _why_not_loaded(name: str, path: Path, error: Exception) -> str:
         f"no folder {name!r} here, and it could not be had from the Hugging Face hub ({reason}); "
         "give a folder, or a hub name while the network is there"
     )
+
+
+def _without(values: Any, names: tuple[str, ...]) -> Any:
+    """`values` without the keys `names`, at any depth."""
+    if isinstance(values, dict):
+        return {str(key): _without(value, names) for key, value in values.items() if key not in names}
+    return [_without(value, names) for value in values] if isinstance(values, list | tuple) else values
+
+
+def _digest(value: Tensor) -> str:
+    """A checksum of a tensor's type, shape and bytes."""
+    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

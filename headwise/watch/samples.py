@@ -31,6 +31,7 @@ class Source:
         text_field: where a record of jsonl, Parquet or a dataset keeps its text.
         split, dataset_config, streaming: of a Hugging Face dataset.
         cache: folder for tokenised text; see `DataConfig.cache_folder`.
+        trust_remote_code: run code that comes with the tokenizer where it names some.
     """
 
     data: str | None = None
@@ -40,6 +41,7 @@ class Source:
     dataset_config: str | None = None
     streaming: bool = False
     cache: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def cache_folder(self) -> Path:
@@ -174,7 +176,7 @@ def _text(config: DataConfig, source: Source, loaded: Loaded) -> tuple[np.ndarra
         return text.splits["all"][None], identity | {"tokenizer": None}
     from headwise.data.tokenizer import load_tokenizer, tokenised
 
-    loaded_tokenizer = load_tokenizer(tokenizer)
+    loaded_tokenizer = load_tokenizer(tokenizer, trust_remote_code=source.trust_remote_code)
     splits, _ = tokenised(text, loaded_tokenizer, config.cache_folder)
     return splits["all"][None], identity | {"tokenizer": loaded_tokenizer.checksum}
 
@@ -190,7 +192,7 @@ def _documents(
     name = source.tokenizer or _own_tokenizer(loaded)
     if name is None:
         raise HeadwiseError(f"{loaded.name} reads bytes; give --data as a text file, or pass --tokenizer")
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code=source.trust_remote_code)
     documents = open_documents(
         source.data, Fields(source.text_field, None), dataset_config=source.dataset_config,
         split=source.split, streaming=source.streaming,

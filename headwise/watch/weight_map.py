@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import TypedDict
 
+from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.names import place_inside
 
 INDEX = "*.safetensors.index.json"
+
+
+class Index(TypedDict):
+    """An index of weights."""
+
+    weight_map: dict[str, str]
 
 
 def refuse_outside(folder: Path) -> None:
@@ -19,10 +26,10 @@ def refuse_outside(folder: Path) -> None:
     """
     for index in folder.glob(INDEX):
         try:
-            found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            found = reading.read_json(index, Index)["weight_map"]
             names = set(found.values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise HeadwiseError(f"{index} cannot be read as an index of weights ({error})") from error
+        except reading.Unreadable as error:
+            raise HeadwiseError(f"{index} cannot be read as an index of weights ({error.reason})") from error
         for name in sorted(names, key=str):
             place_inside(folder, name, str(index))
     for file in folder.glob("*.safetensors"):

@@ -167,3 +167,24 @@ def test_a_file_without_dynamics_says_how_to_add_them(model: Path, tmp_path: Pat
     main([str(model), "--json", str(tmp_path / "x.json")])
     with pytest.raises(HeadwiseError, match="dynamic is missing; give --profile DIR"):
         main(["correlate", str(tmp_path / "x.json")])
+
+
+def test_a_profile_of_other_weights_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal shapes are not the same model."""
+    from safetensors.torch import load_file
+
+    from headwise.watch.tensors import checksum_of
+
+    table, call = profile(tmp_path / "profile"), [str(model), "--json", str(tmp_path / "x.json"), "--profile"]
+    assert main([*call, str(table)]) == 0
+    assert "nothing tells whether" in capsys.readouterr().err
+    (table / "profile.json").write_text(json.dumps({"files": checksum_of(model)}))
+    assert main([*call, str(table)]) == 0
+    assert "nothing tells" not in capsys.readouterr().err
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.self_attn.k_proj.weight"][-1, -1] += 1
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(HeadwiseError, match="was measured on other weights than"):
+        main([*call, str(table)])

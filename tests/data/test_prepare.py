@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -272,3 +273,56 @@ def test_a_hugging_face_dataset_gives_the_same_as_its_files(
     third = next(islice(hub.read((0, 0)), 2, 3))
     assert next(hub.read(third.next)).text == texts[3]
     assert hub.identity()["rows"] == (None if streaming else 900)
+
+
+def overwrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change a file's content, and neither its size nor its time."""
+    before, stat = path.read_bytes(), path.stat()
+    path.write_bytes(change(before))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == len(before)
+    assert path.read_bytes() != before
+
+
+def test_a_source_edited_in_place_is_another_source(configure: Configure, source: Path) -> None:
+    prepare(configure())
+    assert prepare(configure())["sequences"]  # nothing has changed
+    overwrite(source / "a.jsonl", lambda text: text.replace(b" the ", b" eht ", 1))
+    with pytest.raises(HeadwiseError, match=r"holds shards of another a\.jsonl: its content differs"):
+        prepare(configure())
+
+
+def test_an_unfinished_preparation_of_a_source_edited_in_place_is_not_continued(
+    configure: Configure, source: Path
+) -> None:
+    next(prepare_shards(configure()))
+    overwrite(source / "a.jsonl", lambda text: text.replace(b" the ", b" eht ", 1))
+    with pytest.raises(HeadwiseError, match=r"an unfinished preparation of another a\.jsonl"):
+        prepare(configure())
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_shards_that_changed_are_not_taken_for_finished(configure: Configure, finished: bool) -> None:
+    shards = prepare_shards(configure())
+    first = next(shards)
+    if finished:
+        list(shards)
+    shards.close()
+    right = first.read_bytes()
+    overwrite(first, lambda content: content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
+    with pytest.raises(HeadwiseError, match=r"shard_00000\.npz has changed since it was written"):
+        prepare(configure())
+    first.unlink()
+    with pytest.raises(HeadwiseError, match=r"shard_00000\.npz is missing"):
+        prepare(configure())
+    first.write_bytes(right)
+    assert prepare(configure())["sequences"]
+
+
+def test_a_manifest_that_knows_only_sizes_proves_nothing(configure: Configure, source: Path) -> None:
+    manifest = prepare(configure())
+    sizes = {name: (source / name).stat().st_size for name in manifest["settings"]["input"]["files"]}
+    manifest["settings"]["input"]["files"] = sizes
+    (Path(configure().out) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(HeadwiseError, match="holds shards of an older version, which noted the sizes"):
+        prepare(configure())

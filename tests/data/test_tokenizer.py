@@ -83,6 +83,22 @@ def test_a_text_is_tokenised_once(text_file: Path, tokenizer_file: Path, tmp_pat
         read(tmp_path / "renamed.txt", tokenizer_file, cache=str(cache))
 
 
+def test_a_cache_is_verified_by_its_content(text_file: Path, tokenizer_file: Path, tmp_path: Path) -> None:
+    """Edited in place with the same size and time, it is refused; without a seal, made again."""
+    cache = tmp_path / "cache"
+    first = read(text_file, tokenizer_file, cache=str(cache))
+    tokens = next(cache.rglob("train.bin"))
+    right, stat = tokens.read_bytes(), tokens.stat()
+    tokens.write_bytes(right[:8] + bytes([right[8] ^ 1]) + right[9:])
+    os.utime(tokens, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(HeadwiseError, match=r"train\.bin is damaged; delete"):
+        read(text_file, tokenizer_file, cache=str(cache))
+    (tokens.parent / "checksums.json").unlink()
+    again = read(text_file, tokenizer_file, cache=str(cache))
+    assert tokens.read_bytes() == right
+    assert again.identity == first.identity
+
+
 def test_a_folder_or_a_file_is_a_tokenizer(tokenizer_file: Path) -> None:
     file, folder = load_tokenizer(str(tokenizer_file)), load_tokenizer(str(tokenizer_file.parent))
     assert file.checksum == folder.checksum

@@ -7,8 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from headwise.attention import AttentionConfig
-from headwise.attention.base import KINDS
+from headwise.attention import KINDS, AttentionConfig
 from headwise.attention.selective.config import ProtectionConfig, SelectiveConfig
 from headwise.attention.selective.engines import SWITCHES
 from headwise.errors import HeadwiseError

@@ -126,7 +126,7 @@ def test_flash_keywords_are_documents(tokens):
 
 
 def test_an_own_model_reads_a_block_diagonal_mask_as_documents():
-    from headwise.attention.base import AttentionShape, attention_kind
+    from headwise.attention import AttentionShape, attention_kind
 
     torch.manual_seed(0)
     layer = attention_kind("mha")(AttentionShape(32, 4, 2, 8)).eval()

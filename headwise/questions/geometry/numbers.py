@@ -39,19 +39,21 @@ def circuit_singular_values(left: Weight, right: Weight, matrix: str = "metric")
     """Singular values of one circuit for every head, largest first.
 
     Args:
-        left: `(N, D, d_model)` or `(1, D, d_model)`; W_K of each query head, or W_Oᵀ.
-        right: `(H, D, d_model)`; W_Q, or W_V. Leading axes broadcast, so grouped heads may pass the
+        left: `(N, D, d_left)` or `(1, D, d_left)`; W_K of each query head, or W_Oᵀ.
+        right: `(H, D, d_right)`; W_Q, or W_V. Leading axes broadcast, so grouped heads may pass the
             shared operand once as `(K, 1, D, d_model)` against `(K, H/K, D, d_model)`.
-        matrix: `metric` for `leftᵀ right (d_model, d_model)`; `core` for `left rightᵀ (D, D)`.
+        matrix: `metric` for `leftᵀ right (d_left, d_right)`; `core` for `left rightᵀ (D, D)`, which
+            needs d_left = d_right.
 
     Returns:
-        `(..., min(D, d_model))`; NaN for a head with a weight that is not finite.
+        `(..., min(D, d_left, d_right))`, `(..., D)` for the core; NaN for a head with a weight that is
+        not finite.
 
     Raises:
         ValueError: shapes that do not belong together, or an unknown matrix.
     """
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    if left.shape[-2:] != right.shape[-2:]:
+    if left.shape[-2] != right.shape[-2] or (matrix == "core" and left.shape[-1] != right.shape[-1]):
         raise ValueError(f"operands (..., D, d_model) differ: {left.shape} and {right.shape}")
     if matrix not in MATRICES:
         raise ValueError(f"matrix is {matrix!r}; expected one of {', '.join(MATRICES)}")
@@ -75,7 +77,12 @@ def query_key_singular_values(w_q: Weight, w_k: Weight, matrix: str = "metric") 
 
     Returns:
         `(H, min(D, d_model))`, largest first.
+
+    Raises:
+        ValueError: shapes that do not belong together, or an unknown matrix.
     """
+    if np.shape(w_q)[-1] != np.shape(w_k)[-1]:
+        raise ValueError(f"operands (..., D, d_model) differ: {np.shape(w_k)} and {np.shape(w_q)}")
     return _grouped(w_k, w_q, matrix)
 
 
@@ -83,11 +90,11 @@ def value_output_singular_values(w_v: Weight, w_o: Weight, matrix: str = "metric
     """Singular values of `W_O W_V` per query head.
 
     Args:
-        w_v: `(K, D, d_model)`.
-        w_o: `(H, d_model, D)`, the columns of the output projection that read head h.
+        w_v: `(K, D, d_in)`.
+        w_o: `(H, d_out, D)`, the columns of the output projection that read head h.
 
     Returns:
-        `(H, min(D, d_model))`, largest first.
+        `(H, min(D, d_in, d_out))`, largest first.
     """
     return _grouped(w_v, np.asarray(w_o).swapaxes(-1, -2), matrix)
 

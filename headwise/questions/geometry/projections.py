@@ -1,8 +1,8 @@
 """Every head's W_Q, W_K, W_V, W_O from any checkpoint, read from its weights without running it.
 
-Projections are found by their names inside a layer, and cut into heads by their shapes and the
-number of heads; `FUSED` says how each fused projection is laid out. A new architecture that names
-its projections as others do needs no code here.
+Where attention is, is told by the tensors' names (`places.py`); what it is, by the configuration and the
+classes of transformers (`architecture.py`): head counts, which layers are softmax attention, how fused
+projections are laid out (`layouts.py`). What is not covered is listed with the reason.
 
 Biases and rotary embeddings are left out: `q·k` of a pair of tokens also depends on both, the
 circuit `W_Kᵀ W_Q` describes what is left (with RoPE: a query and a key at the same position).
@@ -19,35 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from headwise.attention.base import Attention
 from headwise.errors import HeadwiseError, one_of
+from headwise.questions.geometry.architecture import Architecture
+from headwise.questions.geometry.cut import LayerWeights, cut, fused_role
+from headwise.questions.geometry.layouts import layout_of
+from headwise.questions.geometry.places import CROSS, NORM, Place, find_places, projection_of
 from headwise.watch.tensors import Tensors, find, tensors_of_folder, tensors_of_module
 
 Array = NDArray[np.float32]
 
-LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
-ATTENTION = re.compile(r"(?i)(^|\.|_)(self_?)?(attn|attention)\b")
-CROSS = re.compile(r"(?i)cross|encoder_att|encdec|encoder_decoder")
-
-SEPARATE = {
-    "q": ("q_proj", "query", "query_proj", "q_lin", "wq", "q"),
-    "k": ("k_proj", "key", "key_proj", "k_lin", "wk", "k"),
-    "v": ("v_proj", "value", "value_proj", "v_lin", "wv", "v"),
-}
-OUTPUT = ("o_proj", "out_proj", "out_lin", "dense", "c_proj", "Wo", "wo", "o")
-FUSED = {
-    "qkv_proj": "stacked", "Wqkv": "stacked", "in_proj_weight": "stacked", "qkv": "stacked",
-    "c_attn": "stacked", "query_key_value": "by_head",
-}  # fmt: skip
-"""`stacked`: all queries, all keys, all values. `by_head`: q, k, v of each head in turn.
-`by_group`: the queries of a group, then its key, then its value."""
-
-BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "persimmon"}
-"""Model types whose `query_key_value` is known to be laid out by head (or by group)."""
-
-HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 NORMS = (
     "input_layernorm", "attention_norm", "ln_1", "ln_attn", "norm_1", "norm1", "attn_norm",
     "layernorm_before", "layer_norm1", "attention_layernorm", "attention.LayerNorm", "layer.0.layer_norm",
@@ -55,23 +38,28 @@ NORMS = (
 """Norms whose output enters the projections."""
 NORM_FIRST = {"mbart", "m2m_100", "whisper", "xglm", "pegasus", "opt", "biogpt"}
 """Model types whose `self_attn_layer_norm` comes before attention, where others have it after."""
-NORM_PLUS_ONE = {
-    "gemma", "gemma2", "gemma3", "gemma3_text", "t5gemma", "t5gemma2", "vaultgemma", "recurrent_gemma",
-    "nemotron", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
-}  # fmt: skip
-"""Model types whose norm multiplies by 1 + weight."""
 POSITION_BIAS = {"bloom", "mpt", "t5", "mt5", "deberta", "deberta-v2"}
 """Model types that add a term for the positions of query and key to the scores."""
+QUANTISED = ("qweight", "weight_packed")
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One layer in float32: q `(H, D, d_model)`, k and v `(K, D, d_model)`, o `(H, d_model, D)`."""
+class NotCovered:
+    """Attention, or what stands in its place, that no projections are given for.
 
-    q: Array
-    k: Array
-    v: Array
-    o: Array
+    Attributes:
+        what: path of the modules, with N for the layer's number; or a file.
+        layers: their numbers; empty where they have none.
+        reason: why not.
+    """
+
+    what: str
+    layers: list[int]
+    reason: str
+
+    def __str__(self) -> str:
+        layers = f" (layer {_listed(self.layers)})" if self.layers else ""
+        return f"{self.what}{layers}: {self.reason}"
 
 
 @dataclass
@@ -80,13 +68,28 @@ class HeadWeights:
 
     Attributes:
         layers: indices of the layers with attention.
+        read: the projections of one of them.
         notes: what the projections leave out, for the reader of any number drawn from them.
+        not_covered: what else is in the weight files and has no projections here.
     """
 
     name: str
     layers: list[int]
     read: Callable[[int], LayerWeights]
     notes: list[str] = field(default_factory=list)
+    not_covered: list[NotCovered] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        read = self.read
+
+        def checked(layer: int) -> LayerWeights:
+            if layer not in self.layers:
+                raise HeadwiseError(
+                    f"{self.name} has no layer {layer}: its layers are {_listed(self.layers)}"
+                )
+            return read(layer)
+
+        self.read = checked
 
     def __iter__(self) -> Iterator[tuple[int, LayerWeights]]:
         for layer in self.layers:
@@ -120,22 +123,23 @@ def read_weights(
 
 
 def _from_names(tensors: Tensors, fold_norm: bool, stack: str | None) -> HeadWeights:
-    stacks: dict[str, dict[int, dict[str, str]]] = {}
-    for name in tensors.names:
-        if found := LAYER.match(name):
-            layers = stacks.setdefault(found["stack"], {})
-            layers.setdefault(int(found["index"]), {})[found["rest"]] = name
-    stacks = {
-        name: kept
-        for name, layers in stacks.items()
-        if (kept := {i: rest for i, rest in sorted(layers.items()) if _roles(rest)})
-    }
-    if not stacks:
-        raise HeadwiseError(_nothing_found(tensors))
+    architecture = Architecture(tensors)
+    places = find_places(tensors.names)
+    reasons = {place.root: _why_not(place, places, architecture) for place in places}
+    good = [place for place in places if reasons[place.root] is None]
+    if not good:
+        raise HeadwiseError(_nothing_found(tensors, [r for r in reasons.values() if r]))
+    stacks = _stacks(good)
+    if stack is not None and stack not in stacks:
+        why = dict.fromkeys(r for p in places if p.stack == stack and (r := reasons[p.root]))
+        if why:
+            raise HeadwiseError(f"{stack} of {tensors.name} is not covered: {'; '.join(why)}")
     chosen = _choose(stacks, stack, tensors.name)
-    layers = stacks[chosen]
-    heads = _head_count(tensors.config, chosen, tensors.name)
-    norms = {layer: _norm_before(rest, tensors) for layer, rest in layers.items()}
+    layers = {place.layer: place for place in stacks[chosen] if place.layer is not None}
+    for other, others in stacks.items():
+        if other != chosen:
+            reasons |= dict.fromkeys((p.root for p in others), f"another stack; --stack {other} shows it")
+    norms = {layer: _norm_before(place, tensors, architecture) for layer, place in layers.items()}
     foldable = any(norms.values())
     if fold_norm and not foldable:
         raise HeadwiseError(
@@ -144,119 +148,133 @@ def _from_names(tensors: Tensors, fold_norm: bool, stack: str | None) -> HeadWei
         )
 
     def read(layer: int) -> LayerWeights:
-        weights = _cut(layers[layer], heads, tensors, f"{chosen}.{layer}")
+        place = layers[layer]
+        source = architecture.source_of_kv(place, list(layers.values()))
+        weights = cut(place, source, tensors, architecture)
         norm = norms[layer] if fold_norm else None
-        return weights if norm is None else _folded(weights, _norm_gain(norm, tensors))
+        return weights if norm is None else _folded(weights, _norm_gain(place, norm, tensors, architecture))
 
-    notes = _notes(tensors, [name for rest in layers.values() for name in rest])
+    notes = [*tensors.notes, *architecture.notes, *_notes(tensors, list(layers.values()), architecture)]
     notes += [_fold_note(fold_norm)] if foldable else []
     missing = [layer for layer, norm in norms.items() if norm is None]
     if fold_norm and missing:
         notes.append(f"no norm stands before the attention of layer {_listed(missing)}: nothing folded there")
-    return HeadWeights(tensors.name, list(layers), read, notes)
+    left_out = _not_covered(places, reasons, tensors, chosen, set(layers))
+    return HeadWeights(tensors.name, list(layers), read, notes, left_out)
 
 
-def _roles(rest: dict[str, str]) -> dict[str, str]:
-    """Role (q, k, v, o, or the name of a fused projection) to tensor, of one layer."""
-    roles: dict[str, str] = {}
-    for path, name in rest.items():
-        module, _, leaf = path.rpartition(".")
-        projection = leaf if leaf in FUSED else module.rpartition(".")[2] if leaf == "weight" else ""
-        inside = module if leaf in FUSED else module.rpartition(".")[0]
-        if not projection or not ATTENTION.search(inside) or CROSS.search(inside):
+def _why_not(place: Place, places: list[Place], architecture: Architecture) -> str | None:
+    """Why a place has no projections to show; None where it has."""
+    roles, tensors = place.roles, architecture.tensors
+    for name in place.tensors.values():
+        if name in tensors.unmerged and projection_of(name):
+            return tensors.unmerged[name]
+    if any(part.startswith("-") and part[1:].isdigit() for part in place.root.split(".")):
+        return "a layer number below 0 does not exist"
+    if any(name.endswith(QUANTISED) for name in place.tensors.values()):
+        return "its weights are quantised; use the checkpoint they were made from"
+    if any("kv_b_proj" in name for name in place.tensors.values()):
+        return "multi-head latent attention, whose keys are not one matrix per head"
+    if CROSS.search(place.root) or architecture.is_cross(place):
+        return "cross-attention, whose queries and keys read two different streams"
+    if not roles:
+        return "none of its tensors is known as a projection"
+    if reason := architecture.unlike(place):
+        return reason
+    if "o" not in roles:
+        return "none of its tensors is known as an output projection"
+    if fused := fused_role(roles):
+        if fused in ("qkv_proj", "to_kv", "kv_proj", "query_key", "queries_keys_values") and "q" in roles:
+            return f"how it uses {fused} beside its query is not known to headwise"
+        family = architecture.family(place)
+        if layout_of(fused, family, architecture.settings(place)) is None:
+            kind = tensors.config.get("model_type") if family is None else family
+            return f"how model type {kind!r} lays out its fused {fused} is not known to headwise"
+    elif "q" not in roles:
+        return "none of its tensors is known as a query projection"
+    elif not {"k", "v"} <= roles.keys():
+        layers = [p for p in places if p.stack == place.stack and "k" in p.roles]
+        shared = architecture.source_of_kv(place, layers) is not None
+        if not shared and not ("k" in roles and architecture.values_are_keys(place)):
+            absent = " and ".join(role for role in "kv" if role not in roles)
+            return f"it has no {absent} of its own, and where they come from is not known to headwise"
+    if place.layer is None:
+        return "it is not in a numbered stack of layers"
+    return None
+
+
+def _stacks(places: list[Place]) -> dict[str, list[Place]]:
+    """Stack to its layers in order; where a layer has several attention modules, each kind is a stack."""
+    stacks: dict[str, list[Place]] = {}
+    for place in places:
+        stacks.setdefault(place.stack, []).append(place)
+    for name, group in list(stacks.items()):
+        if len({place.layer for place in group}) < len(group):
+            del stacks[name]
+            for place in group:
+                tail = place.root.removeprefix(f"{place.prefix}.")
+                stacks.setdefault(f"{name}.N.{tail}", []).append(place)
+    return {name: sorted(group, key=lambda p: p.layer or 0) for name, group in stacks.items()}
+
+
+def _not_covered(
+    places: list[Place], reasons: dict[str, str | None], tensors: Tensors, stack: str, covered: set[int]
+) -> list[NotCovered]:
+    """All attention without projections, alike modules together; and layers without any attention."""
+    groups: dict[tuple[str, str], list[int]] = {}
+
+    def add(place: Place, below: str, reason: str) -> None:
+        tail = place.root.removeprefix(place.prefix) if place.layer is not None else ""
+        what = f"{place.stack}.N{tail}" if place.layer is not None else place.root
+        layers = groups.setdefault((f"{what}{below}", reason), [])
+        if place.layer is not None and place.layer not in layers:
+            layers.append(place.layer)
+
+    for place in places:
+        if reason := reasons[place.root]:
+            add(place, "", reason)
             continue
-        if projection in FUSED:
-            roles[projection] = name
-        elif projection in OUTPUT:
-            roles["o"] = name
-        for role, names in SEPARATE.items():
-            if projection in names:
-                roles[role] = name
-    fused = any(role in FUSED for role in roles)
-    return roles if "o" in roles and (fused or {"q", "k", "v"} <= set(roles)) else {}
-
-
-def _cut(rest: dict[str, str], heads: int, tensors: Tensors, where: str) -> LayerWeights:
-    """Projections of one layer, cut into heads."""
-    roles = _roles(rest)
-
-    def get(role: str) -> Tensor:
-        return _floating(tensors.get(roles[role]), roles[role], tensors.name)
-
-    output = get("o")
-    if fused := next((role for role in roles if role in FUSED), None):
-        weight = get(fused)
-        if weight.shape[0] < weight.shape[1]:
-            weight, output = weight.T, output.T  # GPT-2's Conv1D keeps (in, out)
-        width = _even(output.shape[1], heads, where, "output projection")
-        layout = _layout(fused, tensors)
-        q, k, v = _split(weight, heads, width, layout, where)
-    else:
-        q, k, v = get("q"), get("k"), get("v")
-        width = _even(output.shape[1], heads, where, "output projection")
-        if q.shape[0] == 2 * heads * width:  # a gate follows each head's query, as in Qwen3-Next
-            q = q.reshape(heads, 2, width, -1)[:, 0].flatten(0, 1)
-    if (
-        q.shape[0] != heads * width
-        or k.shape[0] % width
-        or v.shape != k.shape
-        or heads % (k.shape[0] // width)
-    ):
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in (("q", q), ("k", k), ("v", v)))
-        raise HeadwiseError(f"{where}: projections {shapes} do not divide into {heads} heads of {width}")
-    q, k, v = (t.reshape(-1, width, t.shape[-1]) for t in (q, k, v))
-    o = output.reshape(output.shape[0], heads, width).transpose(0, 1)
-    return LayerWeights(*(np.ascontiguousarray(t.float().cpu().numpy()) for t in (q, k, v, o)))
-
-
-def _split(weight: Tensor, heads: int, width: int, layout: str, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A fused projection `((H + 2K)·D, d_model)` to q `(H·D, d_model)`, k and v `(K·D, d_model)`."""
-    rows = weight.shape[0] - heads * width
-    if rows <= 0 or rows % (2 * width):
-        raise HeadwiseError(
-            f"{where}: a fused projection of {weight.shape[0]} rows does not divide into {heads} query "
-            f"heads of {width} and their keys and values"
-        )
-    kv_heads = rows // (2 * width)
-    if layout == "stacked":
-        q, k, v = weight.split((heads * width, kv_heads * width, kv_heads * width))
-        return q, k, v
-    groups = weight.reshape(kv_heads, heads // kv_heads + 2, width, -1)
-    q, k, v = groups[:, :-2], groups[:, -2], groups[:, -1]
-    return q.flatten(0, 2), k.flatten(0, 1), v.flatten(0, 1)
-
-
-def _layout(fused: str, tensors: Tensors) -> str:
-    """How the fused projection is laid out; a few model types differ from their projection's name."""
-    config = tensors.config
-    kind = config.get("model_type")
-    if kind == "codegen" or (fused == "query_key_value" and kind not in BY_HEAD):
-        raise HeadwiseError(
-            f"{tensors.name}: how model type {kind!r} lays out its fused {fused} is not known to headwise"
-        )
-    if kind == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture"):
-        return "stacked"
-    if kind == "gpt_bigcode" and not config.get("multi_query", True):
-        return "by_head"
-    return FUSED[fused]
+        known = set(place.roles.values())
+        for path, name in place.tensors.items():
+            if name in known or path.endswith("bias") or any(NORM.search(part) for part in path.split(".")):
+                continue
+            add(place, f".{path}", "it enters attention beside the projections")
+    prefix = re.compile(rf"^{re.escape(stack.partition('.N.')[0])}\.(-?\d+)\.")
+    numbers = {int(found[1]) for name in tensors.names if (found := prefix.match(name))}
+    with_place = {place.layer for place in places if place.stack == stack.partition(".N.")[0]}
+    empty = sorted(n for n in numbers - with_place - covered if n >= 0)
+    if empty:
+        groups[(f"{stack}.N", "none of its tensors is named as attention")] = empty
+    if below := sorted(n for n in numbers - with_place if n < 0):
+        groups[(f"{stack}.N", "a layer number below 0 does not exist")] = below
+    modules = [NotCovered(what, layers, reason) for (what, reason), layers in groups.items()]
+    return modules + [NotCovered(file, [], reason) for file, reason in tensors.left_out.items()]
 
 
 def _folded(weights: LayerWeights, gain: Array) -> LayerWeights:
     return LayerWeights(weights.q * gain, weights.k * gain, weights.v * gain, weights.o)
 
 
-def _norm_before(rest: dict[str, str], tensors: Tensors) -> str | None:
+def _norm_before(place: Place, tensors: Tensors, architecture: Architecture) -> str | None:
     """Name of the gain of the norm before attention; None where there is none."""
     names = list(NORMS)
-    if tensors.config.get("model_type") in NORM_FIRST and tensors.config.get("do_layer_norm_before", True):
+    settings = architecture.settings(place)
+    family = architecture.family(place)
+    first = architecture.comes_first(place, "self_attn_layer_norm")
+    if first is None:
+        listed = NORM_FIRST & {settings.get("model_type"), family}
+        first = bool(listed) and settings.get("do_layer_norm_before", True)
+    if first:
         names.append("self_attn_layer_norm")
-    return next((rest[f"{norm}.weight"] for norm in names if f"{norm}.weight" in rest), None)
+    gains = (f"{place.prefix}.{norm}.weight" for norm in names)
+    return next((gain for gain in gains if gain in tensors), None)
 
 
-def _norm_gain(name: str, tensors: Tensors) -> Array:
+def _norm_gain(place: Place, name: str, tensors: Tensors, architecture: Architecture) -> Array:
     """What that norm multiplies by, `(d_model,)`."""
     gain = tensors.get(name).float().cpu().numpy()
-    return 1 + gain if tensors.config.get("model_type") in NORM_PLUS_ONE else gain
+    offset = architecture.gain_offset(place, name)
+    return gain + np.float32(offset) if offset else gain
 
 
 def _from_headwise(model: nn.Module, fold_norm: bool, name: str) -> HeadWeights:
@@ -291,16 +309,24 @@ def _from_headwise(model: nn.Module, fold_norm: bool, name: str) -> HeadWeights:
     return HeadWeights(name, list(range(len(found))), read, notes)
 
 
-def _notes(tensors: Tensors, names: list[str]) -> list[str]:
-    config = _text(tensors.config)
+def _notes(tensors: Tensors, places: list[Place], architecture: Architecture) -> list[str]:
+    config = architecture.settings(places[0])
+    names = [name for place in places for name in place.tensors.values()]
     learned = any("position_embeddings" in n or re.search(r"(^|\.)wpe\.", n) for n in tensors.names)
     rope = any("rope" in key or "rotary" in key for key, value in config.items() if value) and not learned
-    biases = any(ATTENTION.search(n) and n.endswith("bias") and "norm" not in n.lower() for n in names)
+    biases = any(n.endswith("bias") and "norm" not in n.lower() for n in names)
     notes = _general_notes(biases=biases, rope=rope)
-    if any(re.search(r"(q|k)_(norm|layernorm)\.weight$", n) for n in names):
+    if any(re.search(r"(q|k|qk)_(norm|layernorm)\.weight$", n) for n in names):
         notes.append("the norm of each query and key is left out: it changes their length, token by token")
     if config.get("model_type") in POSITION_BIAS:
         notes.append("what positions add to the scores is left out")
+    shared = {p.layer: architecture.source_of_kv(p, places) for p in places}
+    if taken := [layer for layer, source in shared.items() if source is not None and layer is not None]:
+        notes.append(
+            f"layer {_listed(taken)} takes keys and values of an earlier layer, whose W_K and W_V are shown"
+        )
+    if any("v" not in (shared[p.layer] or p).roles and not fused_role(p.roles) for p in places):
+        notes.append("values are the keys where a layer has no values of its own: W_V is W_K there")
     return notes
 
 
@@ -318,22 +344,6 @@ def _fold_note(fold_norm: bool) -> str:
     return f"the gain of the norm before attention is {folded}"
 
 
-def _head_count(config: dict[str, Any], stack: str, name: str) -> int:
-    side = next((s for s in ("encoder", "decoder") if s in stack), "")
-    inner = config.get("vision_config") if "vis" in stack else _text(config)
-    for values in (inner or {}, config):
-        for key in (f"{side}_attention_heads", *HEAD_COUNTS):
-            if isinstance(values.get(key), int):
-                return int(values[key])
-    raise HeadwiseError(
-        f"{name}: its config.json does not say how many heads it has ({', '.join(HEAD_COUNTS)})"
-    )
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get("text_config") or config
-
-
 def _choose(stacks: dict[str, Any], asked: str | None, name: str) -> str:
     if asked is not None:
         return one_of("stack", asked, stacks)
@@ -344,27 +354,12 @@ def _choose(stacks: dict[str, Any], asked: str | None, name: str) -> str:
     return next(iter(stacks))
 
 
-def _nothing_found(tensors: Tensors) -> str:
-    if any("kv_b_proj" in name for name in tensors.names):
-        return f"{tensors.name} uses multi-head latent attention, whose keys are not one matrix per head"
-    if any(name.endswith(("qweight", "weight_packed")) for name in tensors.names):
+def _nothing_found(tensors: Tensors, reasons: list[str]) -> str:
+    if reasons:
+        return f"{tensors.name}: {'; '.join(dict.fromkeys(reasons))}"
+    if any(name.endswith(QUANTISED) for name in tensors.names):
         return f"{tensors.name} holds quantised weights; use the checkpoint they were made from"
     return f"{tensors.name}: none of its {len(tensors.names)} tensors is named as an attention projection"
-
-
-def _floating(tensor: Tensor, name: str, source: str) -> Tensor:
-    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-        raise HeadwiseError(
-            f"{source}: {name} is quantised ({str(tensor.dtype).removeprefix('torch.')}); "
-            "use the checkpoint it was made from"
-        )
-    return tensor.detach()
-
-
-def _even(size: int, heads: int, where: str, what: str) -> int:
-    if size % heads:
-        raise HeadwiseError(f"{where}: the {what}'s {size} rows do not divide into {heads} heads")
-    return size // heads
 
 
 def _listed(layers: list[int]) -> str:

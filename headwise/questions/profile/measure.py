@@ -41,6 +41,7 @@ from headwise.watch.capture import Capture
 from headwise.watch.load import Loaded
 from headwise.watch.observe import attached
 from headwise.watch.samples import Samples
+from headwise.watch.tensors import checksum_of
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,10 @@ class Profile:
         Raises:
             HeadwiseError: the folder holds another profile; names what differs.
         """
-        wanted = {"model": loaded.name, "weights": loaded.fingerprint(), "data": samples.identity}
+        wanted = {
+            "model": loaded.name, "weights": loaded.fingerprint(), "files": checksum_of(loaded.name),
+            "data": samples.identity,
+        }  # fmt: skip
         wanted |= dataclasses.asdict(self.config) | {"measures": self.measures}
         wanted = json.loads(json.dumps(wanted))
         path = self.folders.out / "profile.json"

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from scipy import stats
 
 from headwise.config.run import Config
@@ -398,3 +399,50 @@ def test_models_that_cannot_be_loaded_are_one_clear_line(hf_model, tmp_path):
         load(str(tmp_path))
     with pytest.raises(HeadwiseError, match="the name 'no name!' is neither here nor"):
         load("no name!")
+
+
+PLACES = ("first", "middle", "last")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_one_value_of_one_head_makes_another_profile(samples, tmp_path, place):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    model = transformers.LlamaModel(config).eval().requires_grad_(False)
+    loaded = Loaded("llama", model, None, lambda ids: model(input_ids=ids, use_cache=False))
+    before = loaded.fingerprint()
+    Profile(tmp_path / "out", CONFIG).run(loaded, samples, batch_size=2)
+    weight = model.layers[1].self_attn.q_proj.weight.view(-1)
+    weight[{"first": 0, "middle": 100, "last": -1}[place]] += 1e-3
+    assert loaded.fingerprint() != before
+    with pytest.raises(HeadwiseError, match="holds a profile with weights"):
+        Profile(tmp_path / "out", CONFIG).run(loaded, samples, batch_size=2)
+
+
+def test_configuration_and_buffers_count_and_where_a_model_is_from_does_not(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def build(**options) -> Loaded:
+        torch.manual_seed(0)
+        model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=8, **options))
+        return Loaded("x", model, None, model)
+
+    first = build()
+    assert build().fingerprint() == first.fingerprint()
+    assert build(rms_norm_eps=1e-3).fingerprint() != first.fingerprint()
+    assert (
+        build(rope_parameters={"rope_type": "default", "rope_theta": 5.0}).fingerprint()
+        != first.fingerprint()
+    )
+    moved = build()
+    moved.model.rotary_emb.inv_freq[-1] *= 2  # not in the state that a checkpoint keeps
+    assert moved.fingerprint() != first.fingerprint()
+    for name in "ab":
+        first.model.save_pretrained(tmp_path / name)
+    prints = {load(str(tmp_path / name)).fingerprint() for name in "ab"}
+    assert len(prints) == 1
+    settings = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-3}))
+    assert load(str(tmp_path / "b")).fingerprint() not in prints
