@@ -70,14 +70,18 @@ def outcomes(device: torch.device) -> dict[str, list[Outcome]]:
             if not found.passed:
                 print(f"failed: {found.family}, {found.case}: {found.error} of {found.limit}", flush=True)
         if few is None:
+            _write(_by_family(done), device, time.perf_counter() - began)
             from tests.gpu.long import run
 
             done += run(device)
+            _write(_by_family(done), device, time.perf_counter() - began)
+    return _by_family(done)
+
+
+def _by_family(done: list[Outcome]) -> dict[str, list[Outcome]]:
     families: dict[str, list[Outcome]] = {name: [] for name in (*FAMILIES, *LONG)}
     for found in done:
         families[found.family].append(found)
-    if not tiny and few is None:
-        _write(families, device, time.perf_counter() - began)
     return families
 
 

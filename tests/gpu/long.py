@@ -6,6 +6,7 @@ takes 35 GB. `test_long.py` compares it with autograd on short ones.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -181,6 +182,7 @@ def run(device: torch.device) -> list[Outcome]:
     """All of them one after another; an exception is an infinite error."""
     outcomes = []
     for family, check in checks(device):
+        began = time.perf_counter()
         try:
             outcomes.append(check())
         except Exception as problem:
@@ -188,4 +190,5 @@ def run(device: torch.device) -> list[Outcome]:
             outcomes.append(Outcome(family, case, float("inf"), 0.0))
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            print(f"{family}: {outcomes[-1]} in {time.perf_counter() - began:.0f} s", flush=True)
     return outcomes
