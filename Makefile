@@ -24,8 +24,8 @@ test-gpu:  ## kernels against float64 on a GPU; needs torch, triton, numpy and p
 	PYTHONPATH=. $(PYTHON) -m pytest -q -s -m gpu --confcutdir=tests/gpu tests/gpu
 
 check: $(VENV)/.installed-test  ## ruff and mypy
-	$(BIN)/ruff check headwise tests scripts
-	$(BIN)/ruff format --check headwise tests scripts
+	$(BIN)/ruff check headwise tests scripts examples
+	$(BIN)/ruff format --check headwise tests scripts examples
 	$(BIN)/mypy
 
 install: $(VENV)/.installed

@@ -19,7 +19,6 @@ EXCEPTIONS = {
     "cli/per_head_metrics.py": "a suite that is defined by the kinds it compares",
     "report/markdown.py": "a line of the report that the suite prescribes, which names an engine",
     "config/run.py": "names an engine",
-    "measures/collector.py": "takes F's measure from the operation of the same name",
 }
 
 

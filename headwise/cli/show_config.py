@@ -18,6 +18,8 @@ def main(argv: list[str]) -> int:
     if "--engines" in argv:
         return _engines(argv)
     if "--list-measures" in argv:
+        import headwise.attention  # noqa: F401  # kinds register measures of their own
+
         print(measure_table(), end="")
         return 0
     parser = make_parser("headwise show-config")

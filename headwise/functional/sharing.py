@@ -1,4 +1,4 @@
-"""Few masks among many heads: which head is under which mask.
+"""Masks F that take keys from later queries: which head is under which, and what they leave.
 
 Letters: `B` batch, `H` query heads, `M` masks, `T` tokens.
 """
@@ -25,3 +25,16 @@ def per_head(mask: Tensor, n_heads: int) -> Tensor:
     if mask.shape[1] in (1, n_heads):
         return mask
     return mask[:, mask_of_head(n_heads, mask.shape[1])]
+
+
+def kept_context(mask: Tensor, tau: float = 1.0) -> Tensor:
+    """How many keys each query still has, M[i] = Σ_{j<=i} (1 - min(F[i,j], τ)/τ).
+
+    Args:
+        mask: F, `(B, M, T, T)`.
+        tau: what counts as wholly taken.
+
+    Returns:
+        `(B, M, T)`, in keys.
+    """
+    return (1 - mask.clamp(max=tau) / tau).tril().sum(-1)

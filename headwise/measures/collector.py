@@ -18,7 +18,7 @@ from torch import Tensor
 from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Values, Weights
 from headwise.errors import HeadwiseError
 from headwise.functional.head_stats import document_starts, head_stats, weights_stats
-from headwise.functional.selective import memory
+from headwise.functional.sharing import kept_context
 from headwise.measures.means import counted, without_early
 from headwise.measures.spec import measure_of
 from headwise.measures.spec import measures as all_measures
@@ -71,7 +71,7 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
     before = seen.q if seen.q_pre is None else seen.q_pre
     held = {}
     if seen.taken is not None and "kept_context" in wanted:
-        held["kept_context"] = memory(seen.taken).expand(seen.q.shape[:3])
+        held["kept_context"] = kept_context(seen.taken).expand(seen.q.shape[:3])
     if not any(measure_of(name).source in ("weights", "logits") for name in wanted):
         return {"query_norm": _norm(before)} | held
     q, k = seen.q, seen.k

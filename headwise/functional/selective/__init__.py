@@ -22,7 +22,7 @@ from torch import Tensor
 from headwise.functional.dispatch import WIDEST_HEAD, fits_kernel
 from headwise.functional.layout import padded
 from headwise.functional.selective.scan import after_the_query, attack_and_protect, running_sum
-from headwise.functional.sharing import mask_of_head, per_head
+from headwise.functional.sharing import kept_context, mask_of_head, per_head
 
 WIDEST_SELECTION = 1 << 14
 
@@ -325,21 +325,8 @@ def _check_selection(q: Tensor, k: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{shapes}, which do not fit {tuple(like.shape)} in B, M (or 1) and T")
 
 
-def memory(mask: Tensor, tau: float = 1.0) -> Tensor:
-    """How many keys each query still has, M[i] = Σ_{j<=i} (1 - min(F[i,j], τ)/τ).
-
-    Args:
-        mask: F, `(B, M, T, T)`.
-        tau: what counts as wholly taken.
-
-    Returns:
-        `(B, M, T)`, in keys.
-    """
-    return (1 - mask.clamp(max=tau) / tau).tril().sum(-1)
-
-
 def memory_penalty(mask: Tensor, *, tau: float = 1.0, reduce: str = "max") -> Tensor:
-    """The most (or the mean, `reduce="mean"`) of `memory` over queries, as a share of T; a scalar."""
-    held = memory(mask, tau)
+    """The most (or the mean, `reduce="mean"`) of `kept_context` over queries, as a share of T; a scalar."""
+    held = kept_context(mask, tau)
     held = held.amax(-1) if reduce == "max" else held.mean(-1)
     return held.mean() / mask.shape[-1]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from headwise.functional.selective import (
     mask_of_head,
-    memory,
     memory_penalty,
     selection_logits,
     selection_mask,
     selective_attention,
 )
+from headwise.functional.sharing import kept_context
 from headwise.functional.softmax_attention import softmax_attention
 
 laws = settings(max_examples=30, deadline=None)
@@ -128,8 +128,8 @@ def test_memory_counts_the_keys_that_are_left() -> None:
     taken = torch.zeros(1, 1, 3, 3)
     taken[0, 0, 2, 1] = 0.25
     taken[0, 0, 2, 0] = 7.0
-    assert memory(taken)[0, 0].tolist() == [1.0, 2.0, 1.75]
-    assert memory(taken, tau=0.5)[0, 0].tolist() == [1.0, 2.0, 1.5]
+    assert kept_context(taken)[0, 0].tolist() == [1.0, 2.0, 1.75]
+    assert kept_context(taken, tau=0.5)[0, 0].tolist() == [1.0, 2.0, 1.5]
     assert memory_penalty(taken).item() == pytest.approx(2 / 3)
     assert memory_penalty(taken, reduce="mean").item() == pytest.approx(4.75 / 9)
 
