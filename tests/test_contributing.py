@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md shows the files of examples/outside_kind, which tests/test_outside_kind.py installs and runs."""
+"""CONTRIBUTING.md shows the files of examples/outside_kind as they are."""
 
 from __future__ import annotations
 

@@ -115,10 +115,10 @@ def load_plugins(names: Iterable[str], *, recorded_in: str | None = None) -> Non
         HeadwiseError: a module that is not found, fails, or registers no kind.
     """
     for name in names:
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise HeadwiseError(f"plug-in {name!r} is not a module's name, such as my_package.my_module")
         if name in LOADED or name in sys.modules:
             continue
-        if not all(part.isidentifier() for part in str(name).split(".")):
-            raise HeadwiseError(f"plug-in {name!r} is not a module's name, such as my_package.my_module")
         if recorded_in is not None and not _installed(name):
             raise HeadwiseError(
                 f"{recorded_in} needs the plug-in {name!r}, which is not installed; "

@@ -55,7 +55,7 @@ def test_a_seed_repeats_a_text_and_a_temperature_varies_it(run: Path) -> None:
         (["--temperature", "-1"], "--temperature is -1"),
         (["--top-k", "0"], "--top-k is 0"),
         (["--prompt", ""], "--prompt is empty"),
-        (["--prompt", "\udcff"], "the prompt is no UTF-8 text: '\\udcff' at character 0"),
+        (["--prompt", "\udcff"], "the argument '\\udcff' is not UTF-8"),
         (["--seed", "99999999999999999999"], "--seed is 99999999999999999999; it must be at least 0"),
         (["--tokens", "100000000000"], "no memory for a cache of 100000000002 keys"),
     ],

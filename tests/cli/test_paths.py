@@ -18,7 +18,6 @@ from headwise.cli.main import main
 from headwise.config.run import from_dict, load, to_yaml
 from headwise.errors import HeadwiseError
 from headwise.measures import table as head_table
-from headwise.questions.profile.parts import read_table
 from headwise.runs.folder import RunFolder
 from headwise.runs.read import Run, find_runs
 from headwise.training.run import train
@@ -48,7 +47,7 @@ def test_a_head_table_is_that_of_its_folder(
     assert Run(Path(name)).heads is not None
     assert _dynamics(Path(name))["entropy"].tolist() == [[2.0, 2.0]]
     part = Path(name, "heads", "step_00000001.parquet")
-    assert read_table(part, ["entropy"]).column_names == ["entropy"]
+    assert head_table.read_columns(part, ["entropy"]).column_names == ["entropy"]
     assert pl.read_parquet(part.open("rb")).columns[0] == "run"
 
 

@@ -88,7 +88,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ({"input_ids": np.full((4, 8), -1)}, "has the id -1"),
         ({"input_ids": np.full((4, 8), 2**40)}, "has the id 1099511627776; ids are whole numbers from 0 to"),
         ({"input_ids": np.zeros((0, 8), dtype=int)}, "has no sequences"),
-        ({"input_ids": np.array([[{}]], dtype=object)}, "holds Python objects"),
+        ({"input_ids": np.array([[{}]], dtype=object)}, "no 2-D integer array"),
     ],
 )
 def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, arrays: dict, says: str) -> None:

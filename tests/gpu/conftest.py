@@ -16,7 +16,7 @@ import torch
 
 from tests.gpu.families import FAMILIES, Outcome, outcome
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "test-gpu.json"
+RESULT = Path(__file__).parents[2] / "benchmarks" / "test-gpu.json"
 JOBS = max(1, min(14, os.cpu_count() or 1))
 LONG = ("long texts", "large offsets", "large grids")
 
@@ -36,7 +36,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def outcomes(device: torch.device) -> dict[str, list[Outcome]]:
-    """How every case of every family came out; on a GPU written to `benchmarks/results/test-gpu.json`.
+    """How every case of every family came out; on a GPU written to `benchmarks/test-gpu.json`.
 
     Cases run in processes side by side, since compiling takes longer than computing.
     """

@@ -33,7 +33,7 @@ from headwise.model.config import COUNTS, ModelConfig
         ({"attention": AttentionConfig(dropout=1.5)}, r"model.attention.dropout is 1.5; .* dropout < 1"),
         (
             {"attention": AttentionConfig(kind="flex", dropout=0.1)},
-            r"dropout is 0.1, but kind 'flex' cannot .* set it to 0 or choose mha or flash",
+            r"dropout is 0.1, but kind 'flex' cannot .* set it to 0 or choose flash",
         ),
         *(({name: 0}, rf"model.{name} is 0; it must be at least 1") for name in COUNTS),
     ],

@@ -49,10 +49,10 @@ def test_a_missing_shard_is_an_error(sharded: Path) -> None:
 
 
 INDICES = [
-    ('{"weight_map": {"x": "../y.safetensors"}}', "not a .*safetensors file beside it"),
-    ('{"weight_map": {"x": 3}}', "not a .*safetensors file beside it"),
-    ('{"weight_map": []}', "has no weight_map"), ("{}", "has no weight_map"), ("[]", "holds a list"),
-    ("{", "not readable as JSON"), ("[" * 9999, "not readable as JSON"),
+    ('{"weight_map": {"x": "../y.safetensors"}}', "which is not a file inside"),
+    ('{"weight_map": {"x": 3}}', "expected text, got a whole number"),
+    ('{"weight_map": []}', "expected a mapping, got a list"), ("{}", "'weight_map' is missing"),
+    ("[]", "expected a mapping, got a list"), ("{", "it is no JSON"), ("[" * 9999, "nested deeper than"),
     ('{"weight_map": {"absent": "model-00001-of-N"}}', "lacks absent, which the index places there"),
 ]  # fmt: skip
 

@@ -298,7 +298,7 @@ def test_a_kind_that_selects_is_run_for_each_head(rows: Rows, monkeypatch: pytes
     speaks = headwise_speaker()
     layers = layers_of(speaks, rows)
     one_pass = all_heads(speaks, rows, layers, Setting((0.5, 2.0)))
-    monkeypatch.setattr(intervene, "SELECTING", ("flash",))
+    monkeypatch.setattr(intervene, "selects", lambda layer: True)
     passes: list[int] = []
     run = all_heads(speaks, rows, layers, Setting((0.5, 2.0), advance=passes.append))
     assert sum(passes) == 1 + 2 * 8

@@ -397,7 +397,7 @@ def test_models_that_cannot_be_loaded_are_one_clear_line(hf_model, tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(HeadwiseError, match=r"neither config\.json nor config\.yaml"):
         load(str(tmp_path))
-    with pytest.raises(HeadwiseError, match="the name 'no name!' is neither here nor"):
+    with pytest.raises(HeadwiseError, match="no folder 'no name!' here, and it could not be had"):
         load("no name!")
 
 
