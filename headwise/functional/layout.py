@@ -8,9 +8,9 @@ from torch import Tensor
 ALIGNED = 16
 """Bytes that a tensor's first number lies at a multiple of, and numbers that each stride is a multiple of.
 
-Triton compiles a kernel anew for arguments that are no multiples of 16, without what it knows of them then.
-In 16 bits it reads tiles number by number there, which Triton 3.6 was seen to do wrongly: kernels
-are only ever compiled in the one form. The unit of a stride is numbers, not bytes, as Triton counts.
+Triton compiles a second form of a kernel for arguments that are no multiples of 16, and counts strides in
+numbers. In 16 bits that form reads tiles number by number, through registers that it runs out of; on Triton
+3.6 it was seen to read wrongly, and was what ran where an illegal access ended a test. It is not used.
 """
 
 FARTHEST = 1 << 24

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from headwise.bench.layouts import LAYOUTS, laid_out
+from headwise.functional import dispatch
 from headwise.functional.layout import ALIGNED, FARTHEST, REACH, packed
 
 
-def fits(x: Tensor) -> bool:
+def aligned(x: Tensor) -> bool:
     steps = x.stride()[:-1]
     beside = x.stride(-1) == 1 or x.shape[-1] == 1
     return beside and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
@@ -32,8 +33,8 @@ def test_a_kernel_reads_the_same_numbers_from_aligned_rows(
     x = laid_out(torch.randn(shape).to(dtype), layout)
     read = packed(x)
     assert torch.equal(read, x)
-    assert fits(read)
-    assert (read is x) == fits(x)
+    assert aligned(read)
+    assert (read is x) == aligned(x)
 
 
 def test_heads_that_lie_inside_are_read_in_place() -> None:
@@ -47,7 +48,7 @@ def test_strides_of_16_bytes_are_not_enough_in_16_bits(step: int) -> None:
     x = torch.zeros(30000, dtype=torch.bfloat16).as_strided((2, 3, 8), (step * 16, step, 1))
     read = packed(x)
     assert (read is x) == (step % ALIGNED == 0)
-    assert fits(read)
+    assert aligned(read)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,20 @@ def test_few_numbers_far_apart_are_copied(shape: tuple[int, ...], strides: tuple
     read = packed(x)
     assert read.is_contiguous()
     assert torch.equal(read, x)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "fits"),
+    [(64, torch.bfloat16, True), (17, torch.bfloat16, False), (18, torch.float16, True),
+     (17, torch.float32, True), (130, torch.float32, False), (64, torch.float64, False)],
+)  # fmt: skip
+def test_an_odd_width_in_16_bits_goes_the_plain_way(
+    width: int, dtype: torch.dtype, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "HAS_KERNELS", True)
+    with FakeTensorMode():
+        x = torch.empty(2, 1, 3, width, dtype=dtype, device="cuda")
+    assert dispatch.fits_kernel(x) == fits
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
