@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from headwise.bench import head_stats as stats
-from headwise.functional import budget, head_stats, layout, selective
+from headwise.functional import budget, head_stats, selective
 from headwise.functional.dispatch import DTYPES
 from headwise.watch import rotation
 from tests.gpu.addresses import addresses_watched
@@ -58,9 +58,8 @@ def main() -> None:
             for index in range(CASES.get(family, 3)):
                 show(outcome(family, index, seed=0, device="cpu"))
         show(past_blocks())
-        layout.REACH = 1 << 62  # kernels read in place what `packed` would copy
         for dimension in range(2):
-            show(far_apart(torch.device("cpu"), dimension, tokens=33, width=16))
+            show(far_apart(torch.device("cpu"), dimension, in_place=True, tokens=33, width=16))
     print(json.dumps({"kernels": sorted(watched.kernels), "accesses": watched.accesses}))
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from headwise.attention.selective.bench import relative
 from headwise.bench import head_stats as stats
 from headwise.bench.layouts import laid_out, poison
-from headwise.functional import head_stats, own_mask_attention, selection, selective_attention
+from headwise.functional import head_stats, layout, own_mask_attention, selection, selective_attention
 from tests.gpu.families import LIMITS, STATS_LIMIT, Outcome, reason_of, worst
 
 Check = Callable[[], Outcome]
@@ -127,10 +128,13 @@ def long_head_stats(device: torch.device, tokens: int, dtype: torch.dtype, rows:
     return Outcome("long texts", f"{name} of head statistics, T={tokens}", error, STATS_LIMIT)
 
 
-def far_apart(device: torch.device, dimension: int, tokens: int = 200, width: int = 64) -> Outcome:
+def far_apart(
+    device: torch.device, dimension: int, in_place: bool = False, tokens: int = 200, width: int = 64
+) -> Outcome:
     """Tensors whose batches, heads or tokens lie more than 2^31 numbers from the first to the last.
 
-    `packed` copies those that hold few entries; in their own layout kernels take only what a GPU can fill.
+    Args:
+        in_place: kernels read them where they are, as those that are too large to copy; rows are copied.
     """
     torch.manual_seed(dimension)
     shape = (2, 2, tokens, width)
@@ -143,6 +147,18 @@ def far_apart(device: torch.device, dimension: int, tokens: int = 200, width: in
     far = []
     for x in near:
         far.append(torch.empty(room, dtype=x.dtype, device=device).as_strided(shape, steps).copy_(x))
+    if in_place:
+        with patch.object(layout, "REACH", 1 << 62):
+            found = _far_and_near(far, near)
+    else:
+        found = _far_and_near(far, near)
+    name, error = worst(found)
+    case = f"{name}, strides {steps}{', in place' if in_place else ''}"
+    return Outcome("large offsets", case, error, 1e-5)
+
+
+def _far_and_near(far: list[Tensor], near: list[Tensor]) -> dict[str, float]:
+    """Errors of results of q, k far apart, relative to those of the same numbers side by side."""
     measured, expected = (head_stats(*pair).columns() for pair in (far, near))
     found = {key: relative(measured[key], expected[key].double()) for key in expected}
     pairs = ((far[0], far[1]), (near[0], near[1]))
@@ -152,8 +168,7 @@ def far_apart(device: torch.device, dimension: int, tokens: int = 200, width: in
     found["y"] = relative(y[0], y[1].double())
     y = [own_mask_attention(q, k, k, q, k, scale=0.1, select_scale=0.1) for q, k in pairs]
     found["own y"] = relative(y[0], y[1].double())
-    name, error = worst(found)
-    return Outcome("large offsets", f"{name}, strides {steps}", error, 1e-5)
+    return found
 
 
 def many_heads(device: torch.device, batch: int = 16_500) -> Outcome:
@@ -185,7 +200,8 @@ def checks(device: torch.device) -> list[tuple[str, Check]]:
                     continue  # F, its transpose and its gradient take the room
                 found.append(("long texts", partial(long_selective, device, tokens, dtype, own)))
         found.append(("long texts", partial(long_head_stats, device, tokens, torch.bfloat16)))
-    found += [("large offsets", partial(far_apart, device, dimension)) for dimension in range(3)]
+    for dimension, in_place in ((0, False), (1, False), (2, False), (0, True), (1, True)):
+        found.append(("large offsets", partial(far_apart, device, dimension, in_place)))
     return [*found, ("large grids", partial(many_heads, device))]
 
 
