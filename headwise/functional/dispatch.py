@@ -17,5 +17,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def fits_kernel(x: Tensor, width: int = WIDEST_HEAD) -> bool:
-    """Whether kernels take x `(…, D)`: on a GPU, not empty, in a dtype that they know, D at most `width`."""
-    return HAS_KERNELS and x.is_cuda and x.dtype in DTYPES and x.shape[-1] <= width and x.numel() > 0
+    """Whether kernels take x `(…, D)`: on a GPU, not empty, in a dtype that they know, D at most `width`.
+
+    In 16 bits D must be even: an odd one is read number by number (`headwise.functional.layout`).
+    """
+    known = HAS_KERNELS and x.is_cuda and x.dtype in DTYPES and x.numel() > 0
+    return known and x.shape[-1] <= width and x.shape[-1] * x.element_size() % 4 == 0

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 ALIGNED = 16
-"""Bytes."""
+"""Bytes that a tensor's first number lies at a multiple of, and numbers that each stride is a multiple of.
+
+Triton compiles a second form of a kernel for arguments that are no multiples of 16, and counts strides in
+numbers. In 16 bits that form reads tiles number by number, through registers that it runs out of; on Triton
+3.6 it was seen to read wrongly, and was what ran where an illegal access ended a test. It is not used.
+"""
 
 FARTHEST = 1 << 24
 """Stride of rows that kernels take: 128 rows of a tile then lie within 2^31 numbers, as int32 reaches."""
+
+REACH = 1 << 31
+"""Numbers from the first entry to the last, from which on a tensor of fewer entries is copied."""
 
 
 def padded(width: int) -> int:
@@ -18,21 +26,19 @@ def padded(width: int) -> int:
 
 
 def packed(x: Tensor) -> Tensor:
-    """x `(…, D)` as kernels read it: itself where its rows lie near and begin at 16 bytes, else a copy.
+    """x `(…, D)` as kernels read it: itself where its rows are near and aligned, else a copy.
 
-    Transposed, sliced and expanded tensors (stride 0) are read in place where these are met. Rows that begin
-    elsewhere are not: Triton 3.6 reads some of them wrongly in 16 bits. A copy has rows of a multiple of 16
-    bytes, of which the last numbers are never read.
+    Transposed, sliced and expanded tensors (stride 0) are read in place where these are met. A copy has
+    rows of a multiple of `ALIGNED` numbers, of which the last are never read.
     """
-    apart = ALIGNED // x.element_size()
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    near = x.dim() < 2 or x.stride(-2) < FARTHEST
-    aligned = x.data_ptr() % ALIGNED == 0 and all(stride % apart == 0 for stride in strides)
     if x.dim() == 1:
         return x if x.stride(0) == 1 else x.clone(memory_format=torch.contiguous_format)
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    near = x.stride(-2) < FARTHEST and (reach < REACH or x.numel() >= REACH)
+    aligned = x.data_ptr() % ALIGNED == 0 and all(stride % ALIGNED == 0 for stride in x.stride()[:-1])
     if (x.stride(-1) == 1 or x.shape[-1] == 1) and near and aligned:
         return x
-    wide = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // apart) * apart))
+    wide = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // ALIGNED) * ALIGNED))
     copy = wide[..., : x.shape[-1]]
     return copy.copy_(x)
 

@@ -73,8 +73,9 @@ def outcomes(device: torch.device) -> dict[str, list[Outcome]]:
             _write(_by_family(done), device, time.perf_counter() - began)
             from tests.gpu.long import run
 
-            done += run(device)
-            _write(_by_family(done), device, time.perf_counter() - began)
+            for found in run(device):
+                done.append(found)
+                _write(_by_family(done), device, time.perf_counter() - began)
     return _by_family(done)
 
 

@@ -295,6 +295,15 @@ FAMILIES: dict[str, tuple[Family, int]] = {
 """Every family, and how many cases of it run on a GPU."""
 
 
+def reason_of(problem: BaseException) -> str:
+    """What was raised, and where in this project."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    ours = [frame for frame in frames if "headwise" in frame.filename or "tests" in frame.filename]
+    place = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(ours))
+    message = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {message[0][:300]} at {place}"
+
+
 def outcome(family: str, index: int, seed: int, device: str) -> Outcome:
     """Run one case; an exception is an infinite error, and its place is in the case's text."""
     draw = random.Random(f"{seed} {family} {index}")
@@ -304,9 +313,5 @@ def outcome(family: str, index: int, seed: int, device: str) -> Outcome:
         if device != "cpu":
             torch.cuda.synchronize()
     except Exception as problem:
-        frames = traceback.extract_tb(problem.__traceback__)
-        ours = [frame for frame in frames if "headwise" in frame.filename or "tests" in frame.filename]
-        place = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(ours))
-        reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:300]} at {place}"
-        return Outcome(family, f"{index}: {reason}", float("inf"), 0.0)
+        return Outcome(family, f"{index}: {reason_of(problem)}", float("inf"), 0.0)
     return Outcome(family, f"{index}: {case}", error, limit)

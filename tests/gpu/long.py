@@ -7,7 +7,12 @@ takes 35 GB. `test_long.py` compares it with autograd on short ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,8 +20,10 @@ from torch import Tensor
 from headwise.attention.selective.bench import relative
 from headwise.bench import head_stats as stats
 from headwise.bench.layouts import laid_out, poison
-from headwise.functional import head_stats, own_mask_attention, selection, selective_attention
-from tests.gpu.families import LIMITS, STATS_LIMIT, Outcome, worst
+from headwise.functional import head_stats, layout, own_mask_attention, selection, selective_attention
+from tests.gpu.families import LIMITS, STATS_LIMIT, Outcome, reason_of, worst
+
+Check = Callable[[], Outcome]
 
 LONGEST = 66_001
 NAMES = ("q", "k", "v", "select_q", "select_k")
@@ -121,17 +128,37 @@ def long_head_stats(device: torch.device, tokens: int, dtype: torch.dtype, rows:
     return Outcome("long texts", f"{name} of head statistics, T={tokens}", error, STATS_LIMIT)
 
 
-def far_apart(device: torch.device, dimension: int) -> Outcome:
-    """Tensors whose batches, heads or tokens lie more than 2^31 numbers from the first to the last."""
+def far_apart(
+    device: torch.device, dimension: int, in_place: bool = False, tokens: int = 200, width: int = 64
+) -> Outcome:
+    """Tensors whose batches, heads or tokens lie more than 2^31 numbers from the first to the last.
+
+    Args:
+        in_place: kernels read them where they are, as those that are too large to copy; rows are copied.
+    """
     torch.manual_seed(dimension)
-    shape = (2, 2, 200, 64)
-    steps = ([0, 200 * 64, 64, 1], [200 * 64, 0, 64, 1], [128, 64, 0, 1])[dimension]
-    steps[dimension] = ((1 << 31) + 4096) // (shape[dimension] - 1) // 8 * 8 + 8
-    near = [torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2)]
+    shape = (2, 2, tokens, width)
+    area = tokens * width
+    steps = ([0, area, width, 1], [area, 0, width, 1], [2 * width, width, 0, 1])[dimension]
+    steps[dimension] = ((1 << 31) + 4096) // (shape[dimension] - 1) // 16 * 16 + 16
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    near = [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
     room = sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1
     far = []
     for x in near:
         far.append(torch.empty(room, dtype=x.dtype, device=device).as_strided(shape, steps).copy_(x))
+    if in_place:
+        with patch.object(layout, "REACH", 1 << 62):
+            found = _far_and_near(far, near)
+    else:
+        found = _far_and_near(far, near)
+    name, error = worst(found)
+    case = f"{name}, strides {steps}{', in place' if in_place else ''}"
+    return Outcome("large offsets", case, error, 1e-5)
+
+
+def _far_and_near(far: list[Tensor], near: list[Tensor]) -> dict[str, float]:
+    """Errors of results of q, k far apart, relative to those of the same numbers side by side."""
     measured, expected = (head_stats(*pair).columns() for pair in (far, near))
     found = {key: relative(measured[key], expected[key].double()) for key in expected}
     pairs = ((far[0], far[1]), (near[0], near[1]))
@@ -141,8 +168,7 @@ def far_apart(device: torch.device, dimension: int) -> Outcome:
     found["y"] = relative(y[0], y[1].double())
     y = [own_mask_attention(q, k, k, q, k, scale=0.1, select_scale=0.1) for q, k in pairs]
     found["own y"] = relative(y[0], y[1].double())
-    name, error = worst(found)
-    return Outcome("large offsets", f"{name}, strides {steps}", error, 1e-5)
+    return found
 
 
 def many_heads(device: torch.device, batch: int = 16_500) -> Outcome:
@@ -164,31 +190,45 @@ def many_heads(device: torch.device, batch: int = 16_500) -> Outcome:
     return Outcome("large grids", f"{batch} x 4 masks", error, 1e-5)
 
 
-def checks(device: torch.device) -> list[tuple[str, Callable[[], Outcome]]]:
+def checks(device: torch.device) -> list[tuple[str, Check]]:
     """Every case of this file by its family."""
-    found: list[tuple[str, Callable[[], Outcome]]] = []
+    found: list[tuple[str, Check]] = []
     for tokens in (LONGEST, 8_191):
         for own in (True, False):
             for dtype in (torch.bfloat16, torch.float32):
                 if tokens == LONGEST and dtype == torch.float32 and not own:
                     continue  # F, its transpose and its gradient take the room
-                found.append(("long texts", lambda t=tokens, d=dtype, o=own: long_selective(device, t, d, o)))
-        found.append(("long texts", lambda t=tokens: long_head_stats(device, t, torch.bfloat16)))
-    found += [("large offsets", lambda d=d: far_apart(device, d)) for d in range(3)]
-    return [*found, ("large grids", lambda: many_heads(device))]
+                found.append(("long texts", partial(long_selective, device, tokens, dtype, own)))
+        found.append(("long texts", partial(long_head_stats, device, tokens, torch.bfloat16)))
+    for dimension, in_place in ((0, False), (1, False), (2, False), (0, True), (1, True)):
+        found.append(("large offsets", partial(far_apart, device, dimension, in_place)))
+    return [*found, ("large grids", partial(many_heads, device))]
 
 
-def run(device: torch.device) -> list[Outcome]:
-    """All of them one after another; an exception is an infinite error."""
-    outcomes = []
-    for family, check in checks(device):
-        began = time.perf_counter()
-        try:
-            outcomes.append(check())
-        except Exception as problem:
-            case = f"{type(problem).__name__}: {str(problem)[:500]}"
-            outcomes.append(Outcome(family, case, float("inf"), 0.0))
+def attempt(family: str, check: Check, device: torch.device) -> Outcome:
+    """A case; an exception is an infinite error."""
+    try:
+        found = check()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-            print(f"{family}: {outcomes[-1]} in {time.perf_counter() - began:.0f} s", flush=True)
-    return outcomes
+            torch.cuda.synchronize(device)
+    except Exception as problem:
+        return Outcome(family, reason_of(problem), float("inf"), 0.0)
+    return found
+
+
+def alone(family: str, check: Check, device: torch.device) -> Outcome:
+    """`attempt` in a process of its own: an illegal access breaks all that follows in its process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(attempt, family, check, device).result()
+        except BrokenProcessPool as problem:
+            return Outcome(family, f"its process ended: {reason_of(problem)}", float("inf"), 0.0)
+
+
+def run(device: torch.device, cases: list[tuple[str, Check]] | None = None) -> Iterator[Outcome]:
+    """All of them (or `cases`) one after another, each as soon as it is known."""
+    for family, check in checks(device) if cases is None else cases:
+        began = time.perf_counter()
+        found = alone(family, check, device)
+        print(f"{family}: {found} in {time.perf_counter() - began:.0f} s", flush=True)
+        yield found

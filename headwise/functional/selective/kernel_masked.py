@@ -344,8 +344,10 @@ def output_like(q: Tensor) -> Tensor:
 
 
 def gradients_like(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of q, k and v, laid out as q and k: in another layout they would be copied."""
-    q, k = packed(q), packed(k)
+    """Room for the gradients of q, k and v, laid out as q and k: in another layout they would be copied.
+
+    Takes q and k as given, not packed: where a tensor begins is unknown while a program is traced.
+    """
     return room_like(q), room_like(k), room_like(k)
 
 
@@ -394,11 +396,11 @@ def masked_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, taken: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and F (on and below the diagonal; above it they are undefined)."""
+    dq, dk, dv = gradients_like(q, k)
     grad, q, k, v = packed(grad), packed(q), packed(k), packed(v)
     batch, heads, tokens, _ = q.shape
     kv_heads, masks = k.shape[1], taken.shape[1]
     delta = delta_of(y, grad)
-    dq, dk, dv = gradients_like(q, k)
     flipped = torch.empty_like(taken)
     blocks = triton.cdiv(tokens, 64)
     flip_kernel[(blocks * blocks * batch * masks,)](taken, flipped, tokens, BLOCK=64, num_warps=8)

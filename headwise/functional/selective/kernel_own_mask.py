@@ -479,11 +479,11 @@ def own_mask_attention_backward(
     after: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, select_q, and by head of select_k `(B, H, T, E)` and of the bias `(B, H, T)`."""
+    dq, dk, dv = gradients_like(q, k)
     grad, q, k, v, select_q, select_k = (packed(x) for x in (grad, q, k, v, select_q, select_k))
     batch, heads, tokens, _ = q.shape
     kv_heads, blocks, select = k.shape[1], triton.cdiv(tokens, BLOCK), select_q.shape[-1]
     delta = delta_of(y, grad)
-    dq, dk, dv = gradients_like(q, k)
     dsq = q.new_empty((batch, heads, tokens, select))
     dsq[:, :, -1] = 0  # the last query takes nothing that another would see
     dsk = q.new_empty((batch, heads, tokens, select))
