@@ -114,7 +114,7 @@ def test_verdicts_of_the_demo(of_demo: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("vram", "verdict"), [(6_000.0, "GO"), (9_500.0, "NO-GO")])
 def test_memory_decides_on_a_gpu(tmp_path: Path, make, vram: float, verdict: str) -> None:
-    on_gpu = {"device": "cuda", "val_loss": 1.6}
+    on_gpu = {"device": "cuda"}
     variants = {
         "flash": make.Variant("flash", vram=10_000.0, summary=on_gpu),
         "tt": make.Variant("tt", vram=vram, summary=on_gpu),
