@@ -143,6 +143,19 @@ def test_an_own_model_reads_a_block_diagonal_mask_as_documents():
         np.testing.assert_allclose(a[name], b[name][order], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_that_is_added_as_numbers_is_not_read_as_visibility(dtype, tokens):
+    """An eager function adds True as 1, so nothing is hidden; an additive mask says what it does."""
+    model = llama()
+    model.set_attn_implementation("eager")
+    visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=dtype).tril()[None, None]
+    with torch.no_grad(), pytest.warns(UserWarning, match="not measured"), watch(model) as watched:
+        model(tokens, attention_mask=visible)
+    assert all(f"its mask is {dtype}" in reason for reason in watched.unmeasured.values())
+    with pytest.raises(HeadwiseError, match="no head was measured"):
+        watched.table()
+
+
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_cross_attention_of_equal_lengths_is_named_and_moves_nothing(name, hf_model, tokens):
     if name == "bart":
