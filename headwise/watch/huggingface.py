@@ -287,8 +287,8 @@ def _unsupported(call: Call, source: str | None) -> str | None:
         return f"its mask is a {type(call.mask).__name__}; load the model with attn_implementation='sdpa'"
     if call.adds_as_numbers is not None:
         return (
-            f"its mask is {call.adds_as_numbers}, which an eager function adds to the scores as numbers; give "
-            "an additive mask, or a boolean one to a model loaded with attn_implementation='sdpa'"
+            f"its mask is {call.adds_as_numbers}, which an eager function adds to the scores as numbers; "
+            "give an additive mask, or a boolean one to a model loaded with attn_implementation='sdpa'"
         )
     if call.mask is not None and call.mask.dim() != 4 and call.mask.shape[:-1] != q.shape[:1]:
         return f"its mask has shape {tuple(call.mask.shape)}, neither (B, 1, T, T) nor (B, T)"
