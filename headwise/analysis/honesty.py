@@ -59,7 +59,7 @@ class RunFacts:
 
     @property
     def usable(self) -> bool:
-        """Whether the run may enter an average: finished, finite, on the expected engine, its seed's first."""
+        """Whether the run may enter an average: finished, finite, on the right engine, its seed's first."""
         finished = self.state == "finished" and _finite(self.loss)
         return finished and not self.other_engine and not self.repeats
 
@@ -220,8 +220,8 @@ def _repeated(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
     if again:
         yield Flag(
             "warning", "repeated_seed",
-            f"{name} ({_seeds(again)}) has more than one run of a seed; these are not independent, so only the "
-            "first is in an average.", name,
+            f"{name} ({_seeds(again)}) has more than one run of a seed; these are not independent, so only "
+            "the first is in an average.", name,
         )  # fmt: skip
 
 
