@@ -262,7 +262,9 @@ class _Watcher:
                 return read
         chunk = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
         batch, tokens = call.q.shape[0], call.q.shape[-2]
-        read = read_mask(call.mask[..., :tokens], batch, segments=chunk is None or tokens <= chunk)
+        # Neither a chunk of the layer's own nor a window of one key is a document.
+        cut = (chunk is not None and tokens > chunk) or call.options.get("sliding_window") == 1
+        read = read_mask(call.mask[..., :tokens], batch, segments=not cut)
         self.masks.append((call.mask, read))
         return read
 

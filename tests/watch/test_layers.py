@@ -106,6 +106,18 @@ def test_measures_are_of_the_document(lengths, implementation, tokens):
         np.testing.assert_allclose(a[name], b[name][order], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+def test_a_window_of_one_key_makes_no_documents(tokens):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.MistralModel(transformers.MistralConfig(**sizes, **heads, sliding_window=1)).eval()
+    length = tokens.shape[1]
+    with torch.no_grad(), watch(model) as watched:
+        model(tokens % 100, use_cache=False)
+    columns = watched.columns()
+    np.testing.assert_allclose(columns["sink_weight"], 1 / length, rtol=1e-6)  # only the first token sees it
+    np.testing.assert_allclose(columns["entropy"], 0, atol=1e-6)
+
+
 def test_flash_keywords_are_documents(tokens):
     """A function that isolates documents by cu_seq_lens, as flash attention does, and gets no mask."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
