@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from headwise.analysis.verdict import NONFINITE_SHARE, SPIKE_SHARE
@@ -33,7 +33,7 @@ class RunFacts:
     """What the checks need of one run; None = not recorded.
 
     `loss` is the final one, `start_loss` the same measured before the first step; `time` is when it
-    began and ended, in seconds.
+    began and ended, in seconds. `repeats`: an earlier run of this variant has its seed, and is usable.
     """
 
     variant: str
@@ -55,11 +55,13 @@ class RunFacts:
     version: str | None = None
     host: str | None = None
     time: tuple[float, float] | None = None
+    repeats: bool = False
 
     @property
     def usable(self) -> bool:
-        """Whether the run may enter an average: finished, finite, on the engine expected."""
-        return self.state == "finished" and _finite(self.loss) and not self.other_engine
+        """Whether the run may enter an average: finished, finite, on the right engine, its seed's first."""
+        finished = self.state == "finished" and _finite(self.loss)
+        return finished and not self.other_engine and not self.repeats
 
     @property
     def other_engine(self) -> bool:
@@ -110,6 +112,19 @@ class Flag:
         return SHORT.get(self.code, self.code.replace("_", " "))
 
 
+def mark_repeats(runs: Sequence[RunFacts]) -> list[RunFacts]:
+    """The same, where all usable runs of one variant and seed but the first are marked as repeats."""
+    seen: set[tuple[str, int]] = set()
+    marked = []
+    for run in runs:
+        if run.usable and run.seed is not None:
+            key = (run.variant, run.seed)
+            run = replace(run, repeats=key in seen)
+            seen.add(key)
+        marked.append(run)
+    return marked
+
+
 def check(runs: Sequence[RunFacts], baseline: str | None = None) -> list[Flag]:
     """All flags of a set of runs, the gravest first."""
     flags = [
@@ -131,6 +146,7 @@ def _each_variant(runs: Sequence[RunFacts]) -> Iterable[Flag]:
         yield from _untrained(name, mine)
         yield from _identical_seeds(name, mine)
         yield from _left_out(name, mine)
+        yield from _repeated(name, mine)
         yield from _few_seeds(name, mine)
         yield from _short(name, mine)
         yield from _unsteady(name, mine)
@@ -196,6 +212,16 @@ def _left_out(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
             "error", "other_engine",
             f"{name} ({_seeds(swapped)}) ran on engine {swapped[0].engine!r} where "
             f"{swapped[0].expected_engine!r} was expected; not in any average.", name,
+        )  # fmt: skip
+
+
+def _repeated(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
+    again = [run for run in runs if run.repeats]
+    if again:
+        yield Flag(
+            "warning", "repeated_seed",
+            f"{name} ({_seeds(again)}) has more than one run of a seed; these are not independent, so only "
+            "the first is in an average.", name,
         )  # fmt: skip
 
 

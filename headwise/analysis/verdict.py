@@ -38,7 +38,8 @@ class Evidence:
     """Plain numbers about one variant, relative to the baseline on the same seeds. None = not measured.
 
     Attributes:
-        loss: relative difference of the validation loss (0.05 = 5% above the baseline).
+        loss: relative difference of the loss (0.05 = 5% above the baseline).
+        metric: which loss that is, in words.
         baseline: its name.
         memory: relative difference of the peak memory (-0.2 = 20% below): of the device, or of the
             process where `on_cpu`.
@@ -54,6 +55,7 @@ class Evidence:
     """
 
     loss: Summary
+    metric: str = "validation loss"
     baseline: str = "the baseline"
     memory: Summary | None = None
     on_cpu: bool = False
@@ -109,7 +111,7 @@ def judge(evidence: Evidence, criteria: Sequence[str] | None = None) -> Verdict:
 
     if stability.holds is False:
         return verdict("NO-GO", stability, f"training is unstable: {stability.text}")
-    if not evidence.learned:
+    if not evidence.learned or evidence.doubt is not None:
         return verdict("INCONCLUSIVE", loss, loss.text)
     if loss.holds is False:
         return verdict("NO-GO", loss, f"every criterion needs the loss within +5%: {loss.text}")
@@ -178,11 +180,13 @@ def stability_rule(evidence: Evidence) -> Rule:
 
 
 def loss_rule(evidence: Evidence) -> Rule:
-    """Validation loss within +5% of the baseline's."""
+    """Validation loss within +5% of the baseline's; open where the losses cannot be compared."""
+    if evidence.doubt is not None:
+        return Rule("loss", None, evidence.doubt)
     if not evidence.learned:
         return Rule("loss", None, "nothing was learned, so losses say nothing")
     holds = _below(evidence.loss, LOSS_MARGIN)
-    text = f"validation loss {_percent(evidence.loss)} against {evidence.baseline} (limit +5%)"
+    text = f"{evidence.metric} {_percent(evidence.loss)} against {evidence.baseline} (limit +5%)"
     return Rule("loss", holds, text)
 
 
@@ -247,7 +251,10 @@ def entropy_rule(evidence: Evidence) -> Rule:
 
 
 def quality_rule(evidence: Evidence) -> Rule:
-    """Lower loss by at least the smallest difference that matters, at equal compute."""
+    """Lower loss by at least the smallest difference that matters, at equal compute.
+
+    At less compute it can only hold, at more it can only fail: what else was found there is open.
+    """
     difference, compute = evidence.difference, evidence.compute
 
     def open_(text: str) -> Rule:
@@ -264,9 +271,11 @@ def quality_rule(evidence: Evidence) -> Rule:
     if compute is None:
         return open_(f"{text}, but FLOPs were not recorded; runs that record them")
     text += f" at {compute:.3g}x the compute"
-    if compute > 1 + COMPUTE_TOLERANCE:
-        return open_(f"{text}; runs on a budget of kind flops")
-    return Rule("quality", _below(difference, -evidence.smallest), text)
+    holds = _below(difference, -evidence.smallest)
+    unequal = (compute > 1 + COMPUTE_TOLERANCE and holds is not False) or (
+        compute < 1 - COMPUTE_TOLERANCE and holds is not True
+    )
+    return open_(f"{text}; runs on a budget of kind flops") if unequal else Rule("quality", holds, text)
 
 
 CRITERIA: dict[str, Callable[[Evidence], Rule]] = {

@@ -110,6 +110,7 @@ class Attention(nn.Module):
             `selections`, `rules`, `switches` and `notes`.
         engine_table: `package.module:NAME` of a function that gives a Markdown table: which engine computes
             which option.
+        attached: attributes that are set for the length of a block and None otherwise; a copy has None.
     """
 
     kind: ClassVar[str]
@@ -122,6 +123,7 @@ class Attention(nn.Module):
     monitors: ClassVar[Mapping[str, str]] = {}
     inspector: ClassVar[str | None] = None
     engine_table: ClassVar[str | None] = None
+    attached: ClassVar[tuple[str, ...]] = ("observer",)
 
     def __init__(self, shape: AttentionShape, options: Any = None) -> None:
         super().__init__()
@@ -222,7 +224,7 @@ class Attention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not observed, and has its class's methods where this layer's are replaced for a block."""
         own = {name: value for name, value in vars(self).items() if not _replaces_method(self, name, value)}
-        return own | {"observer": None}
+        return own | dict.fromkeys(self.attached)
 
     def initialise(self) -> None:
         """Draw parameters that do not start as the model's matrices do."""
@@ -258,18 +260,25 @@ class Attention(nn.Module):
 
     @contextmanager
     def _window(self, share: float) -> Iterator[None]:
-        def narrow(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
-            length = inputs[0].shape[1]
-            keys = keys_of_share(share, length, protect_bos=False)
-            age = torch.arange(length, device=inputs[0].device)
-            age = age[:, None] - age
-            return inputs, options | {"attn_mask": ((age >= 0) & (age < keys))[None]}
+        attend = self.forward
 
-        handle = self.register_forward_pre_hook(narrow, with_kwargs=True)
+        def narrow(x: Tensor, **options: Any) -> Tensor:
+            length = x.shape[1]
+            keys = keys_of_share(share, length, protect_bos=False)
+            age = torch.arange(length, device=x.device)
+            age = age[:, None] - age
+            return attend(x, **options | {"attn_mask": ((age >= 0) & (age < keys))[None]})
+
+        before = vars(self).get("forward")
+        # In place of the method and not as a hook, which a copy takes along and compiled code does not see.
+        vars(self)["forward"] = narrow
         try:
             yield
         finally:
-            handle.remove()
+            if before is None:
+                del vars(self)["forward"]
+            else:
+                vars(self)["forward"] = before
 
     def undecodable(self) -> str | None:
         """Why this layer cannot go on token by token; None where it can."""

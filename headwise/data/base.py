@@ -72,6 +72,26 @@ class Data(Protocol):
         ...
 
 
+def whole_sequences(data: Data, split: str, n: int) -> Batch:
+    """The first `n` sequences of `val` or `test` that hold no padding, or as many as there are.
+
+    The last window of each row of a corpus is filled up, and targets there do not count. A task that is
+    `predictable` in part has such targets too, but fills nothing up.
+    """
+    total = data.n_sequences(split)
+    parts: list[Batch] = []
+    first = found = 0
+    while found < n and (total is None or first < total):
+        last = first + n if total is None else min(first + n, total)
+        batch = data.batch(split, np.arange(first, last, dtype=np.int64))
+        if not data.predictable:  # the last target may lie beyond the row, the inputs do not
+            full = (batch.targets[:, :-1] != IGNORE).all(1)
+            batch = Batch(batch.inputs[full], batch.targets[full])
+        parts.append(Batch(batch.inputs[: n - found], batch.targets[: n - found]))
+        first, found = last, found + len(parts[-1].inputs)
+    return Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
 def as_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:
     """Numpy arrays `(B, T)` as a batch of int64 tensors, without a copy where they are int64."""
     return Batch(

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from headwise.analysis.honesty import Flag, RunFacts, check
+from headwise.analysis.honesty import Flag, RunFacts, check, mark_repeats
 from headwise.analysis.statistics import Summary, summarize
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
 from headwise.report.compare import Material, comparisons, most, number
@@ -32,7 +32,8 @@ ENVIRONMENT = ("headwise", "git_commit", "git_dirty", "python", "torch", "cuda",
 
 def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
     """Read a study's runs and work out all that its report says; what sections add is under their names."""
-    facts = {id(run): _facts(run) for run in study.runs}
+    known = mark_repeats([_facts(run) for run in study.runs])
+    facts = {id(run): one for run, one in zip(study.runs, known, strict=True)}
     names = list(dict.fromkeys([*study.variants, *(str(run.variant) for run in study.runs)]))
     by_variant = {name: [run for run in study.runs if run.variant == name] for name in names}
     material = Material(by_variant, facts)

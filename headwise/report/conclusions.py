@@ -245,6 +245,7 @@ def _evidence(
     mine, base = (signals.get(v) for v in (name, reference))
     return Evidence(
         loss=relative_to(material, losses, name),
+        metric=METRICS[losses.metric],
         baseline=reference,
         memory=relative_to(material, memory, name),
         on_cpu=memory.metric == MEMORY["process"],

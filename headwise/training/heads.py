@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.config.run import Config
-from headwise.data.base import Data
+from headwise.data.base import Data, whole_sequences
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
 from headwise.measures import table as head_table
@@ -30,9 +30,7 @@ class HeadRecorder:
 
     def __init__(self, config: Config, model: Decoder, data: Data, world: World, folder: RunFolder) -> None:
         self.measure, self.model, self.world, self.folder = config.measure, model, world, folder
-        available = data.n_sequences("val") or self.measure.sequences
-        indices = np.arange(min(self.measure.sequences, available), dtype=np.int64)
-        batch = data.batch("val", indices)
+        batch = whole_sequences(data, "val", self.measure.sequences)
         self.tokens, self.targets = batch.inputs.to(world.device), batch.targets.to(world.device)
         self.prompts = _prompts(config, data, self.tokens)
         self.seconds = 0.0

@@ -68,6 +68,14 @@ class Call:
         """Whether the function that attends may read flash attention's keywords."""
         return not self.eager and self.name not in ("eager", "sdpa", "flex_attention")
 
+    @property
+    def adds_as_numbers(self) -> torch.dtype | None:
+        """The dtype of a 4-D mask that is added to the scores as 0 and 1, and hides nothing."""
+        mask = self.mask
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.is_floating_point():
+            return None
+        return mask.dtype if self.eager or mask.dtype != torch.bool else None
+
 
 Listener = Callable[[nn.Module, Call], None]
 
@@ -254,7 +262,9 @@ class _Watcher:
                 return read
         chunk = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
         batch, tokens = call.q.shape[0], call.q.shape[-2]
-        read = read_mask(call.mask[..., :tokens], batch, segments=chunk is None or tokens <= chunk)
+        # Neither a chunk of the layer's own nor a window of one key is a document.
+        cut = (chunk is not None and tokens > chunk) or call.options.get("sliding_window") == 1
+        read = read_mask(call.mask[..., :tokens], batch, segments=not cut)
         self.masks.append((call.mask, read))
         return read
 
@@ -277,6 +287,11 @@ def _unsupported(call: Call, source: str | None) -> str | None:
         return "it adds learned sink logits to its softmax, so its weights do not sum to 1"
     if call.mask is not None and not isinstance(call.mask, Tensor):
         return f"its mask is a {type(call.mask).__name__}; load the model with attn_implementation='sdpa'"
+    if call.adds_as_numbers is not None:
+        return (
+            f"its mask is {call.adds_as_numbers}, which an eager function adds to the scores as numbers; "
+            "give an additive mask, or a boolean one to a model loaded with attn_implementation='sdpa'"
+        )
     if call.mask is not None and call.mask.dim() != 4 and call.mask.shape[:-1] != q.shape[:1]:
         return f"its mask has shape {tuple(call.mask.shape)}, neither (B, 1, T, T) nor (B, T)"
     return None

@@ -225,10 +225,8 @@ def _data_of_run(loaded: Loaded, n_samples: int, context_length: int) -> tuple[n
             f"--data is missing, and {loaded.name} is no headwise run with data of its own; give shards, "
             "a text file or folder, a Hugging Face dataset, or pystdlib"
         )
+    from headwise.data.base import whole_sequences
     from headwise.data.sources import open_data
 
     data = open_data(loaded.run.data, loaded.run.seed).at_length(context_length)
-    available = data.n_sequences("val") or n_samples
-    # The last window of a split may be padded, and a profile has no padding.
-    indices = np.arange(min(n_samples, max(1, available - 1)), dtype=np.int64)
-    return data.batch("val", indices).inputs.numpy(), {**data.identity, "split": "val"}
+    return whole_sequences(data, "val", n_samples).inputs.numpy(), {**data.identity, "split": "val"}

@@ -101,6 +101,9 @@ def test_go_by_entropy_only_where_the_baseline_does_not_predict() -> None:
         (interval(-0.005, 0.001), 1.0, "NO-GO"),  # lower, by less than what matters
         (interval(-0.05, 0.01), 1.1, "INCONCLUSIVE"),  # more compute: the criterion cannot be evaluated
         (interval(-0.05, 0.01), None, "INCONCLUSIVE"),
+        (interval(0.02, 0.001), 1.1, "NO-GO"),  # not lower with more compute: with less even less so
+        (interval(0.02, 0.001), 0.5, "INCONCLUSIVE"),  # half the compute: more may lower it
+        (interval(-0.005, 0.001), 0.5, "INCONCLUSIVE"),
         (Summary(1, -0.5, None, None), 1.0, "INCONCLUSIVE"),
     ],
 )
@@ -110,9 +113,9 @@ def test_quality_needs_a_difference_that_matters_at_equal_compute(
     evidence = replace(GOOD, loss=interval(-0.01), difference=difference, smallest=0.01, compute=compute)
     found = judge(evidence, ["quality"])
     assert found.verdict == verdict
-    assert found.decided_by == ("quality" if compute in (0.5, 1.0) else "loss")
-    if compute not in (0.5, 1.0):
-        assert "would evaluate quality" in found.text
+    evaluated = found.decided_by == "quality"
+    assert evaluated is (compute == 1.0 or (compute, verdict) in [(0.5, "GO"), (1.1, "NO-GO")])
+    assert evaluated is not ("would evaluate quality" in found.text)
 
 
 def test_only_the_criteria_of_the_study_earn_a_go() -> None:
@@ -161,6 +164,20 @@ def test_nothing_learned_gives_no_verdict() -> None:
     verdict = judge(replace(GOOD, learned=False))
     assert verdict.verdict == "INCONCLUSIVE"
     assert "nothing was learned" in verdict.text
+
+
+@pytest.mark.parametrize("loss", [interval(0.0), interval(0.2)])
+def test_losses_that_cannot_be_compared_give_no_verdict_by_any_criterion(loss: Summary) -> None:
+    verdict = judge(replace(GOOD, loss=loss, doubt="different seeds of b end on one loss"), list(CRITERIA))
+    assert verdict.verdict == "INCONCLUSIVE"
+    assert "different seeds of b" in verdict.text
+    assert judge(replace(GOOD, doubt="so they say", diverged=1)).verdict == "NO-GO"
+
+
+def test_a_verdict_names_the_loss_that_was_compared() -> None:
+    verdict = judge(replace(GOOD, metric="training loss, smoothed"))
+    assert "training loss, smoothed +1.0%" in verdict.text
+    assert "validation loss" not in verdict.text
 
 
 def test_no_common_seed() -> None:

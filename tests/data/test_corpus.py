@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.data import IGNORE, eval_batches
+from headwise.data.base import whole_sequences
+from headwise.data.config import DataConfig
 from headwise.data.corpus import Corpus
+from headwise.data.synthetic import CopyTask
 from headwise.errors import HeadwiseError
 
 
@@ -45,6 +48,23 @@ def test_evaluation_predicts_every_token_but_the_first_of_a_row_once(
         predicted += targets[counted].tolist()
     every = np.arange(rows * width).reshape(rows, width)[:, 1:].ravel()
     assert sorted(predicted) == every.tolist()
+
+
+@given(shape=shapes, n=st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_whole_sequences_are_those_that_nothing_fills_up(shape: tuple[int, int, int], n: int) -> None:
+    rows, width, seq_len = shape
+    found = whole_sequences(corpus(rows, width, seq_len), "val", n)
+    starts = [row * width + at for row in range(rows) for at in range(0, width - seq_len + 1, seq_len)]
+    full = [start for start in starts if start % width < width - 1]  # the last token alone predicts nothing
+    assert found.inputs.tolist() == [list(range(start, start + seq_len)) for start in full[:n]]
+    assert found.targets.shape == found.inputs.shape
+
+
+def test_sequences_of_a_task_are_whole_whatever_of_them_counts() -> None:
+    data = CopyTask(DataConfig(name="copy", seq_len=8, vocab_size=5), seed=0)
+    every = data.batch("val", np.arange(4))
+    assert whole_sequences(data, "val", 4).inputs.equal(every.inputs)
 
 
 @given(shape=shapes, seed=st.integers(0, 99), epoch=st.integers(0, 3))

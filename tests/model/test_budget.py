@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -109,6 +111,30 @@ def test_the_whole_context_changes_nothing_and_nothing_stays_behind(kind: str) -
     with within_budget(model, [0.5, 0.25]):
         assert not torch.allclose(model(tokens()), before)
     assert torch.equal(model(tokens()), before)
+
+
+@pytest.mark.parametrize("kind", ["selective", "flash"])
+@torch.no_grad()
+def test_a_copy_made_within_a_budget_has_its_whole_context(kind: str) -> None:
+    model = make(kind)
+    whole = model(tokens())
+    with within_budget(model, 0.25):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        held = model(tokens())
+        for other in copies:
+            assert torch.equal(other(tokens()), whole)
+    assert not torch.allclose(held, whole)
+
+
+@pytest.mark.parametrize("kind", ["selective", "flash"])
+@torch.no_grad()
+def test_a_budget_holds_in_compiled_code_that_ran_before(kind: str) -> None:
+    model = make(kind)
+    compiled = torch.compile(model, backend="eager")
+    whole = compiled(tokens())
+    with within_budget(model, 0.25):
+        torch.testing.assert_close(compiled(tokens()), model(tokens()))
+    torch.testing.assert_close(compiled(tokens()), whole)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_verdicts_of_the_demo(of_demo: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("vram", "verdict"), [(6_000.0, "GO"), (9_500.0, "NO-GO")])
 def test_memory_decides_on_a_gpu(tmp_path: Path, make, vram: float, verdict: str) -> None:
-    on_gpu = {"device": "cuda", "val_loss": 1.6}
+    on_gpu = {"device": "cuda"}
     variants = {
         "flash": make.Variant("flash", vram=10_000.0, summary=on_gpu),
         "tt": make.Variant("tt", vram=vram, summary=on_gpu),
@@ -247,6 +248,22 @@ def test_no_verdict_of_quality_rests_on_losses_that_a_flag_doubts(tmp_path: Path
     [verdict] = collected(folder)["verdicts"]
     assert verdict["verdict"] == "INCONCLUSIVE"
     assert "different seeds of b end on one loss" in verdict["text"]
+
+
+def test_a_run_that_was_copied_is_not_a_second_run(tmp_path: Path, make) -> None:
+    study_of(tmp_path, make, {"base": BASE, "b": {0: 1.7, 1: 1.72, 2: 1.71}})
+    before = {name: variant(collected(tmp_path), name)["results"]["val_loss"] for name in ("base", "b")}
+    (tmp_path / "study.yaml").unlink()
+    shutil.copytree(tmp_path / "b" / "seed_1", tmp_path / "b" / "seed_1_again")
+    path = tmp_path / "b" / "seed_1_again" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"val_loss": 1.0}))
+    data = collected(tmp_path)
+    assert {name: variant(data, name)["results"]["val_loss"] for name in ("base", "b")} == before
+    assert {flag["code"]: flag["variant"] for flag in data["flags"]}["repeated_seed"] == "b"
+    [other] = data["conclusions"]
+    assert other["seeds"] == [0, 1, 2]
+    assert abs(other["mean"]) == pytest.approx(0.1)
+    assert any("repeated seed" in reason for reason in other["distrust"])
 
 
 def test_speed_and_memory_of_different_devices_are_not_compared(tmp_path: Path, make) -> None:

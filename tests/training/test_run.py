@@ -333,6 +333,22 @@ def test_heads_token_by_token(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "maps").exists()
 
 
+def test_heads_are_not_measured_on_what_fills_up_a_window(tmp_path: Path) -> None:
+    """A validation text of 52 bytes has three whole windows of 16, and four bytes that begin another."""
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 11)
+    about = {"data.name": "text", "data.path": str(tmp_path / "text.txt"), "data.cache": str(tmp_path / "c")}
+    config = from_dict(
+        {k: v for k, v in TINY.items() if k not in ("data.vocab_size", "data.eval_sequences")}
+        | about
+        | {"out": str(tmp_path / "run"), "measure.per_token": True, "measure.maps": 4,
+           "training.max_steps": 1, "measure.sequences": 8}
+    )  # fmt: skip
+    train(config)
+    rows = head_table.read(tmp_path / "run" / "heads").filter(pl.col("step") == 1)
+    assert rows.group_by("layer", "head").len()["len"].unique().to_list() == [3 * 16]
+    assert len(np.load(tmp_path / "run" / "maps" / "step_00000001.npz", allow_pickle=False).files) == 3 * 2
+
+
 def test_heads_are_not_measured_where_nobody_asks(whole: Path, tmp_path: Path) -> None:
     """Watching changes nothing that is computed."""
     train(tiny(tmp_path / "run", **{"measure.heads": False, "measure.maps": 0}))

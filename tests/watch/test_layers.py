@@ -106,6 +106,18 @@ def test_measures_are_of_the_document(lengths, implementation, tokens):
         np.testing.assert_allclose(a[name], b[name][order], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+def test_a_window_of_one_key_makes_no_documents(tokens):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.MistralModel(transformers.MistralConfig(**sizes, **heads, sliding_window=1)).eval()
+    length = tokens.shape[1]
+    with torch.no_grad(), watch(model) as watched:
+        model(tokens % 100, use_cache=False)
+    columns = watched.columns()
+    np.testing.assert_allclose(columns["sink_weight"], 1 / length, rtol=1e-6)  # only the first token sees it
+    np.testing.assert_allclose(columns["entropy"], 0, atol=1e-6)
+
+
 def test_flash_keywords_are_documents(tokens):
     """A function that isolates documents by cu_seq_lens, as flash attention does, and gets no mask."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -141,6 +153,19 @@ def test_an_own_model_reads_a_block_diagonal_mask_as_documents():
     order = np.lexsort((b["token"], b["sample"] // 2, b["head"], b["sample"] % 2))
     for name in set(a) - {"sample", "layer", "head", "token"}:
         np.testing.assert_allclose(a[name], b[name][order], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_that_is_added_as_numbers_is_not_read_as_visibility(dtype, tokens):
+    """An eager function adds True as 1, so nothing is hidden; an additive mask says what it does."""
+    model = llama()
+    model.set_attn_implementation("eager")
+    visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=dtype).tril()[None, None]
+    with torch.no_grad(), pytest.warns(UserWarning, match="not measured"), watch(model) as watched:
+        model(tokens, attention_mask=visible)
+    assert all(f"its mask is {dtype}" in reason for reason in watched.unmeasured.values())
+    with pytest.raises(HeadwiseError, match="no head was measured"):
+        watched.table()
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

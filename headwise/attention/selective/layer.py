@@ -75,6 +75,7 @@ class SelectiveAttention(FlashAttention):
     monitors: ClassVar[Mapping[str, str]] = {"sums": "headwise.attention.selective.sums:SumRecorder"}
     inspector = "headwise.attention.selective.inspect"
     engine_table = "headwise.attention.selective.engines:engine_table"
+    attached = (*FlashAttention.attached, "prune", "mask")
 
     def __init__(self, shape: AttentionShape, options: SelectiveConfig | None = None) -> None:
         super().__init__(shape, options)
