@@ -100,7 +100,7 @@ def load_installed() -> None:
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:  # another package's mistake, whatever it is
+        except (Exception, SystemExit) as error:  # another package's mistake, whatever it is
             BROKEN[entry.name] = f"{entry.value}: {type(error).__name__}: {error}"
 
 
@@ -141,7 +141,7 @@ def _import(name: str) -> None:
         raise HeadwiseError(
             f"plug-in {name!r} cannot be imported: {missing} is neither installed nor below {here}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end the program
         raise HeadwiseError(
             f"plug-in {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error

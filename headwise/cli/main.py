@@ -122,7 +122,8 @@ def with_plugins(argv: list[str]) -> list[str]:
 
 
 def _shortened(message: str) -> str:
-    """A message without the middle of what it quotes, where that is very long."""
+    """A message on one line, without the middle of what it quotes where that is very long."""
+    message = " ".join(line.strip() for line in message.splitlines())
     return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
 
 

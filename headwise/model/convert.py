@@ -96,6 +96,6 @@ def _rename(name: str, source: str) -> str:
         return f"{NANOGPT[stem]}.{leaf}"
     if stem.startswith("transformer.h."):
         layer, _, part = stem.removeprefix("transformer.h.").partition(".")
-        if part in NANOGPT and layer.isdigit():
+        if part in NANOGPT and layer.isdecimal():
             return f"blocks.{layer}.{NANOGPT[part]}.{leaf}"
     raise HeadwiseError(f"{source} has no nanoGPT layout: it holds {name!r}")

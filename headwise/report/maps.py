@@ -67,7 +67,7 @@ def step_of(run: Run) -> int | None:
     """The step of the latest maps."""
     path = run.maps()
     digits = Path(path).stem.removeprefix("step_") if path else ""
-    return int(digits) if digits.isdigit() else None
+    return int(digits) if digits.isdecimal() else None
 
 
 def tokens(raw: np.ndarray | None, length: int) -> list[str]:

@@ -7,7 +7,10 @@ Files are read when asked for. A damaged file makes the run's state `failed`, wi
 
 from __future__ import annotations
 
+import csv
+import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -326,6 +329,7 @@ def _metrics(path: Path) -> polars.DataFrame:
     if not text:
         return pl.DataFrame(schema={"step": pl.Int64, "split": pl.String})
     whole = text[: text.rfind("\n") + 1]
+    _must_be_even(whole, path)
     with _unreadable(), reading.library_problems(path):
         frame = pl.read_csv(whole.encode(), infer_schema=False, truncate_ragged_lines=True)
     if not {"step", "split"} <= set(frame.columns):
@@ -337,6 +341,20 @@ def _metrics(path: Path) -> polars.DataFrame:
         if frame[name].null_count() > (0 if name == "step" else empty[name].item()):
             raise Unreadable(f"unreadable {path.name}: a value of column {name} is not a number")
     return frame.unique(["step", "split"], keep="last", maintain_order=True).sort("step", maintain_order=True)
+
+
+def _must_be_even(text: str, path: Path) -> None:
+    """Refuse lines with more or fewer cells than the first, which a reader would cut or fill."""
+    width = None
+    try:
+        for number, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
+            width = width or len(line)
+            if len(line) != width:
+                raise Unreadable(
+                    f"unreadable {path.name}: line {number} has {len(line)} cells for {width} columns"
+                )
+    except csv.Error as error:
+        raise Unreadable(f"unreadable {path.name}: {error}") from None
 
 
 @contextmanager
@@ -351,4 +369,4 @@ def _unreadable() -> Iterator[None]:
 
 
 def _int(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+    return int(text) if re.fullmatch(r"[0-9]{1,19}", text) else None  # "²" is a digit and not a number

@@ -135,12 +135,23 @@ class Study:
                     "differences are paired by seed, so give it these too"
                 )
         if self.budget:
+            for key in self.budget:
+                one_of("budget key", key, ("kind", "value"))
             one_of("budget.kind", str(self.budget.get("kind")), BUDGETS)
             value = self.budget.get("value")
             if not _is_number(value) or isinstance(value, str | bool):
                 raise HeadwiseError(
                     f"budget.value is {value!r}; give a number above 0 and below {MOST_FLOPS:.0e}"
                 )
+            if self.budget["kind"] != "flops" and self.budget["value"] % 1 != 0:
+                raise HeadwiseError(
+                    f"budget.value is {value!r} {self.budget['kind']}; give a whole number of them"
+                )
+        for key in self.axes:
+            _refuse_decided(self, f"axes.{key}", key)
+        for name, one in self.variants.items():
+            for key in one.overrides:
+                _refuse_decided(self, f"variant {name!r}: {key}", key)
         smallest_difference(self.smallest_difference, None)
         check_criteria(self.criteria)
         for key, values in self.axes.items():
@@ -286,19 +297,29 @@ def _is_number(value: Any) -> bool:
 
 def _refuse_ineffective(study: Study, key: str) -> None:
     """Refuse a key of the base that something else decides in every run."""
+    _refuse_decided(study, f"--{key}", key)
     reason = ""
     if key in study.axes:
         reason = f"it is an axis of the study: --axes.{key}=[...] changes that"
-    elif study.budget and key in [f"training.{limit}" for limit in BUDGETS.values()]:
-        reason = "the budget decides that: use --budget.kind and --budget.value"
-    elif study.timeout_s and key == "training.timeout_s":
-        reason = "use --timeout-s"
-    elif key in ("expected_engine", "seed", "out", "device"):
-        reason = "that is no part of what runs share"
+    elif key == "expected_engine":
+        reason = "a variant names its own: expected_engine beside its overrides"
     elif all(key in variant.overrides for variant in study.variants.values()):
         reason = "every variant sets it"
     if reason:
         raise HeadwiseError(f"--{key} would change nothing: {reason}")
+
+
+def _refuse_decided(study: Study, where: str, key: str) -> None:
+    """Refuse a key, of all runs, a variant or an axis, whose value the study sets itself in every run."""
+    reason = ""
+    if study.budget and key in [f"training.{limit}" for limit in BUDGETS.values()]:
+        reason = "the budget decides that: use budget.kind and budget.value"
+    elif study.timeout_s and key == "training.timeout_s":
+        reason = "use the study's timeout_s, or --timeout-s"
+    elif key in ("seed", "out", "device"):
+        reason = "the study gives every run its seed, folder and device: use its seeds, --out and device"
+    if reason:
+        raise HeadwiseError(f"{where} would change nothing: {reason}")
 
 
 def _refuse_unknown(values: dict[str, Any], kind: type, where: str) -> None:

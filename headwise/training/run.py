@@ -299,10 +299,9 @@ def _refuse_running(folder: RunFolder) -> None:
         raise HeadwiseError(f"{folder.path} holds no run to resume; leave --resume out to start one there")
     folder.refuse_newer()
     status = folder.read_status()
-    if state_of(status) == "running" and status["pid"] != os.getpid():  # a restarted container reuses ids
-        raise HeadwiseError(
-            f"{folder.path} is running in process {status['pid']} of {status['host']}; stop it first"
-        )
+    pid, host = status.get("pid"), status.get("host")
+    if state_of(status) == "running" and pid != os.getpid():  # a restarted container reuses ids
+        raise HeadwiseError(f"{folder.path} is running in process {pid} of {host}; stop it first")
 
 
 def _last_checkpoint(folder: RunFolder) -> checkpoint.Checkpoint | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,17 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "unknown verb 'trian' (did you mean 'train'?)" in err
+
+
+@pytest.mark.parametrize(
+    "body", ["raise RuntimeError('one\\ntwo')", "import sys; sys.exit(3)", "raise SystemExit('a\\nb')"]
+)
+def test_a_plugin_that_fails_or_leaves_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], body: str
+) -> None:
+    (tmp_path / "leaves_at_once.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs", "--plugins", "leaves_at_once"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "'leaves_at_once' cannot be imported" in said

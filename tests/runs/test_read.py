@@ -198,3 +198,20 @@ def test_study_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(HeadwiseError, match=r"unreadable study\.yaml") as error:
         Study.read(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["seed_²", "seed_①", "seed_", "seed_" + "9" * 200])
+def test_a_folder_whose_number_is_none_is_a_run_without_a_seed(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "a" / name
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "failed"}')
+    (run,) = find_runs(tmp_path)
+    assert run.seed is None
+    assert Study.read(tmp_path).plan["seeds"] == []
+
+
+@pytest.mark.parametrize("line", ["2,train,3.0\n", "2,train,3.0,1,1\n"])
+def test_a_line_with_more_or_fewer_cells_than_columns_is_told(tmp_path: Path, line: str) -> None:
+    folder = make_run(tmp_path / "run", state="failed")
+    (folder / "metrics.csv").write_text(HEADER + "1,train,2.0,2.0\n" + line)
+    assert str(Run(folder).problem).startswith("unreadable metrics.csv: line 3 has")

@@ -324,3 +324,25 @@ def test_a_study_measures_the_importance_of_heads_and_judges_by_it(tmp_path: Pat
     rules = {rule["name"]: rule for rule in verdict["rules"]}
     assert list(rules) == ["stability", "loss", "entropy_signal", "quality"]
     assert rules["entropy_signal"]["evaluated"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"axes": {"seed": [1, 2]}},
+        {"axes": {"out": ["a", "b"]}},
+        {"axes": {"training.max_steps": [1, 2]}},
+        {"variants": {"a": variant("flash", seed=3)}},
+        {"variants": {"a": variant("flash", **{"training.max_tokens": 64})}},
+        {"variants": {"a": variant("flash", **{"training.timeout_s": 9})}, "timeout_s": 5},
+    ],
+)
+def test_what_the_study_sets_in_every_run_is_not_an_axis_or_an_override(wrong: dict[str, Any]) -> None:
+    with pytest.raises(HeadwiseError, match="would change nothing"):
+        study(**{"budget": {"kind": "steps", "value": 2}} | wrong)
+
+
+@pytest.mark.parametrize("budget", [{"kind": "steps", "value": 1.5}, {"kind": "steps", "value": 1, "x": 2}])
+def test_a_budget_that_would_be_cut_is_refused(budget: dict[str, Any]) -> None:
+    with pytest.raises(HeadwiseError, match="budget"):
+        study(budget=budget)

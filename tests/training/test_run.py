@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -386,3 +387,13 @@ def test_evaluation_afterwards_gives_the_losses_of_the_best_checkpoint(copied: P
         evaluate_run(tiny(copied, **{"data.vocab_size": 99}))
     model, _ = load_model(copied)
     assert not model.training
+
+
+@pytest.mark.parametrize("who", [{}, {"pid": None, "host": "elsewhere"}, {"host": "elsewhere"}])
+def test_a_run_whose_process_is_not_known_is_still_not_resumed(tmp_path: Path, who: dict[str, Any]) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.start("seed: 0\n")
+    status = {"state": "running", "heartbeat": time.time()} | who
+    (folder.path / "status.json").write_text(json.dumps(status))
+    with pytest.raises(HeadwiseError, match="is running in process"):
+        train(tiny(tmp_path / "run"), resume=True)

@@ -93,11 +93,11 @@ class Architecture:
         if place.root in self._roots:
             return place.root
         mine = place.root.split(".")
-        numbers = [part for part in mine if part.isdigit()]
+        numbers = [part for part in mine if part.isdecimal()]
         best: list[tuple[tuple[int, int], str]] = []
         for root in self._roots:
             theirs = root.split(".")
-            if [part for part in theirs if part.isdigit()] != numbers or theirs[-1] != mine[-1]:
+            if [part for part in theirs if part.isdecimal()] != numbers or theirs[-1] != mine[-1]:
                 continue
             tail = next(
                 (i for i, (a, b) in enumerate(zip(mine[::-1], theirs[::-1], strict=False)) if a != b),

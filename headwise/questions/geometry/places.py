@@ -110,7 +110,7 @@ def _root(parts: list[str]) -> str | None:
     while at > 0 and _is_attention(modules[at - 1]):
         at -= 1
     end = at + 1
-    if end < len(modules) and modules[end].isdigit():  # a list of attention modules
+    if end < len(modules) and modules[end].isdecimal():  # a list of attention modules
         end += 1
     return ".".join(modules[:end])
 
@@ -123,7 +123,7 @@ def _number(places: list[Place]) -> None:
     """Give every place its stack and layer: the innermost number that differs between alike modules."""
     alike: dict[str, list[Place]] = {}
     for place in places:
-        pattern = ".".join("#" if part.isdigit() else part for part in place.root.split("."))
+        pattern = ".".join("#" if part.isdecimal() else part for part in place.root.split("."))
         alike.setdefault(pattern, []).append(place)
     for pattern, group in alike.items():
         at = [i for i, part in enumerate(pattern.split(".")) if part == "#"]

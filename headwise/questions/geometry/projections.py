@@ -169,7 +169,7 @@ def _why_not(place: Place, places: list[Place], architecture: Architecture) -> s
     for name in place.tensors.values():
         if name in tensors.unmerged and projection_of(name):
             return tensors.unmerged[name]
-    if any(part.startswith("-") and part[1:].isdigit() for part in place.root.split(".")):
+    if any(part.startswith("-") and part[1:].isdecimal() for part in place.root.split(".")):
         return "a layer number below 0 does not exist"
     if any(name.endswith(QUANTISED) for name in place.tensors.values()):
         return "its weights are quantised; use the checkpoint they were made from"
