@@ -1,4 +1,5 @@
-"""GO, NO-GO or INCONCLUSIVE for one variant against the study's baseline (document 003, milestone M6).
+"""GO, NO-GO or INCONCLUSIVE for one variant against the study's baseline (attention variant study, milestone
+M6).
 
 A study states beforehand which criteria earn a GO (`study.criteria`):
 
@@ -99,7 +100,8 @@ def judge(evidence: Evidence, criteria: Sequence[str] | None = None) -> Verdict:
     """Draw the verdict on one variant from its evidence against the baseline.
 
     Args:
-        criteria: names out of `CRITERIA`, any of which earns a GO; document 003's three by default.
+        criteria: names out of `CRITERIA`, any of which earns a GO; the attention variant study's three by
+        default.
     """
     stability = stability_rule(evidence)
     loss = loss_rule(evidence)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from headwise.questions.geometry.projections import HeadWeights
 
 LARGEST = 512 << 20
-"""Bytes of document 001's file: every singular value of every head as text."""
+"""Bytes of the head geometry note's file: every singular value of every head as text."""
 CIRCUITS = {"query_key": "query-key circuit W_Kᵀ W_Q", "value_output": "value-output circuit W_O W_V"}
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 def _correlate(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="headwise geometry correlate",
-        description="Correlate the geometry of heads with their entropy and logit spread (document 001).",
+        description="Correlate the geometry of heads with entropy and logit spread (head geometry note).",
     )
     parser.add_argument("file", help="JSON made by `headwise geometry MODEL --json FILE --profile DIR`")
     parser.add_argument("--out", metavar="DIR", help="write the tables and the figures there")
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fold-norm", action="store_true", help="fold in the gain of the norm before attention"
     )
     parser.add_argument("--stack", help="which stack of layers, where a model has several")
-    parser.add_argument("--json", metavar="FILE", help="write document 001's file")
+    parser.add_argument("--json", metavar="FILE", help="write the head geometry note's file")
     parser.add_argument("--profile", metavar="DIR", help="a profile of the same model: the file's dynamics")
     parser.add_argument("--out", metavar="DIR", help="write geometry.csv and heatmaps there")
     return parser

@@ -1,4 +1,4 @@
-"""`headwise per-head-metrics`: attention kinds compared head by head at equal FLOPs (document 000)."""
+"""`headwise per-head-metrics`: kinds compared head by head at equal FLOPs (per-head metrics study)."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="first tokens without an entropy, or another measure that needs a context (%(default)s)",
     )
     add("--raw-layers", type=int, nargs="+", default=[], metavar="L", help="keep q, k, v of these layers")
-    add("--export", choices=["csv"], help="csv: document 004's columns and file name")
+    add("--export", choices=["csv"], help="csv: the query-scaling study's columns and file name")
     add("--dtype", default="auto", help="of the model: auto (as stored), float32, bfloat16, float16")
     add("--table-dtype", default="float32", help="of the measures on disk: float32 or float16")
     add("--batch-size", type=int, default=8, help="contexts per forward pass (%(default)s)")

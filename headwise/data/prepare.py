@@ -1,4 +1,4 @@
-"""From raw text to token shards (document 004): filter by source, tokenise, cut, write, check.
+"""From raw text to token shards (query-scaling study): filter by source, tokenise, cut, write, check.
 
 Every document is tokenised alone and cut into non-overlapping sequences of `length` tokens; what
 is left at its end is dropped, so no sequence mixes documents and none is padded. Sequences keep

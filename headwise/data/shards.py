@@ -1,4 +1,4 @@
-"""Token shards (document 004): `.npz` files with an int32 array `(N, S)` of token ids.
+"""Token shards (query-scaling study): `.npz` files with an int32 array `(N, S)` of token ids.
 
 The array is the one named input_ids, tokens, ids or arr_0, or the only 2-D integer array of the
 file. Shards are read one at a time, checked, and written once into the cache as one int32 file

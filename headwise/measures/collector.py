@@ -26,7 +26,7 @@ from headwise.measures.spec import measures as all_measures
 ScoresFrom = Literal["post_rope", "pre_rope"]
 SCORES = ("post_rope", "pre_rope")
 IGNORE_FIRST = 2
-"""Tokens at the start of a sequence that see too few keys for measures that need a context (document 004)."""
+"""First tokens that see too few keys for measures that need a context (query-scaling study)."""
 
 
 def measure(

@@ -61,8 +61,8 @@ class Measure:
             damage.
         correlated: its correlation with `CORRELATED_WITH` over tokens is kept.
         remark: what else there is to know about its number.
-        table: title and column of its own table by head in reports (document 000); None = none.
-        export_name: its column in document 004's CSV files; None = it has none.
+        table: title and column of its own table by head in reports (per-head metrics study); None = none.
+        export_name: its column in the query-scaling study's CSV files; None = it has none.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Measure:
 
 
 CORRELATED_WITH = "query_norm"
-"""The measure whose correlation with others is kept (document 004 chose its target head by it)."""
+"""The measure whose correlation with others is kept (the query-scaling study chose its target head by it)."""
 
 MEASURES: dict[str, Measure] = {}
 """Built-in and registered measures, in the order of the table's columns."""
@@ -167,7 +167,7 @@ def correlated(names: Iterable[str]) -> list[str]:
 
 
 def exported(names: Iterable[str]) -> dict[str, str]:
-    """Those measures that document 004's CSV files have, by their column there."""
+    """Those measures that the query-scaling study's CSV files have, by their column there."""
     found = {name: measure_of(name).export_name for name in names}
     return {name: column for name, column in found.items() if column is not None}
 

@@ -18,7 +18,7 @@ def within_budget(
 
     Args:
         shares: of every layer, or one for each; in (0, 1].
-        readmit: every query chooses afresh among all keys, as document 002 evaluated.
+        readmit: every query chooses afresh among all keys, as the selective attention log evaluated.
 
     Raises:
         HeadwiseError: a layer can hold nothing less than everything.

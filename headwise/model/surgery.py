@@ -1,4 +1,4 @@
-"""Head surgery: add a head to every layer of a trained model (document 002's continued pretraining).
+"""Head surgery: add a head to every layer of a trained model, as the selective attention log did.
 
 The new head comes first (index 0, whose logits some kinds read for all heads) or last, as the
 model itself would draw it: normal, its output columns narrower by √(2·n_layers). Then its init applies:

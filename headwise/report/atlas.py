@@ -89,7 +89,7 @@ def atlas(grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]]) -> dict[str,
 
 
 def per_head(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Document 000's table: per head the mean over layers at the last evaluation, over seeds."""
+    """The per-head metrics study's table: a head's mean over layers at the last evaluation, over seeds."""
     return _table(found, lambda last: {(h,): _mean(last[:, h]) for h in range(last.shape[1])}, ("head",))
 
 

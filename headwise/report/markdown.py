@@ -1,4 +1,4 @@
-"""`report.md`: the sections of document 000, after what a reader must know first."""
+"""`report.md`: the sections of the per-head metrics study, after what a reader must know first."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def other_splits(data: dict[str, Any]) -> Table:
 
 
 def per_head(variant: dict[str, Any], measure: str) -> Table:
-    """Document 000's table: head, mean over layers, std and half-width over seeds."""
+    """The per-head metrics study's table: head, mean over layers, std and half-width over seeds."""
     _, title = measure_of(measure).table or ("", measure)
     rows = [[str(r["head"]), fixed(r["mean"]), fixed(r["std"]), fixed(r["ci95"])]
             for r in variant["per_head"].get(measure, [])]  # fmt: skip
@@ -190,7 +190,7 @@ def per_head(variant: dict[str, Any], measure: str) -> Table:
 
 
 def per_head_tables(variant: dict[str, Any]) -> list[tuple[str, Table]]:
-    """Title and table of each measure that has a table of its own (document 000's)."""
+    """Title and table of each measure that has a table of its own (the per-head metrics study's)."""
     with_table = [(m, measure_of(m).table) for m in in_order(variant["per_head"])]
     return [(table[0], per_head(variant, m)) for m, table in with_table if table]
 

@@ -31,7 +31,7 @@ def of(mean: float, std: float, n: int) -> list[float]:
     return (mean + std * shape / shape.std(ddof=1)).tolist()
 
 
-def test_the_half_width_of_document_000_is_the_interval_of_one_variant_alone() -> None:
+def test_the_half_width_of_the_per_head_metrics_study_is_the_interval_of_one_variant_alone() -> None:
     values = of(0.0, 0.006252, 3)
     found = concluded(values, 0.02)
     assert found.difference.ci95 == pytest.approx(0.01553, abs=5e-6)

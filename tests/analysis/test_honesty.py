@@ -32,7 +32,7 @@ def test_sound_runs_raise_nothing() -> None:
     assert flags(SOUND) == {}
 
 
-def test_document_000_is_at_chance_and_identical() -> None:
+def test_the_per_head_metrics_study_is_at_chance_and_identical() -> None:
     runs = [
         RunFacts("standard", s, "finished", loss=10.82583999633789, chance_loss=math.log(50304))
         for s in range(3)

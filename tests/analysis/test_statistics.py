@@ -1,4 +1,4 @@
-"""Numbers known by hand or from document 000, and the laws that hold for any numbers."""
+"""Numbers known by hand or from the per-head metrics study, and the laws that hold for any numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ values = st.floats(-1e3, 1e3, allow_nan=False).map(lambda x: round(x, 6))
 probabilities = st.floats(0, 1, allow_nan=False)
 
 
-def test_half_width_of_document_000() -> None:
+def test_half_width_of_the_per_head_metrics_study() -> None:
     assert half_width(0.006252, 3) == pytest.approx(0.015531, abs=5e-7)
     assert t_quantile(3) == pytest.approx(4.302652729749464, rel=1e-12)
 
@@ -42,7 +42,7 @@ def test_no_value() -> None:
 
 
 def test_equal_values_have_exactly_no_spread() -> None:
-    summary = summarize([10.82583999633789] * 3)  # document 000's own final losses
+    summary = summarize([10.82583999633789] * 3)  # the per-head metrics study's own final losses
     assert (summary.mean, summary.std, summary.ci95) == (10.82583999633789, 0.0, 0.0)
 
 

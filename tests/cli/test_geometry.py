@@ -51,7 +51,7 @@ def profile(folder: Path, heads: int = HEADS) -> Path:
     return folder
 
 
-def test_from_a_model_and_its_profile_to_document_001s_tables(
+def test_from_a_model_and_its_profile_to_the_head_geometry_notes_tables(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import polars

@@ -12,7 +12,7 @@ from headwise.cli.intervene import RESULTS, SAMPLES, main
 from headwise.errors import HeadwiseError
 from headwise.questions.intervene.gain import fit
 
-DOCUMENT_004 = [
+QUERY_SCALING_STUDY = [
     "scale",
     "mean_entropy",
     "mean_max_attn",
@@ -21,7 +21,7 @@ DOCUMENT_004 = [
     "std_max_attn",
     "std_k_eff",
 ]
-DOCUMENT_004 += ["n_tokens", "layer", "head", "head_type"]
+QUERY_SCALING_STUDY += ["n_tokens", "layer", "head", "head_type"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_target_and_a_control(model: Path, tmp_path: Path, capsys: pytest.Capt
     ]
     assert places == sorted(places)
     rows = rows_of(tmp_path / "a" / RESULTS)
-    assert list(rows[0])[:11] == DOCUMENT_004
+    assert list(rows[0])[:11] == QUERY_SCALING_STUDY
     assert [(r["head"], r["head_type"], r["scale"]) for r in rows[4:6]] == [
         ("2", "target", "1.5"),
         ("0", "control", "0.5"),

@@ -45,7 +45,7 @@ def finished(place, tmp_path_factory) -> Path:
     return out
 
 
-def test_the_csv_has_document_004s_columns_and_the_tables_numbers(finished):
+def test_the_csv_has_the_query_scaling_studys_columns_and_the_tables_numbers(finished):
     files = list(finished.glob("attention_metrics_*.csv"))
     assert len(files) == 1
     got = pyarrow.csv.read_csv(files[0])

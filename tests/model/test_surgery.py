@@ -113,7 +113,7 @@ def test_the_function_is_preserved_exactly_where_it_is_said_to_be(name: str, tok
         ((HEAD_ZERO, HEAD_ZERO), "start", set()),
     ],
 )
-def test_what_document_002_counts_on(
+def test_what_the_selective_attention_log_counts_on(
     kinds: tuple[AttentionConfig, AttentionConfig], place: str, kept: set[str]
 ) -> None:
     found = {init for init in INITS if preserved(operation(shape(kinds[0]), kinds[1], place, init)).holds}

@@ -1,4 +1,4 @@
-"""`report.md` has document 000's sections, word for word, after what must be known first."""
+"""`report.md` has the per-head metrics study's sections, word for word, after what must be known first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headwise.runs.read import Study
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory, make) -> str:
-    """Document 000's three variants."""
+    """The per-head metrics study's three variants."""
     variants = {
         "standard": make.Variant("flash", "standard (SDPA)"),
         "standard_flex": make.Variant("flex", "standard (FlexAttention)", expected_engine="flex"),
@@ -39,7 +39,7 @@ def test_begins_with_the_conclusion_of_every_variant(suite: str) -> None:
     assert lines[3].startswith("- **tropical**: ")
 
 
-def test_head_of_document_000(suite: str) -> None:
+def test_head_of_the_per_head_metrics_study(suite: str) -> None:
     assert (
         "\n\n## Study\n\n- Run ID: `pv0_smoke`\n- Device: `cpu`\n- Seeds: `0, 1, 2`\n"
         "- Target FLOPs/run (est): `2.000e+08`\n"
@@ -68,7 +68,7 @@ def test_lines_of_a_variant(suite: str) -> None:
     assert re.search(r"^- final_loss: mean=`\d\.\d+` std=`\d\.\d+` ci95=`\d\.\d+` n=`3`$", block, re.M)
 
 
-def test_tables_of_document_000(suite: str) -> None:
+def test_tables_of_the_per_head_metrics_study(suite: str) -> None:
     assert "| head | entropy_mean | std | ci95 |\n| --- | --- | --- | --- |\n| 0 | " in suite
     assert "| head | gamma_mean | std | ci95 |\n" in suite
     assert "| seed | status | final_loss | summary |\n" in suite

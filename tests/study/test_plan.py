@@ -288,7 +288,7 @@ def test_what_a_study_decides_by_is_checked_before_it_runs(text: str, message: s
         read_study(file)
 
 
-def test_a_study_file_without_criteria_keeps_document_003s_and_writes_them_down(tmp_path: Path) -> None:
+def test_a_study_file_without_criteria_keeps_those_of_the_source_and_writes_them_down(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text("variants: {a: {}}\nseeds: [0]\n")
     found = read_study(file)

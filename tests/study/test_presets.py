@@ -1,4 +1,4 @@
-"""Document 002's questions as studies: valid, complete, changeable in size, and true to their identities."""
+"""The selective attention log's questions as studies: valid, complete, of any size, with their identities."""
 
 from __future__ import annotations
 

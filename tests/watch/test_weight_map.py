@@ -32,9 +32,7 @@ def index(folder: Path, value: object) -> None:
 def test_an_index_that_leads_out_is_refused(folder: Path, name: object) -> None:
     index(folder, {"weight_map": {"a": name}})
     for read in (tensors_of_folder, lambda path: load(str(path))):
-        with pytest.raises(
-            HeadwiseError, match=r"(not a file inside|cannot be read as an index)"
-        ):
+        with pytest.raises(HeadwiseError, match=r"(not a file inside|cannot be read as an index)"):
             read(folder)
     index(folder, {"weight_map": {"a": "model-1.safetensors"}})
     assert tensors_of_folder(folder).names == ["a"]

@@ -48,8 +48,8 @@ class PenaltyConfig:
     Attributes:
         epsilon: ε; no penalty where 0.
         tau: τ, what counts as wholly masked.
-        reduce: max or mean of M over queries. The mean is what document 002's runs optimised.
-        normalize_layers: divide by the number of layers. Document 002's runs did not.
+        reduce: max or mean of M over queries. The mean is what the selective attention log's runs optimised.
+        normalize_layers: divide by the number of layers. The selective attention log's runs did not.
     """
 
     epsilon: float = 0.0

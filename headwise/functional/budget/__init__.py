@@ -1,4 +1,4 @@
-"""A context budget: at most m keys are held at every query, those that F took least from (document 002).
+"""A context budget: a query holds at most m keys, those F took least from (selective attention log).
 
 When query i comes, key i is held too, and if that makes more than m keys, one is dropped for good: the
 key with the largest F[i,j]; of equal ones the earliest. Key i itself is never dropped by its own query,
@@ -26,7 +26,7 @@ LONGEST = 16384
 
 
 def keys_of_share(share: float, length: int, protect_bos: bool) -> int:
-    """How many keys a share of `length` is: rounded down, as document 002's int(T · ratio).
+    """How many keys a share of `length` is: rounded down, as the selective attention log's int(T · ratio).
 
     At least the query's own key, and key 0 while that is protected.
 
@@ -79,7 +79,7 @@ def kept(leaves: Tensor) -> Tensor:
 def kept_afresh(taken: Tensor, keys: int, *, protect_bos: bool = True) -> Tensor:
     """As `kept`, but every query chooses among all keys anew, so that keys return: no cache can do it.
 
-    This is how document 002 evaluated.
+    This is how the selective attention log evaluated.
     """
     length = taken.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=taken.device).triu(1)

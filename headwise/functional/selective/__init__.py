@@ -1,4 +1,4 @@
-"""Selective attention (Leviathan, Kalman, Matias 2024, arXiv 2410.02703; document 002): the definition.
+"""The definition of selective attention (Leviathan, Kalman, Matias 2024, arXiv 2410.02703; docs/sources.md).
 
     L[i,j] = selection logits, 0 for j > i
     S = act(L), 0 where a key is protected             what query i takes from key j, for later queries

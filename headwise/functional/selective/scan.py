@@ -1,4 +1,4 @@
-"""Running sums over queries, and the game of attack and protection that generalises them (document 002).
+"""Running sums over queries, and the game of attack and protection (selective attention log) beyond them.
 
 Both run over dimension -2 of `(…, T, T)` tensors, whose entry [i, j] is what query i does to key j.
 """
@@ -21,7 +21,7 @@ def running_sum(x: Tensor, accumulate: str = "torch") -> Tensor:
     Args:
         x: `(…, T, T)`.
         accumulate: `torch` (its cumsum), `float64` (the same, the result rounded once at the end), or
-            `sequential` (row after row in x's own precision: document 002's first kernel, the least exact).
+            `sequential` (row after row in x's own precision: the log's first kernel, the least exact).
 
     Raises:
         ValueError: another way of accumulating.

@@ -51,7 +51,7 @@ class Options:
     Attributes:
         shares: of the context, in (0, 1].
         sequences: validation sequences to measure on, evenly spread over the split.
-        readmit: add the curve of document 002, in which every query chooses among all keys anew.
+        readmit: add the selective attention log's curve: every query chooses among all keys anew.
         greedy: add the curve with a budget for each layer.
         calibration: validation sequences that choose the budgets of layers.
         device: where it computes.

@@ -28,7 +28,7 @@ TITLES = {
 ABOUT = {
     "kept": "a key is dropped for good when there are more than the budget: the one with the largest F",
     "window": "the last keys are held; there is no F",
-    "chosen afresh": "every query chooses among all keys anew, which no cache can do (as document 002 did)",
+    "chosen afresh": "every query chooses anew, which no cache can do (as the selective attention log did)",
     "per layer": "a key is dropped for good, under a budget for each layer; their mean is the budget",
 }
 

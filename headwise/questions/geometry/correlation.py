@@ -1,6 +1,7 @@
 """Does a head's geometry predict how it attends? Correlation of descriptors with dynamics, over heads.
 
-The tables are document 001's: Pearson r of every descriptor with mean entropy and mean logit std over
+The tables are the head geometry note's: Pearson r of every descriptor with mean entropy and mean logit std
+over
 all (layer, head), the same within thirds of the layers, the best single predictor, a standardised
 regression. Beyond them: 95% intervals by Fisher's z (as if heads were independent) and by resampling
 whole layers (heads of a layer are not independent), Spearman's rho, p-values with Holm's correction,
@@ -35,7 +36,7 @@ Z_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Heads:
-    """What document 001's file holds: dynamics and descriptors by name, each `(L, H)`; NaN = unknown."""
+    """The head geometry note's file: dynamics and descriptors by name, each `(L, H)`; NaN = unknown."""
 
     dynamics: dict[str, Array]
     geometry: dict[str, Array]
@@ -139,7 +140,7 @@ def fisher_interval(r: float, n: int) -> Interval:
 
 
 def parse_heads(content: object, path: str) -> Heads:
-    """The content of document 001's JSON file; `path` names it in errors.
+    """The content of the head geometry note's JSON file; `path` names it in errors.
 
     Raises:
         HeadwiseError: it is not such a file; the line names the first field that is missing or wrong.
@@ -164,7 +165,7 @@ def parse_heads(content: object, path: str) -> Heads:
 
 
 def heads_document(singular_values: list[Array], dynamics: dict[str, Array] | None = None) -> dict[str, Any]:
-    """The content of document 001's JSON file.
+    """The content of the head geometry note's JSON file.
 
     Args:
         singular_values: per layer `(H, D)`.
@@ -253,7 +254,7 @@ def _thirds(heads: Heads, known: NDArray[np.bool_]) -> list[Third]:
 
 
 def _regression(heads: Heads, known: NDArray[np.bool_]) -> Regression:
-    """Document 001's: least squares of standardised entropy, population standard deviations."""
+    """The head geometry note's: least squares of standardised entropy, population standard deviations."""
     design = np.stack([_standardised(heads.geometry[name][known]) for name in REGRESSORS], axis=1)
     target = _standardised(heads.dynamics["entropy"][known])
     if not target.size or not target.any():

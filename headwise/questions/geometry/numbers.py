@@ -3,7 +3,7 @@
 The query-key circuit of head h is `M = W_Kᵀ W_Q` (which directions of the residual stream attend to
 which), the value-output circuit `W_O W_V` (what is moved). Both are `(d_model, d_model)` of rank at
 most D, so their singular values come from a core of `D x D`; nothing of size d_model² is formed.
-Descriptors are those of document 001. Source of the circuits: Elhage et al. 2021, "A Mathematical
+Descriptors are those of the head geometry note. Source of the circuits: Elhage et al. 2021, "A Mathematical
 Framework for Transformer Circuits".
 """
 
@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 Weight = NDArray[np.floating]
 
 TINY = 1e-12
-"""Document 001 clamps the smallest singular value and every probability here.
+"""The head geometry note clamps the smallest singular value and every probability here.
 
 Here both are taken relative to the head, the singular value to the largest one, so that a head's
 descriptors do not depend on the size of its weights.
@@ -100,7 +100,7 @@ def value_output_singular_values(w_v: Weight, w_o: Weight, matrix: str = "metric
 
 
 def descriptors(singular_values: Weight) -> dict[str, Array]:
-    """The descriptors of document 001, named as in `DESCRIPTORS`.
+    """The descriptors of the head geometry note, named as in `DESCRIPTORS`.
 
     Args:
         singular_values: `(..., D)`, in any order.

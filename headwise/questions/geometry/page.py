@@ -21,7 +21,7 @@ DOCUMENT_NAMES = {
     "op_norm": "op", "fro_norm": "fro", "trace": "trace", "rank_eff": "rank_eff",
     "spec_entropy": "spec_ent", "anisotropy": "anisotropy", "condition": "condition",
 }  # fmt: skip
-"""Document 001's short names, in its order."""
+"""The head geometry note's short names, in its order."""
 IN_THIRDS = ("op_norm", "fro_norm", "rank_eff", "spec_entropy", "anisotropy", "condition")
 
 LOGARITHMIC = ("op_norm", "fro_norm", "trace", "condition")
@@ -38,7 +38,7 @@ LABELS = {
 
 
 def document_tables(report: Report) -> str:
-    """The output of document 001, line for line."""
+    """The output of the head geometry note, line for line."""
     lines = ["All (layer, head) pairs — Pearson correlation with dynamic entropy:"]
     for name, short in DOCUMENT_NAMES.items():
         entropy, logit_std = (report.pairs[name][dynamic].r for dynamic in ("entropy", "logit_std"))
@@ -60,7 +60,7 @@ def document_tables(report: Report) -> str:
 
 
 def further_tables(report: Report) -> str:
-    """What document 001 lacked: intervals, Spearman, Holm, the regression's condition number."""
+    """What the head geometry note lacked: intervals, Spearman, Holm, the regression's condition number."""
     layers, heads = report.shape
     n = layers * heads - report.left_out
     lines = [

@@ -1,6 +1,6 @@
 """How strongly a head answers to the length of its query: gains, their ratio, and what it may mean.
 
-    gain = slope of mean max_weight against ln(scale), ordinary least squares        (document 004)
+    gain = slope of mean max_weight against ln(scale), ordinary least squares        (query-scaling study)
 
 Two uncertainties are kept apart. The slope's standard error over the scales says how far from a
 straight line the response is; it does not shrink with more text. The spread of gains over samples
@@ -186,7 +186,7 @@ def reading(ratio: Ratio) -> str:
 
 
 def rule_applied(target: Gain, control: Gain, median: float) -> str:
-    """Document 004's failure rule on this pair, in one sentence."""
+    """The query-scaling study's failure rule on this pair, in one sentence."""
     trends = "monotonic" if target.monotonic else "not monotonic"
     if not flat(control, median):
         return (

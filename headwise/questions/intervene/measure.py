@@ -1,4 +1,5 @@
-"""Scale one head's query and measure what follows: in the head, and in what the model says (document 004).
+"""Scale one head's query and measure what follows in the head and in the model's output (query-scaling
+study).
 
 The query is scaled after its projection and normalisation and before RoPE. In Hugging Face models it
 is reached after the rotation, which is the same: a rotation is linear, `rope(s·q) = s·rope(q)`.
@@ -66,7 +67,7 @@ class Setting:
     Attributes:
         scales: factors on the query.
         scores: measure logits of q and k after their rotation (what the model attends with), or
-            before it (document 004).
+            before it (query-scaling study).
         batch_size: samples at a time.
         ignore_first: tokens at the start of a sample that are not measured.
         advance: called with the number of passes just finished.

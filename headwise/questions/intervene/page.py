@@ -43,7 +43,7 @@ def expectations(scales: Sequence[float]) -> str:
 
 
 def sweep_table(sweep: Sweep) -> str:
-    """Document 004's table, with the effect on what the model says."""
+    """The query-scaling study's table, with the effect on what the model says."""
     header = f"{'scale':>6}  {'entropy':>8} {'std':>7}  {'max_attn':>8} {'std':>7}  {'k_eff':>8} {'std':>7}"
     effects = [name for name in ("delta_loss", "kl", "output_change") if getattr(sweep, name) is not None]
     titles = {
@@ -98,7 +98,7 @@ def gain_table(gains: Sequence[Gain]) -> str:
 
 
 def verdict(gains: Sequence[Gain], everyone: Sequence[Gain] = ()) -> str:
-    """Each target against each control, document 004's rule, and where the target stands among all heads."""
+    """Each target against each control, the query-scaling study's rule, and its rank among all heads."""
     lines: list[str] = []
     known = everyone or gains
     median = float(np.median([g.gain for g in known]))
@@ -121,7 +121,7 @@ def verdict(gains: Sequence[Gain], everyone: Sequence[Gain] = ()) -> str:
             f"No gain ratio without a {missing}: `headwise intervene gain` compares saved sweeps of both."
         )
     else:
-        lines += ["Document 004's failure rule:", _wrapped(FAILURE_RULE)]
+        lines += ["The query-scaling study's failure rule:", _wrapped(FAILURE_RULE)]
         lines += ["What mathematics adds:", _wrapped(MATHEMATICS), "Applied:"]
         lines += [_wrapped(rule_applied(t, c, median)) for t in targets for c in controls]
     flat_heads = [g.name for g in gains if flat(g, median)]
@@ -147,7 +147,7 @@ def all_heads_table(gains: Sequence[Gain], top: int = 5) -> str:
 
 
 def draw_sweeps(sweeps: Sequence[Sweep], path: Path) -> Path:
-    """Document 004's three panels: entropy, max attention and k_eff against the scale."""
+    """The query-scaling study's three panels: entropy, max attention and k_eff against the scale."""
     figure, axes = _figure(3, 4.0, 3.4)
     for axis, name in zip(axes, MEASURES, strict=True):
         for sweep in sweeps:

@@ -1,6 +1,6 @@
 """One head at several scales of its query: what was measured, and the CSV files it is kept in.
 
-`q_scale_intervention_results.csv` has document 004's columns, then the effects on the output;
+`q_scale_intervention_results.csv` has the query-scaling study's columns, then the effects on the output;
 `q_scale_intervention_samples.csv` beside it has every sample's mean max_weight.
 """
 
@@ -24,7 +24,7 @@ EFFECTS = ("delta_loss", "delta_loss_ci95", "kl", "output_change")
 DIRECTIONS = {"entropy": -1, "max_weight": 1, "k_eff": -1}
 
 COLUMNS = exported(MEASURES)
-"""Document 004's names in CSV files, with `mean_` or `std_` before them."""
+"""The query-scaling study's names in CSV files, with `mean_` or `std_` before them."""
 
 EXPECTATIONS = {
     "entropy": "decreases (the strongest effect)",
@@ -81,7 +81,7 @@ def monotonic(sweep: Sweep, tolerance: float = 1e-6) -> dict[str, bool]:
 
 
 def parse_sweeps(rows: Sequence[Mapping[str, str]], source: str) -> list[Sweep]:
-    """Sweeps of a CSV with document 004's columns: one row per scale and head.
+    """Sweeps of a CSV with the query-scaling study's columns: one row per scale and head.
 
     Raises:
         HeadwiseError: a column is missing, a value is no number, or a head has under two scales.
@@ -105,7 +105,7 @@ def parse_sweeps(rows: Sequence[Mapping[str, str]], source: str) -> list[Sweep]:
 
 
 def sweep_rows(sweep: Sweep) -> list[dict[str, Cell]]:
-    """Rows of document 004's CSV, with `EFFECTS` after its columns (empty if unknown)."""
+    """Rows of the query-scaling study's CSV, with `EFFECTS` after its columns (empty if unknown)."""
     rows: list[dict[str, Cell]] = []
     for i, scale in enumerate(sweep.scales):
         row: dict[str, Cell] = {"scale": float(scale)}

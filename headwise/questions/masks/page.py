@@ -78,7 +78,7 @@ def _half(values: np.ndarray) -> str:
 
 
 def statements(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """The questions of document 002, each with its answer as sentences."""
+    """The questions of the selective attention log, each with its answer as sentences."""
     return [
         ("Is masking mostly local?", _local(data)),
         ("How many tokens are masked at all?", _masked(data)),

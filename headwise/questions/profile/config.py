@@ -19,7 +19,7 @@ class ProfileConfig:
 
     Attributes:
         n_samples, context_length, seed: see `open_samples`.
-        scores: logits from q, k before the rotation (document 004) or after it.
+        scores: logits from q, k before the rotation (query-scaling study, docs/sources.md) or after it.
         measures: columns of the head table; all that there are.
         aggregate: one row per (sample, layer, head) with means over its tokens, not one per token.
         ignore_first: tokens at the start of a context without measures that need one, and left out

@@ -1,4 +1,4 @@
-"""Document 004's CSV from a finished profile."""
+"""The query-scaling study's CSV from a finished profile."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 KEYS = {"sample": "sample_id", "layer": "layer", "head": "head", "token": "token_pos"}
 NEEDED = ("query_norm", "entropy", "max_weight", "k_eff")
-"""Document 004's measures, in its order."""
+"""The query-scaling study's measures, in its order."""
 COLUMNS = KEYS | exported(NEEDED)
-"""Columns of the head table, and what document 004 calls them."""
+"""Columns of the head table, and what the query-scaling study calls them."""
 
 
 def export_csv(out: Path) -> Path:

@@ -233,7 +233,7 @@ def _some_rows(
 
 
 def _top(per_head: dict[str, np.ndarray]) -> list[list[str]]:
-    """Heads whose query norm goes with their entropy most, by |r|: document 004's choice of a target."""
+    """Heads whose query norm goes with entropy most, by |r|: the query-scaling study's targets."""
     best = next((n for n in BY if n in per_head), None)
     if best is None:
         return []

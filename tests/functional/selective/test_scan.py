@@ -15,7 +15,7 @@ seeds = st.integers(0, 2**31)
 
 
 def turn_by_turn(attack: Tensor, protection: Tensor) -> Tensor:
-    """The rules as document 002 states them."""
+    """The rules as the selective attention log states them."""
     left = torch.zeros_like(attack[..., 0, :])
     damage = torch.zeros_like(left)
     turns = []
@@ -27,7 +27,7 @@ def turn_by_turn(attack: Tensor, protection: Tensor) -> Tensor:
 
 
 def by_the_rule(attack: Tensor, protection: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients as document 002's kernel defines them: a key is vulnerable at t when P <= a_t."""
+    """Gradients as in the selective attention log's kernel: a key is vulnerable at t when P <= a_t."""
     d_attack, d_protection = torch.zeros_like(attack), torch.zeros_like(protection)
     tokens = attack.shape[-2]
     rest = upstream.flip(-2).cumsum(-2).flip(-2)

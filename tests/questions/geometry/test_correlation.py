@@ -15,7 +15,7 @@ LAYERS, HEADS, WIDTH = 7, 5, 6
 
 
 def document(seed: int = 0) -> dict[str, Any]:
-    """A file as document 001 reads it, with entropy that falls with the largest singular value."""
+    """A file as the head geometry note reads it, with entropy that falls with the largest singular value."""
     rng = np.random.default_rng(seed)
     spectra = np.sort(rng.lognormal(size=(LAYERS, HEADS, WIDTH)), axis=-1)[..., ::-1]
     entropy = 3 - 0.3 * spectra[..., 0] + 0.1 * rng.normal(size=(LAYERS, HEADS))
@@ -25,7 +25,7 @@ def document(seed: int = 0) -> dict[str, Any]:
 
 
 def straight_numbers(data: dict[str, Any]) -> dict[str, Any]:
-    """Document 001, written again in a straight line: every number that its script prints."""
+    """The head geometry note, written again in a straight line: every number that its script prints."""
     entropy = np.array([row["mean_attention_entropy_per_head"] for row in data["dynamic"]])
     logit_std = np.array([row["mean_logit_std_per_head"] for row in data["dynamic"]])
     geometry: dict[str, list[list[float]]] = {}
@@ -75,7 +75,7 @@ def read(data: Any) -> correlation.Heads:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_numbers_are_those_of_document_001(seed: int) -> None:
+def test_numbers_are_those_of_the_head_geometry_note(seed: int) -> None:
     data = document(seed)
     report = correlation.correlate(read(data), draws=50)
     straight = straight_numbers(data)

@@ -21,7 +21,7 @@ from headwise.questions.intervene.sweep import (
     with_samples,
 )
 
-# The sweep that document 004's project published for layer 12, head 15 of an 8B model, and its gain
+# The sweep that the query-scaling study published for layer 12, head 15 of an 8B model, and its gain
 # (github.com/ajayspatil7/oculi, results/intervention and experiments/exp2_gain).
 PUBLISHED = """scale,mean_entropy,mean_max_attn,mean_k_eff,std_entropy,std_max_attn,std_k_eff,\
 n_tokens,layer,head,head_type
