@@ -8,6 +8,7 @@ of attention cannot offer is absent.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def read(folder: str | Path) -> polars.DataFrame:
     Columns of older tables have today's names; a column that no measure here has is kept.
 
     Raises:
-        HeadwiseError: the folder holds no part, or a part is damaged.
+        HeadwiseError: the folder holds no part, or a part is damaged or of a newer headwise.
     """
     import polars
 
@@ -130,8 +131,6 @@ def read(folder: str | Path) -> polars.DataFrame:
         try:
             check_part(part)
             with reading.library_problems(part), part.open("rb") as file:  # a path may look like a pattern
-                refuse_newer(part, polars.read_parquet_metadata(file))
-                file.seek(0)
                 frame = polars.read_parquet(file).rename(FORMER_NAMES, strict=False)
             frames.append(frame.cast({polars.Float16: polars.Float32}))
             _refuse_places(part, frame)
@@ -146,7 +145,7 @@ def read_columns(part: str | Path, columns: Sequence[str]) -> pyarrow.Table:
     """Some columns of one part under their names of today.
 
     Raises:
-        HeadwiseError: the part is damaged, or lacks one of them.
+        HeadwiseError: the part is damaged, lacks one of them, or is of a newer headwise.
     """
     import pyarrow.parquet as pq
 
@@ -162,12 +161,14 @@ def read_columns(part: str | Path, columns: Sequence[str]) -> pyarrow.Table:
 
 
 def check_part(path: Path) -> dict[str, str]:
-    """The columns of one part with their kinds, from its footer.
+    """The columns of one part with their kinds, from its footer. Every reader of parts begins here.
 
     Raises:
+        HeadwiseError: a newer headwise wrote it, whatever its columns are.
         reading.Unreadable: it is not a part of a head table.
     """
-    columns = reading.parquet_columns(path, {key: _KINDS[name] for key, name in KEYS.items()})
+    keys = {key: _KINDS[name] for key, name in KEYS.items()}
+    columns = reading.parquet_columns(path, keys, accept=partial(refuse_newer, path))
     for name in (*measures(), *FORMER_NAMES):
         if columns.get(name, "float") != "float":
             raise reading.Unreadable(path, f"its column {name!r} is {columns[name]}, not float")

@@ -15,11 +15,17 @@ ROWS_A_BYTE = 64
 """Rows for each byte of a larger file: what packs best, a column of one value, takes a byte for 64 rows."""
 
 
-def parquet_columns(path: str | Path, required: Mapping[str, str] | None = None) -> dict[str, str]:
+def parquet_columns(
+    path: str | Path,
+    required: Mapping[str, str] | None = None,
+    *,
+    accept: Callable[[Mapping[str, str]], None] | None = None,
+) -> dict[str, str]:
     """The columns of a Parquet file, each with its kind: integer, float, text or other.
 
     Args:
         required: columns that must be there, with the kind that they must be of.
+        accept: gets the file's metadata before any column is looked at, and raises where it refuses the file.
 
     Raises:
         Missing: there is no such file.
@@ -28,9 +34,15 @@ def parquet_columns(path: str | Path, required: Mapping[str, str] | None = None)
     import pyarrow.parquet as pq
 
     size = must_be_regular(path)
+    with (
+        library_problems(path),
+        open(path, "rb") as raw,
+        pq.ParquetFile(raw) as file,
+    ):  # a path may look like a URI
+        rows, schema, pairs = file.metadata.num_rows, file.schema_arrow, file.metadata.metadata or {}
+    if accept is not None:
+        accept({key.decode(errors="replace"): value.decode(errors="replace") for key, value in pairs.items()})
     with library_problems(path):
-        with open(path, "rb") as raw, pq.ParquetFile(raw) as file:  # a path may look like a URI
-            rows, schema = file.metadata.num_rows, file.schema_arrow
         found = {field.name: _kind(field.type) for field in schema}
         if len(found) < len(schema):
             raise Unreadable(path, "two of its columns have the same name")

@@ -25,11 +25,23 @@ DIGITS = 40
 """Digits of the longest whole number; the FLOPs of a run have 30."""
 
 
-def read_json(path: str | Path, schema: Any = Any, *, limit: int = JSON_LIMIT, finite: bool = False) -> Any:
+Accept = Callable[[Any], None]
+"""Looks at a value before a schema does, and raises where it refuses it: a newer format has other types."""
+
+
+def read_json(
+    path: str | Path,
+    schema: Any = Any,
+    *,
+    accept: Accept | None = None,
+    limit: int = JSON_LIMIT,
+    finite: bool = False,
+) -> Any:
     """The value in a JSON file, as plain lists and dictionaries, after it was held against `schema`.
 
     Args:
         schema: a type that msgspec knows.
+        accept: see `Accept`.
         limit: bytes that the file may have.
         finite: refuse NaN and Infinity, which Python's JSON writes and JSON does not know.
 
@@ -37,17 +49,21 @@ def read_json(path: str | Path, schema: Any = Any, *, limit: int = JSON_LIMIT, f
         Missing: there is no such file.
         Unreadable: it is no JSON, too large or too deep, repeats a key, or is not of the schema.
     """
-    return _of_file(path, limit, lambda text: check(parse_json(text, finite=finite), schema))
+    return _of_file(path, limit, lambda text: parse_json(text, finite=finite), accept, schema)
 
 
-def read_yaml(path: str | Path, schema: Any = Any) -> Any:
+def read_yaml(path: str | Path, schema: Any = Any, *, accept: Accept | None = None) -> Any:
     """The value in a YAML file, as plain lists and dictionaries, after it was held against `schema`.
+
+    Args:
+        schema: a type that msgspec knows.
+        accept: see `Accept`.
 
     Raises:
         Missing: there is no such file.
         Unreadable: as `parse_yaml`, or it is not of the schema.
     """
-    return _of_file(path, YAML_LIMIT, lambda text: check(parse_yaml(text), schema))
+    return _of_file(path, YAML_LIMIT, parse_yaml, accept, schema)
 
 
 def check(value: Any, schema: Any) -> Any:
@@ -126,10 +142,15 @@ def to_yaml(values: Any) -> str:
     return dump_yaml(values)
 
 
-def _of_file(path: str | Path, limit: int, parse: Callable[[str], Any]) -> Any:
+def _of_file(
+    path: str | Path, limit: int, parse: Callable[[str], Any], accept: Accept | None, schema: Any
+) -> Any:
     text = read_text(path, limit=limit)
     try:
-        return parse(text)
+        value = parse(text)
+        if accept is not None:
+            accept(value)
+        return check(value, schema)
     except Unreadable as error:
         raise Unreadable(path, error.reason) from None
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import remove_folder, replacing, write_json, writing
+from headwise.runs.folder import known_format
 from headwise.runs.schemas import Best, CheckpointState, Manifest
 
 FORMAT = 1
@@ -76,12 +77,8 @@ def load(path: Path) -> Checkpoint:
         HeadwiseError: it is missing, truncated, altered, or of a newer format.
     """
     try:
-        manifest = reading.read_json(path / "manifest.json", Manifest)
-        if manifest["format"] > FORMAT:
-            raise HeadwiseError(
-                f"checkpoint {path} has format {manifest['format']} and this headwise reads up to {FORMAT}; "
-                "upgrade headwise to use it"
-            )
+        accept = known_format(f"checkpoint {path}", known=FORMAT)
+        manifest = reading.read_json(path / "manifest.json", Manifest, accept=accept)
         for name in FILES:
             if _digest(path / name) != manifest["sha256"].get(name):
                 raise HeadwiseError(

@@ -15,8 +15,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -155,21 +155,18 @@ class RunFolder:
             HeadwiseError: its format is newer than this headwise knows.
         """
         for path in (self.path / "status.json", self.summary):
-            try:
-                values = reading.read_json(path)
-            except reading.Unreadable:  # told of by whoever needs them
-                continue
-            if reason := newer(values):
-                raise HeadwiseError(f"{path} {reason}")
+            with suppress(reading.Unreadable):  # told of by whoever needs them
+                reading.read_json(path, accept=known_format(path))
 
     def read_status(self) -> dict[str, Any]:
         """status.json as it stands, or `{"state": "planned"}`.
 
         Raises:
-            HeadwiseError: it is damaged.
+            HeadwiseError: it is damaged, or of a newer headwise.
         """
+        path = self.path / "status.json"
         try:
-            status: dict[str, Any] = reading.read_json(self.path / "status.json", Status)
+            status: dict[str, Any] = reading.read_json(path, Status, accept=known_format(path))
             return {"state": "planned"} | status
         except reading.Missing:
             return {"state": "planned"}
@@ -314,7 +311,7 @@ def _appending(path: Path) -> Iterator[TextIO]:
 
 def _read_json(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = reading.read_json(path, schema)
+        content: dict[str, Any] = reading.read_json(path, schema, accept=known_format(path))
         return content
     except reading.Missing as error:
         raise HeadwiseError(f"{path.parent} has no {path.name}: its run has not come that far") from error
@@ -322,12 +319,26 @@ def _read_json(path: Path, schema: Any) -> dict[str, Any]:
         raise error.so("delete it and run again") from error
 
 
-def newer(values: Any) -> str | None:
-    """Why values of a run's or a study's file are left alone: a newer headwise wrote them; else None."""
-    number = values.get("format", 0) if isinstance(values, dict) else 0
-    if number in range(FORMAT + 1) and not isinstance(number, bool):
-        return None
-    return f"has format {number!r} and this headwise reads up to {FORMAT}; upgrade headwise to use it"
+def known_format(
+    what: object, error: type[HeadwiseError] = HeadwiseError, *, known: int = FORMAT
+) -> Callable[[Any], None]:
+    """For `accept` of a reader: refuses the values of a file that a newer headwise wrote.
+
+    Args:
+        what: names the file in the message.
+        error: what is raised.
+        known: the newest format of such a file.
+    """
+
+    def accept(values: Any) -> None:
+        number = values.get("format", 0) if isinstance(values, dict) else 0
+        if number not in range(known + 1) or isinstance(number, bool):
+            raise error(
+                f"{what} has format {number!r} and this headwise reads up to {known}; "
+                "upgrade headwise to use it"
+            )
+
+    return accept
 
 
 def state_of(status: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.names import place_inside
 from headwise.reading.csvfile import LIMIT as CSV_LIMIT
-from headwise.runs.folder import STALE_S, STATES, newer, state_of
+from headwise.runs.folder import STALE_S, STATES, known_format, state_of
 from headwise.runs.schemas import Environment, RunConfig, Status, StudyPlan, Summary
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ class Run:
     @cached_property
     def status(self) -> dict[str, Any]:
         """`status.json`; empty where absent. Raises `Unreadable`."""
-        return _json(self.path / "status.json", Status)
+        return _json(self.path / "status.json", Status, known_format("status.json", Unreadable))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """`summary.json`; empty where absent. Raises `Unreadable`."""
-        return _json(self.path / "summary.json", Summary)
+        return _json(self.path / "summary.json", Summary, known_format("summary.json", Unreadable))
 
     @cached_property
     def env(self) -> dict[str, Any]:
@@ -97,9 +97,6 @@ class Run:
                 getattr(self, name)
             except Unreadable as error:
                 return str(error)
-        for name in ("status", "summary"):
-            if reason := newer(getattr(self, name)):
-                return f"{name}.json {reason}"
         if self.status.get("state") == "finished" and not self.summary:
             return "unreadable summary.json: it is missing although the run finished"
         return None
@@ -218,7 +215,8 @@ class Study:
         """Read a study folder, a single run folder, or any folder with runs somewhere below.
 
         Raises:
-            HeadwiseError: there is no such folder, no run in it, or `study.yaml` is damaged.
+            HeadwiseError: there is no such folder, no run in it, or `study.yaml` is damaged or of a newer
+                headwise.
         """
         path = Path(path)
         if not path.is_dir():
@@ -228,8 +226,6 @@ class Study:
                 plan = read_plan(path)
             except Unreadable as error:
                 raise HeadwiseError(f"{path}: {error}") from error
-            if reason := newer(plan):
-                raise HeadwiseError(f"{path / 'study.yaml'} {reason}")
             return cls(path, plan, list(_planned_runs(path, plan)))
         runs = find_runs(path)
         if not runs:
@@ -238,8 +234,14 @@ class Study:
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """`study.yaml` of a study's folder; empty where there is none. Raises `Unreadable`."""
-    return _yaml(folder / "study.yaml", StudyPlan)
+    """`study.yaml` of a study's folder; empty where there is none.
+
+    Raises:
+        Unreadable: it is damaged.
+        HeadwiseError: a newer headwise wrote it.
+    """
+    path = folder / "study.yaml"
+    return _yaml(path, StudyPlan, known_format(path))
 
 
 def find_runs(root: str | Path) -> list[Run]:
@@ -306,17 +308,17 @@ def _silence(status: dict[str, Any]) -> str:
     return f"no sign of life for {age:.0f} s" if "heartbeat" in status else "no heartbeat recorded"
 
 
-def _json(path: Path, schema: Any) -> dict[str, Any]:
+def _json(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {}
     with _unreadable():
-        content = reading.read_json(path, schema)
+        content = reading.read_json(path, schema, accept=accept)
     return content
 
 
-def _yaml(path: Path, schema: Any) -> dict[str, Any]:
+def _yaml(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {}
     with _unreadable():
-        content = reading.read_yaml(path, schema)
+        content = reading.read_yaml(path, schema, accept=accept)
     return content
 
 

@@ -11,8 +11,10 @@ import pytest
 from headwise.cli.main import main
 from headwise.errors import HeadwiseError
 from headwise.measures import table as head_table
+from headwise.runs import checkpoint
 from headwise.runs.folder import FORMAT, METRICS, RunFolder
 from headwise.runs.read import Run, Study
+from headwise.study.folders import refuse_newer_plan
 
 OLD = """step,split,loss,lr
 0,val,5.5,
@@ -115,6 +117,23 @@ def test_a_newer_study_is_left_alone(tmp_path: Path) -> None:
         Study.read(tmp_path)
 
 
+def test_a_newer_file_is_told_as_such_whatever_it_holds(old: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(f"format: {FORMAT + 1}\nvariants: [a, b]\n")
+    point = tmp_path / "step_00000001"
+    point.mkdir()
+    (point / "manifest.json").write_text(json.dumps({"format": checkpoint.FORMAT + 1, "blake3": []}))
+    (old.path / "summary.json").write_text(json.dumps({"format": FORMAT + 1, "step": "the last"}))
+    assert "upgrade headwise" in str(Run(old.path).problem)
+    (old.path / "status.json").write_text(json.dumps({"format": FORMAT + 1, "state": {"is": "running"}}))
+    assert "upgrade headwise" in str(Run(old.path).problem)
+    for call in (
+        lambda: Study.read(tmp_path), lambda: refuse_newer_plan(tmp_path), lambda: checkpoint.load(point),
+        old.read_status, old.read_summary, lambda: old.write_status("running"),
+    ):  # fmt: skip
+        with pytest.raises(HeadwiseError, match=r"has format .* upgrade headwise"):
+            call()
+
+
 @pytest.mark.parametrize("variant", ["../../x", "/abs", "a/../../b"])
 def test_a_plan_reads_nothing_outside_its_folder(tmp_path: Path, variant: str) -> None:
     (tmp_path / "study.yaml").write_text(json.dumps({"variants": {variant: {}}, "seeds": [0]}))
@@ -126,6 +145,7 @@ def test_a_newer_part_of_the_head_table_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import numpy as np
+    import pyarrow.parquet as pq
 
     columns = {"layer": np.zeros(2, int), "head": np.arange(2), "entropy": np.ones(2)}
     head_table.write_part(tmp_path, "a", columns)
@@ -135,6 +155,11 @@ def test_a_newer_part_of_the_head_table_is_left_alone(
     monkeypatch.undo()
     with pytest.raises(HeadwiseError, match=r"b\.parquet has format 2 and this headwise reads up to 1"):
         head_table.read(tmp_path)
+    part = tmp_path / "b.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["token"]), part)  # which a newer one may do without
+    for call in (head_table.read, lambda folder: head_table.read_columns(folder / "b.parquet", ["layer"])):
+        with pytest.raises(HeadwiseError, match=r"b\.parquet has format 2 .* upgrade headwise"):
+            call(tmp_path)
 
 
 def test_what_was_evaluated_at_an_earlier_step_is_not_the_result(tmp_path: Path) -> None:
