@@ -1,5 +1,4 @@
-"""GO, NO-GO or INCONCLUSIVE for one variant against the study's baseline (attention variant study, milestone
-M6).
+"""GO, NO-GO or INCONCLUSIVE for one variant against the baseline (attention variant study, milestone M6).
 
 A study states beforehand which criteria earn a GO (`study.criteria`):
 
@@ -100,8 +99,8 @@ def judge(evidence: Evidence, criteria: Sequence[str] | None = None) -> Verdict:
     """Draw the verdict on one variant from its evidence against the baseline.
 
     Args:
-        criteria: names out of `CRITERIA`, any of which earns a GO; the attention variant study's three by
-        default.
+        criteria: names out of `CRITERIA`, any of which earns a GO; by default those of the attention variant
+            study.
     """
     stability = stability_rule(evidence)
     loss = loss_rule(evidence)

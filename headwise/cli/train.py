@@ -87,8 +87,8 @@ def _train(config: Config, *, resume: bool) -> int:
 
 def _conclusion(summary: dict[str, Any], config: Config) -> str:
     parts = [f"{summary['state']} after {summary['step']} steps ({summary['reason']})"]
+    of_now = summary.get("val_step") in (None, summary["step"])
     if summary["val_loss"] is not None:
-        of_now = summary.get("val_step") in (None, summary["step"])
         at = "" if of_now else f" at step {summary['val_step']}, the last that was evaluated"
         parts.append(f"val loss {summary['val_loss']:.4f}{at}")
         if of_now and summary["val_bits_per_byte"] is not None:
@@ -98,8 +98,7 @@ def _conclusion(summary: dict[str, Any], config: Config) -> str:
     if summary["tokens_per_sec"]:
         parts.append(f"{summary['tokens_per_sec']:,.0f} tokens/s")
     line = ", ".join(parts)
-    evaluated = summary["val_loss"] is not None and summary.get("val_step") in (None, summary["step"])
-    if evaluated and summary["val_loss"] > 0.99 * summary["chance_loss"]:
+    if summary["val_loss"] is not None and of_now and summary["val_loss"] > 0.99 * summary["chance_loss"]:
         line += (
             f"\nat chance: nothing was learned (ln {summary['vocab_size']} = {summary['chance_loss']:.4f})"
         )

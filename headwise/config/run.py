@@ -130,8 +130,9 @@ def add_arguments(parser: ArgumentParser, argv: Sequence[str] = ()) -> None:
     """
     from jsonargparse import ActionConfigFile
 
-    for path in _configuration_files(argv):
-        _load_plugins_of(path)
+    for name, value in _flags_of(argv):
+        if name == "--config":
+            _load_plugins_of(Path(value))
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; later flags override it")
     types = get_type_hints(Config)
     for key in dataclasses.fields(Config):
@@ -182,12 +183,11 @@ def _parser_with(kinds: tuple[str, ...]) -> ArgumentParser:
     return parser
 
 
-def _configuration_files(argv: Sequence[str]) -> Iterator[Path]:
-    """The files that `--config` names."""
-    for flag, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        name, _, value = flag.partition("=")
-        if name == "--config":
-            yield Path(value or following)
+def _flags_of(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every argument with the value it has, if it is a flag: after its `=`, or the argument that follows."""
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = argument.partition("=")
+        yield name, value if equals else following
 
 
 def _load_plugins_of(path: Path) -> None:
@@ -249,9 +249,8 @@ def _check_files(argv: Sequence[str]) -> None:
         HeadwiseError: it is not a regular file, too large, or no YAML of keys and values.
     """
     sections = to_dict(Config())
-    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, equals, value = flag.removeprefix("--").partition("=")
-        value = value if equals else following
+    for flag, value in _flags_of(argv):
+        name = flag.removeprefix("--")
         _refuse_no_number(name.replace("-", "_"), value)
         section = sections if name == "config" else _section(sections, name)
         if flag.startswith("--") and section is not None and not value.lstrip().startswith("{"):

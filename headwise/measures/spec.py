@@ -134,8 +134,9 @@ def measures() -> dict[str, Measure]:
 
 def measure_of(name: str) -> Measure:
     """The measure of a column; of a column that nothing here knows, one that is named like it."""
-    unknown = Measure(name, name, "not defined by what is loaded here", source="layer", absent=math.inf)
-    return MEASURES.get(name, unknown)
+    if name in MEASURES:
+        return MEASURES[name]
+    return Measure(name, name, "not defined by what is loaded here", source="layer", absent=math.inf)
 
 
 def wanted_measures(names: Iterable[str] | None) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from msgspec import Meta
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Size = Annotated[int, Meta(ge=1, le=2**40)]
 Process = Annotated[int, Meta(ge=0, lt=2**31)]
-Name = Annotated[str, Meta(min_length=1, max_length=255)]
 Total = int | float
 """A count that may be too large for 64 bits, such as FLOPs; the reader bounds its digits."""
 

@@ -19,9 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
-from headwise.watch.tensors import Tensors, find, names_in, read_object, read_tensor, tensors_of_folder
+from headwise.watch.tensors import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    Tensors,
+    find,
+    names_in,
+    read_object,
+    read_tensor,
+    tensors_of_folder,
+)
 
-ADAPTER = "adapter_model.safetensors"
 PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
                   r"(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?$")  # fmt: skip
 REFUSED = {
@@ -61,7 +69,7 @@ def merged(folder: Path, own: Tensors | None, *, beside: bool = True) -> Tensors
     if not beside:
         assert own is not None
         return _merged_inside(own, {})
-    settings = read_object(folder / "adapter_config.json")
+    settings = read_object(folder / ADAPTER_CONFIG)
     _check(folder, settings)
     if not (folder / ADAPTER).is_file():
         if own is None:

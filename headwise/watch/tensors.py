@@ -23,6 +23,7 @@ from headwise.pretrained import no_weights
 from headwise.watch.weight_map import refuse_outside
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
 
@@ -99,12 +100,12 @@ def tensors_of_folder(folder: Path) -> Tensors:
         HeadwiseError: weights or configuration are missing or damaged, or would have to be unpickled; or an
             adapter whose base is not there or that cannot be merged.
     """
-    from headwise.watch.adapters import ADAPTER, merged
+    from headwise.watch.adapters import merged
 
     if not folder.is_dir():
         raise HeadwiseError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
     own = any(path.name != ADAPTER for path in folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return merged(folder, _plain(folder) if own else None)
     return merged(folder, _plain(folder), beside=False)
 
@@ -118,7 +119,7 @@ def checksum_of(model: str | Path) -> str | None:
     if not (folder / "config.json").is_file():
         return None
     used = {*_homes(folder).values(), folder / "config.json"}
-    adapters = {folder / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    adapters = {folder / name for name in (ADAPTER_CONFIG, ADAPTER)}
     return files_checksum(sorted(used | {path for path in adapters if path.is_file()}))
 
 
@@ -168,7 +169,7 @@ def _plain(folder: Path) -> Tensors:
         if (folder / INDEX).is_file()
         else f"{SINGLE} holds the model"
         for file in sorted(folder.glob("*.safetensors"))
-        if file not in used and file.name != "adapter_model.safetensors"
+        if file not in used and file.name != ADAPTER
     }
     return Tensors(
         str(folder), list(home), lambda name: read_tensor(home[name], name), _config(folder), folder=folder,
@@ -184,11 +185,9 @@ def _homes(folder: Path) -> dict[str, Path]:
     """
     if (folder / INDEX).is_file():
         return _indexed(folder)
-    files = [
-        file for file in sorted(folder.glob("*.safetensors")) if file.name != "adapter_model.safetensors"
-    ]
-    if not files and (folder / "adapter_model.safetensors").is_file():
-        raise HeadwiseError(f"{folder} holds an adapter without adapter_config.json, which names its base")
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != ADAPTER]
+    if not files and (folder / ADAPTER).is_file():
+        raise HeadwiseError(f"{folder} holds an adapter without {ADAPTER_CONFIG}, which names its base")
     if not files:
         raise no_weights(folder)
     refuse_outside(folder)

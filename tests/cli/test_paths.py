@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ from headwise.measures import table as head_table
 from headwise.runs.folder import RunFolder
 from headwise.runs.read import Run, find_runs
 from headwise.training.run import train
+from tests.fixtures.disk import files_of_at_most
 
 NAMES = ["r[1]", "r*", "r?", "r{1,2}", "a:b", "exp-12:30", "s3:x", "k=v", "pct%20", "a b", "a#b", "#a", "-a",
          "~a", "'q\"", "a\nb", "é", "1e3", "0x10", "1_000", ".5", "[1]"]  # fmt: skip
@@ -76,16 +74,6 @@ def test_a_run_trains_and_goes_on_in_a_folder_of_that_name(
 def test_what_yaml_reads_as_nothing_is_refused(value: str) -> None:
     with pytest.raises(HeadwiseError, match=r"reads as nothing.*write \./"):
         from_dict(TINY | {"out": value})
-
-
-@contextmanager
-def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [0, 300, 3000])

@@ -1,7 +1,7 @@
 """How a head attends, per query: entropy, sharpness, reach and the logits behind them.
 
 `head_stats` takes queries and keys and never forms a (T, T) tensor: plain PyTorch works through
-tiles of a bounded number of scores (`head_stats_plain`), a GPU with Triton through the fused kernel
+tiles of a bounded number of scores (`reference`), a GPU with Triton through the fused kernel
 of `headwise.functional.head_stats.kernel`. `weights_stats` gives the same measures of explicit weights.
 
 With `s = softcap(scale · q_scale · q·k)` over the visible keys of query i and
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from headwise.functional.dispatch import fits_kernel
-from headwise.functional.head_stats import reference as head_stats_plain
+from headwise.functional.head_stats import reference
 
 MASS = 0.9
 """`k_eff` counts keys for this share of a query's weight."""
@@ -103,7 +103,7 @@ def head_stats(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     factors = [1.0] if q_scales is None else [float(x) for x in q_scales]
-    measure = head_stats_plain.of_scores
+    measure = reference.of_scores
     if fits_kernel(q, 256) and k.dtype == q.dtype and scale > 0 and min(factors) >= 0:
         from headwise.functional.head_stats.kernel import head_stats as fused
 
@@ -148,7 +148,7 @@ def weights_stats(
     starts = document_starts(documents)
     if key_mask is None:
         key_mask = torch.stack([sample.amax((0, 1)) > 0 for sample in weights])
-    return HeadStats(**head_stats_plain.of_weights(weights, key_mask, starts, mass=mass, k_eff=k_eff))
+    return HeadStats(**reference.of_weights(weights, key_mask, starts, mass=mass, k_eff=k_eff))
 
 
 def document_starts(documents: Tensor | None) -> Tensor | None:

@@ -255,11 +255,6 @@ class Architecture:
         kind = _part_of(config, place.root).get("model_type", config.get("model_type"))
         return str(kind).replace("-", "_") if kind else None
 
-    def class_name(self, place: Place) -> str | None:
-        """The name of the place's class."""
-        modules = self._attention(place)
-        return type(modules[0]).__name__ if modules else None
-
     def unlike(self, place: Place) -> str | None:
         """Why a place is not softmax attention with a q·k circuit; None where it is, or nothing is known."""
         for module in self._attention(place):

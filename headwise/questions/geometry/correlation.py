@@ -1,8 +1,7 @@
 """Does a head's geometry predict how it attends? Correlation of descriptors with dynamics, over heads.
 
 The tables are the head geometry note's: Pearson r of every descriptor with mean entropy and mean logit std
-over
-all (layer, head), the same within thirds of the layers, the best single predictor, a standardised
+over all (layer, head), the same within thirds of the layers, the best single predictor, a standardised
 regression. Beyond them: 95% intervals by Fisher's z (as if heads were independent) and by resampling
 whole layers (heads of a layer are not independent), Spearman's rho, p-values with Holm's correction,
 and the regression's condition number.

@@ -1,5 +1,4 @@
-"""Scale one head's query and measure what follows in the head and in the model's output (query-scaling
-study).
+"""Scale one head's query; measure what follows in the head and in the output (query-scaling study).
 
 The query is scaled after its projection and normalisation and before RoPE. In Hugging Face models it
 is reached after the rotation, which is the same: a rotation is linear, `rope(s·q) = s·rope(q)`.

@@ -209,17 +209,15 @@ def _refuse_other_moments(
             raise reading.Unreadable(path, f"its {name} is {headers.get(name)}, expected F64 {shape}")
 
 
-def check_parts(parts: Sequence[Path], columns: Sequence[str] = ()) -> None:
-    """Refuse, by their footers, parts that are no parts of a head table with these columns.
+def check_parts(parts: Sequence[Path]) -> None:
+    """Refuse, by their footers, parts that are no parts of a head table.
 
     Raises:
         HeadwiseError: names the first.
     """
     for part in parts:
         try:
-            found = head_table.check_part(part)
-            if missing := next((name for name in columns if name not in found), None):
-                raise reading.Unreadable(part, f"it has no column {missing!r}")
+            head_table.check_part(part)
         except reading.Unreadable as error:
             raise error.so("delete it and run again") from error
 

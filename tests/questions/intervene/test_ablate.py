@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,31 +16,10 @@ from headwise.watch.effect import Speaker, compare, speaker_of
 from headwise.watch.hooks import attention_layers
 from headwise.watch.load import Loaded
 from headwise.watch.removal import removed
+from tests.fixtures.samples import Rows
 
 HEADS = ((0, 1), (1, 2), (1, 3))
 WIDTH = 8
-
-
-@dataclass
-class Rows:
-    """Samples as the measurement reads them."""
-
-    tokens: Tensor
-
-    @property
-    def context_length(self) -> int:
-        return self.tokens.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def batch(self, first: int, last: int) -> Tensor:
-        return self.tokens[first:last]
-
-
-@pytest.fixture
-def rows() -> Rows:
-    return Rows(torch.randint(1, 64, (3, 20), generator=torch.Generator().manual_seed(3)))
 
 
 def output_projections(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor | None]]:

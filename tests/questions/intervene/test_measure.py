@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -37,31 +36,10 @@ from headwise.watch.hooks import (
 )
 from headwise.watch.load import Loaded
 from headwise.watch.observe import watch
+from tests.fixtures.samples import Rows
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
 LAYER, HEAD = 1, 2
-
-
-@dataclass
-class Rows:
-    """Samples as the intervention reads them."""
-
-    tokens: Tensor
-
-    @property
-    def context_length(self) -> int:
-        return self.tokens.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def batch(self, first: int, last: int) -> Tensor:
-        return self.tokens[first:last]
-
-
-@pytest.fixture
-def rows() -> Rows:
-    return Rows(torch.randint(1, 64, (3, 20), generator=torch.Generator().manual_seed(3)))
 
 
 def headwise_speaker(**options: object) -> Speaker:
