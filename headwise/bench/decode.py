@@ -77,7 +77,7 @@ def measure(
     model = (
         Decoder(dataclasses.replace(shape, attention=AttentionConfig(kind)), context).to(device, dtype).eval()
     )
-    slots = keys_of_share(share, context, model.attentions()[0].keeps_first)
+    slots = keys_of_share(share, context, model.deciding().keeps_first)
     cache = make_cache(model, batch, context, slots)
     fill(cache, context)
     tokens = torch.randint(shape.vocab_size or 1, (batch,), device=device)

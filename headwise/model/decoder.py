@@ -159,6 +159,11 @@ class Decoder(nn.Module):
         """The attention of each layer, in order."""
         return [cast(Block, block).attention for block in self.blocks]
 
+    def deciding(self) -> Attention:
+        """The first layer whose queries decide which keys later queries see; layer 0 where none does."""
+        layers = self.attentions()
+        return next((layer for layer in layers if layer.selects), layers[0])
+
 
 def _is_added(name: str) -> bool:
     part = name.partition(".attention.")[2].partition(".")[0]

@@ -368,14 +368,14 @@ def _engine(trainer: Trainer) -> str:
     tokens = trainer.data.batch("train", trainer.data.train_indices(0, size)).inputs
     with trainer.autocast:
         trainer.model(tokens.to(trainer.world.device))
-    return trainer.model.attentions()[0].engine or "unknown"
+    return trainer.model.deciding().engine or "unknown"
 
 
 def _say_fallback(trainer: Trainer) -> None:
     """Say it when the attention is slower than its kind can be."""
     data = trainer.config.data
     batch = max(1, data.batch_size // trainer.world.size)
-    line = trainer.model.attentions()[0].fallback(batch, data.seq_len)
+    line = trainer.model.deciding().fallback(batch, data.seq_len)
     if line and trainer.world.leads:
         trainer.folder.say(line)
         trainer.progress.say(line)

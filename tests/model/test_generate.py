@@ -96,6 +96,14 @@ def test_decoding_is_the_pruned_evaluation_at_every_budget(switches: dict[str, A
         torch.testing.assert_close(loss, expected)
 
 
+@torch.no_grad()
+def test_layers_that_do_not_select_are_decoded_beside_those_that_do() -> None:
+    model = make(residual_logits=True, layers=[1])
+    torch.testing.assert_close(decoded(model, TOKENS), model(tokens()), atol=1e-5, rtol=1e-5)
+    with pytest.raises(HeadwiseError, match="layer 0 cannot hold a share"), within_budget(model, 0.5):
+        pass
+
+
 @pytest.mark.parametrize("masks", [1, 2])
 @torch.no_grad()
 def test_one_key_value_head_serves_all_masks(masks: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from headwise.errors import HeadwiseError, in_range, one_of
 from headwise.functional.dispatch import WIDEST_HEAD
@@ -17,6 +17,7 @@ PROTECTIONS = (
 )  # fmt: skip
 ACCUMULATIONS = ("fused", *SUMS)
 MOST = 1e9
+MOST_LAYERS = 2**12
 SECTION = "model.attention.selective"
 
 
@@ -64,6 +65,8 @@ class SelectiveConfig:
 
     Attributes:
         enabled: False leaves F = 0: the attention of `flash`.
+        layers: the layers that select, numbered from 0; all of them where not given. The others compute what
+            `flash` computes, and keep their selection parameters untrained.
         source: whose logits select: head_zero (which also attends), dedicated (extra heads that only
             select), linear_combo (a learned combination of all heads), latent (a learned map from few
             logits to one per head).
@@ -88,6 +91,7 @@ class SelectiveConfig:
     """
 
     enabled: bool = True
+    layers: list[int] | None = None
     source: str = "head_zero"
     n_masks: int = 1
     mask_heads: str = "sliced"
@@ -105,6 +109,24 @@ class SelectiveConfig:
     accumulate: str = "fused"
     memory_penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     protection: ProtectionConfig = field(default_factory=ProtectionConfig)
+
+    def at(self, layer: int) -> SelectiveConfig:
+        """The switches of one layer: disabled where `layers` leaves it out."""
+        selects = self.layers is None or layer in self.layers
+        return self if selects else replace(self, enabled=False)
+
+    def mixes(self, layer: int) -> bool:
+        """Whether the logits of `layer` take up those of an earlier layer that selects."""
+        return self.residual_logits and layer > min(self.layers or [0])
+
+    def refuse_beyond(self, n_layers: int) -> None:
+        """Refuse a layer that the model does not have.
+
+        Raises:
+            HeadwiseError: with the layers that it has.
+        """
+        if self.layers is not None and max(self.layers) >= n_layers:
+            _refuse("layers", self.layers, f"the model has layers 0 to {n_layers - 1}")
 
     def masks(self, n_heads: int) -> int:
         """Distinct masks of a layer."""
@@ -189,11 +211,21 @@ class SelectiveConfig:
             _refuse("memory_penalty.epsilon", self.memory_penalty.epsilon, "it must not be negative")
         if self.memory_penalty.tau <= 0:
             _refuse("memory_penalty.tau", self.memory_penalty.tau, "it must be greater than 0")
+        if self.layers is not None:
+            self._validate_layers(self.layers)
         if self.n_masks < 1:
             _refuse("n_masks", self.n_masks, "there is at least one mask")
         in_range(f"{SECTION}.n_masks", self.n_masks, 1, 2**12)
         if self.protection.scale < 0:
             _refuse("protection.scale", self.protection.scale, "a protection is at least 0")
+
+    def _validate_layers(self, layers: list[int]) -> None:
+        if not layers:
+            _refuse("layers", layers, "it names no layer; set enabled to false to select in none")
+        if min(layers) < 0 or max(layers) >= MOST_LAYERS:
+            _refuse("layers", layers, "layers are numbered from 0 to model.n_layers - 1")
+        if len(set(layers)) < len(layers):
+            _refuse("layers", layers, "it names a layer twice")
 
     def _validate_masks(self, n_heads: int, head_dim: int) -> None:
         sliced = self.source in ("dedicated", "latent") and self.mask_heads == "sliced"

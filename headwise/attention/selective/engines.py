@@ -40,6 +40,7 @@ def _each(values: tuple[str, ...], key: str, **beside: Any) -> dict[str, dict[st
 
 SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
     "enabled": {"false": {"enabled": False}},
+    "layers": {"those named": {"layers": [0]}},
     "source": _each(SOURCES, "source"),
     "n_masks": {
         "1": {},

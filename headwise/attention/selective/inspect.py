@@ -91,8 +91,8 @@ def rules(options: SelectiveConfig) -> Rules:
 def switches(options: SelectiveConfig) -> dict[str, Any]:
     """The switches that are not at their default, and the source."""
     default = SelectiveConfig()
-    names = ("n_masks", "mask_heads", "protect_bos", "protect_self", "relu_leak", "relu_after_cumsum",
-             "residual_logits", "mask_layernorm")  # fmt: skip
+    names = ("layers", "n_masks", "mask_heads", "protect_bos", "protect_self", "relu_leak",
+             "relu_after_cumsum", "residual_logits", "mask_layernorm")  # fmt: skip
     found: dict[str, Any] = {"source": options.source}
     found |= {n: getattr(options, n) for n in names if getattr(options, n) != getattr(default, n)}
     found["protection"] = options.protection.kind
@@ -104,6 +104,10 @@ def switches(options: SelectiveConfig) -> dict[str, Any]:
 def notes(options: SelectiveConfig) -> list[str]:
     """What to keep in mind of the switches when reading the numbers."""
     found = []
+    if options.layers is not None:
+        found.append(
+            f"Only layers {', '.join(map(str, sorted(options.layers)))} select; the others have no mask."
+        )
     if options.mask_layernorm:
         found.append(
             "With mask_layernorm F is normalised over keys and masks: it is not the sum of the attacks, so "

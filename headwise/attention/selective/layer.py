@@ -79,7 +79,9 @@ class SelectiveAttention(FlashAttention):
 
     def __init__(self, shape: AttentionShape, options: SelectiveConfig | None = None) -> None:
         super().__init__(shape, options)
-        self.config = options or SelectiveConfig()
+        chosen = options or SelectiveConfig()
+        chosen.refuse_beyond(shape.n_layers)
+        self.config = chosen.at(shape.layer)
         inherited = set(self.parameters())
         with torch.random.fork_rng(devices=[]):  # what the kind adds shifts no other draw of a model
             self._add_parameters()
@@ -110,7 +112,7 @@ class SelectiveAttention(FlashAttention):
             self.combination_bias = nn.Parameter(torch.empty(heads)) if config.latent_bias else None
         if config.protection.kind.startswith("linear_combo"):
             self.protection_combination = nn.Parameter(torch.empty(1, heads))
-        if config.residual_logits and shape.layer > 0:
+        if config.mixes(shape.layer):
             self.residual = nn.Parameter(torch.empty(masks, masks))
 
     def initialise(self) -> None:
@@ -269,7 +271,7 @@ class SelectiveAttention(FlashAttention):
         of attack and protection, the activation, and the penalty; none of them is counted. Neither is what
         is computed again in a backward pass to save memory.
         """
-        config = options or SelectiveConfig()
+        config = (options or SelectiveConfig()).at(shape.layer)
         flops = super().flops_per_token(shape, options, seq_len)
         if not config.enabled:
             return flops
@@ -285,7 +287,7 @@ class SelectiveAttention(FlashAttention):
             flops += seq_len * 2 * own_keys + 2 * queries * own_keys
         elif config.protection.kind == "leaky_relu" and not config.residual_logits:
             flops += seq_len * logits  # made a second time
-        if config.residual_logits and shape.layer > 0 and masks > 1:  # a single mask's by a number
+        if config.mixes(shape.layer) and masks > 1:  # a single mask's by a number
             flops += seq_len * 2 * masks**2
         return flops
 
@@ -429,9 +431,12 @@ class SelectiveAttention(FlashAttention):
         mask: Tensor | None,
         causal: bool,
     ) -> Observation:
-        """The softmax scores, with -F as the bias it is."""
+        """The softmax scores, with -F as the bias it is. A layer that `layers` leaves out has F = 0."""
         if self.mask is None:
-            return self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)
+            seen = self.softmax_scores(q, k, q_pre, k_pre, mask=mask, causal=causal)
+            if self.selects or self.config.layers is None:
+                return seen
+            return replace(seen, taken=q.new_zeros(()).expand(q.shape[0], 1, q.shape[2], q.shape[2]))
         taken = per_head(self.mask, self.shape.n_heads)
         self.mask = None
         return Scores(q, k, self.scale, causal=causal, bias=-taken, q_pre=q_pre, k_pre=k_pre, taken=taken)

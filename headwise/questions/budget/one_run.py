@@ -211,11 +211,11 @@ class Measurable:
         room = SCORES["cuda" if world.device.type == "cuda" else "cpu"]
         size = max(1, min(config.data.batch_size, room // (config.model.n_heads * length**2)))
         batches, chosen_on = (_batches(self.data, indices, size) for indices in self._sequences)
-        attention = model.attentions()[0]
+        attention = model.deciding()
         found = Measured(config.model.attention.kind)
         has_f = attention.selects
         shares = sorted({*self.options.shares, *([] if has_f else [1.0])}, reverse=True)
-        if reason := attention.whole_context_only():
+        if reason := next(filter(None, (each.whole_context_only() for each in model.attentions())), None):
             shares = [1.0]
             found.remarks.append(f"is measured with its full context alone: {reason}")
 

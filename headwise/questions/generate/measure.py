@@ -78,7 +78,7 @@ def continue_text(
             f"prompt and continuation are {length} tokens, and the model has {model.max_seq_len} learned "
             "positions; ask for fewer --tokens"
         )
-    keys = keys_of_share(budget, length, model.attentions()[0].keeps_first)
+    keys = keys_of_share(budget, length, model.deciding().keeps_first)
     autocast = world.autocast(config.training.precision)
     dtype = torch.bfloat16 if autocast._enabled else None
     try:

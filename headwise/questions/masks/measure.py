@@ -68,6 +68,8 @@ def look(
     ids, labels, notes = _tokens(run, text, config, max_tokens, source)
     found = inspector.selections(model, torch.tensor([ids], device=next(model.parameters()).device))
     found = [one for one in found if one.layer in chosen]
+    if not found:
+        raise HeadwiseError(f"--layers {' '.join(map(str, chosen))}: none of them selects in {run}")
     data = {
         "title": "Which token was masked by whom, and when",
         "run": str(run),
@@ -162,7 +164,7 @@ def _reads_bytes(config: Config) -> bool:
 
 def _inspector(run: str | Path, model: Decoder, config: Config) -> Any:
     """The module that tells who masks whom."""
-    attention = model.attentions()[0]
+    attention = model.deciding()
     if attention.inspector is None:
         raise HeadwiseError(
             f"{run} has attention of kind {attention.kind!r}, which masks no token; give a run that selects"

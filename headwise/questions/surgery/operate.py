@@ -172,7 +172,7 @@ def operate(
     }  # fmt: skip
     optimizer = _optimizer(source, new, operation) if config.training.keep_optimizer else {}
     _write(config, new, optimizer, record, lines, environment(str(world.device)) | {
-        "engine": new.attentions()[0].engine or "unknown", "data": data.identity,
+        "engine": new.deciding().engine or "unknown", "data": data.identity,
     })  # fmt: skip
     return record
 

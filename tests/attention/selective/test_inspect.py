@@ -54,7 +54,8 @@ def seen_masks(model: Decoder) -> list[np.ndarray]:
     "switches",
     [
         {}, {"protect_bos": False}, {"protect_self": False}, {"relu_leak": 0.3}, {"residual_logits": True},
-        {"source": "dedicated", "n_masks": 2}, {"source": "latent", "n_masks": 2, "latent_bias": True},
+        {"layers": [1]}, {"source": "dedicated", "n_masks": 2},
+        {"source": "latent", "n_masks": 2, "latent_bias": True},
         {"source": "linear_combo", "accumulate": "float64"},
     ],
     ids=str,
@@ -62,7 +63,7 @@ def seen_masks(model: Decoder) -> list[np.ndarray]:
 def test_masks_are_those_of_the_model_and_the_sum_of_its_attacks(switches: dict[str, Any]) -> None:
     model = decoder(**switches)
     found = selections(model, TOKENS)
-    assert [one.layer for one in found] == [0, 1]
+    assert [one.layer for one in found] == switches.get("layers", [0, 1])
     for one, mask in zip(found, seen_masks(model), strict=True):
         np.testing.assert_array_equal(one.taken, mask[_firsts(one.heads)])
         np.testing.assert_allclose(one.taken, before_each_query(one.attack), atol=1e-4)

@@ -47,6 +47,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sequential": {"accumulate": "sequential"},
     "penalty": {"memory_penalty": PenaltyConfig(epsilon=0.1)},
     "disabled": {"enabled": False},
+    "another layer's": {"layers": [1], "residual_logits": True},
 } | {
     f"protection {kind}": {"protection": ProtectionConfig(kind)}
     for kind in (
@@ -62,9 +63,12 @@ def shape(layer: int = 0, **sizes: Any) -> AttentionShape:
     return AttentionShape(**(default | sizes), layer=layer)
 
 
-def make(seed: int = 0, layer: int = 0, n_kv_heads: int = HEADS, **switches: Any) -> SelectiveAttention:
+def make(
+    seed: int = 0, layer: int = 0, n_kv_heads: int = HEADS, n_layers: int = 2, **switches: Any
+) -> SelectiveAttention:
     torch.manual_seed(seed)
-    return SelectiveAttention(shape(layer, n_kv_heads=n_kv_heads), SelectiveConfig(**switches)).eval()
+    sizes = shape(layer, n_kv_heads=n_kv_heads, n_layers=n_layers)
+    return SelectiveAttention(sizes, SelectiveConfig(**switches)).eval()
 
 
 def inputs(seed: int = 1) -> Tensor:
@@ -108,6 +112,29 @@ def test_switched_off_it_is_flash() -> None:
     flash.load_state_dict(layer.state_dict())
     assert torch.equal(layer(inputs()), flash(inputs()))
     assert layer.engine == "sdpa"
+
+
+def test_a_layer_that_is_not_named_is_flash_and_the_others_select() -> None:
+    x = inputs()
+    for layer in range(2):
+        chosen, everywhere = make(layer=layer, layers=[1]), make(layer=layer)
+        flash = FlashAttention(shape(layer)).eval()
+        flash.load_state_dict(chosen.state_dict())
+        assert torch.equal(chosen(x), everywhere(x) if layer == 1 else flash(x))
+        assert chosen.selects == (layer == 1)
+    assert not torch.allclose(everywhere(x), flash(x), atol=1e-3)
+
+
+def test_logits_are_mixed_into_layers_behind_the_first_that_selects() -> None:
+    mixed = [
+        make(layer=layer, layers=[1, 2], n_layers=4, residual_logits=True).residual for layer in range(4)
+    ]
+    assert [matrix is not None for matrix in mixed] == [False, False, True, True]
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(HeadwiseError, match=r"layers is \[0, 2\]: the model has layers 0 to 1"):
+        make(layers=[0, 2])
 
 
 def test_switched_off_it_trains_nothing_but_flash() -> None:
@@ -314,6 +341,9 @@ def test_a_model_starts_its_combinations_as_asked() -> None:
         ({"source": "latent", "n_masks": 5}, "sliced equally"),
         ({"mask_layernorm": True}, "remove F of a single mask"),
         ({"n_masks": 2}, "makes one mask"),
+        ({"layers": []}, "names no layer"),
+        ({"layers": [-1]}, "numbered from 0"),
+        ({"layers": [1, 1]}, "names a layer twice"),
         ({"source": "dedicated", "mask_heads": "one_each", "n_masks": 9}, "more than 4 masks"),
         ({"source": "dedicatd"}, "did you mean 'dedicated'"),
         ({"protection.kind": "huge"}, "protection.kind"),
