@@ -211,5 +211,10 @@ for _measure in (
         "kept_context", "Kept context", "Σ_j (1 - min(F[i,j], 1)), what selection leaves of the keys", "keys",
         source="taken",
     ),
+    Measure(
+        "null_weight", "Weight on nothing", "what a sink c takes, exp(c) / (exp(c) + Σ_j exp(s[i,j]))",
+        source="layer", remark="other measures are of the weights over the keys, normalised to 1",
+    ),
+    Measure("gate", "Gate", "mean of the head's output gate over its channels", source="layer"),
 ):  # fmt: skip
     register_measure(_measure)
