@@ -64,14 +64,14 @@ def attention(
     name = backend(q, k, v, biased=bias is not None, causal=causal, window=window, scale=scale)
     y, lse = _forward(name, q, k, v, bias, causal, window, scale)
     if sink is None:
-        return _laid_out(y), lse.clone() if lse._base is not None else lse
+        return _laid_out(y), lse.contiguous()
     if q.is_cuda and HAS_KERNELS:
         from headwise.functional.fused_attention.kernel import apply_sink
 
         return apply_sink(y, lse, sink)
     total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
     keeps = (lse - total).exp()
-    return _laid_out((y.to(keeps.dtype) * keeps[..., None]).to(y.dtype)), total
+    return _laid_out((y.to(keeps.dtype) * keeps[..., None]).to(y.dtype)), total.contiguous()
 
 
 @attention.register_fake

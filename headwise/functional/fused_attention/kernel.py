@@ -22,7 +22,7 @@ def rows_at(ptr, stride, rows, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def apply_kernel(
+def apply_sink_kernel(
     y_ptr, lse_ptr, sink_ptr, out_ptr, total_ptr, stride_yb, stride_yh, stride_yt, stride_ob, stride_oh,
     stride_ot, stride_lb, stride_lh, heads, tokens,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -45,7 +45,7 @@ def apply_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def sink_gradient_kernel(
     y_ptr, grad_ptr, lse_ptr, sink_ptr, part_ptr, stride_yb, stride_yh, stride_yt, stride_gb, stride_gh,
     stride_gt, heads, tokens, blocks, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def apply_sink(y: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(y.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse = lse if lse.stride(-1) == 1 else lse.contiguous()
     total = torch.empty((batch, heads, tokens), dtype=torch.float32, device=y.device)
-    apply_kernel[(batch * heads, triton.cdiv(tokens, ROWS))](
+    apply_sink_kernel[(batch * heads, triton.cdiv(tokens, ROWS))](
         y, lse, sink.contiguous(), out, total, *y.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
         heads, tokens, D=width, BLOCK_M=ROWS, BLOCK_D=max(16, triton.next_power_of_2(width)),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def sink_gradient(y: Tensor, grad: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     batch, heads, tokens, width = y.shape
     blocks = triton.cdiv(tokens, ROWS)
     parts = torch.empty((batch * blocks, heads), dtype=torch.float32, device=y.device)
-    gradient_kernel[(batch * heads, blocks)](
+    sink_gradient_kernel[(batch * heads, blocks)](
         y, grad, lse, sink.contiguous(), parts, *y.stride()[:3], *grad.stride()[:3], heads, tokens, blocks,
         D=width, BLOCK_M=ROWS, BLOCK_D=max(16, triton.next_power_of_2(width)),
     )  # fmt: skip
