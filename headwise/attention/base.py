@@ -10,20 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from headwise.attention.cache import KeyValueCache, LayerCache
+from headwise.attention.carry import Carry
+from headwise.attention.modifiers import MODIFIERS, ModifierLayer, Modifiers
 from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, read_mask
+from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
+from headwise.functional.softmax_attention import windowed
 from headwise.measures.spec import Measure
 
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-FEATURES = ("causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training")
+FEATURES = ("causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training", *MODIFIERS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class AttentionShape:
         dropout: share of attention weights dropped in training.
         layer: index of the layer, from 0.
         n_layers: layers of the model.
+        modifiers: what the layer does besides its kind's attention.
     """
 
     d_model: int
@@ -49,19 +54,7 @@ class AttentionShape:
     dropout: float = 0.0
     layer: int = 0
     n_layers: int = 1
-
-
-@dataclass
-class Carry:
-    """What the layers of one forward pass hand to the next layer and to the loss.
-
-    Attributes:
-        logits: selection logits of the previous layer, `(B, M, T, T)`.
-        penalty: what layers so far add to the loss, a scalar.
-    """
-
-    logits: Tensor | None = None
-    penalty: Tensor | float = 0.0
+    modifiers: Modifiers = Modifiers()
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,10 @@ class Attention(nn.Module):
         options: the dataclass of `model.attention.<kind>`, or None. Where it has them, `validate_values()`
             refuses values that have no meaning, whichever kind is chosen, and
             `validate(n_heads=…, head_dim=…)` what does not go together where this one is.
-        supports: names out of `FEATURES`.
+        supports: names out of `FEATURES`. Of the modifiers, the base class applies `qk_norm`,
+            `output_gate` and `value_residual` for a kind that declares them; `core` itself obeys `sink()` and
+            `window()`, and a decoding cache obeys all of them (`KeyValueCache` does).
+        declines: why the kind cannot take a modifier, by its name, for those that it does not declare.
         engine_family: what the engines of this kind are called before the first hyphen.
         measures: those of its own; its observations carry their values in `extra`.
         sections: what the kind adds to a report, each as `package.module:NAME` of a
@@ -116,6 +112,7 @@ class Attention(nn.Module):
     kind: ClassVar[str]
     options: ClassVar[type | None] = None
     supports: ClassVar[frozenset[str]] = frozenset()
+    declines: ClassVar[Mapping[str, str]] = {}
     engine_family: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]] = ()
     sections: ClassVar[tuple[str, ...]] = ()
@@ -132,6 +129,12 @@ class Attention(nn.Module):
         heads = shape.n_heads + 2 * shape.n_kv_heads
         self.qkv = nn.Linear(shape.d_model, heads * shape.head_dim, bias=shape.bias)
         self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
+        modifiers = shape.modifiers.present()
+        for name in modifiers:
+            if reason := self.why_not(name):
+                raise HeadwiseError(f"model.attention.{name} is set, but {reason}")
+        self.modifiers = ModifierLayer(shape) if modifiers else None
+        self.initialise_modifiers()
         self.observer: Observer | None = None
         self.engine: str | None = None
         """The engine that computed the last forward pass outside of compiled code."""
@@ -161,20 +164,44 @@ class Attention(nn.Module):
             ValueError: x or a mask of another shape or dtype, or a form that this kind does not support.
         """
         self._check(x, attn_mask, causal)
+        carry = carry or Carry()
         q_pre, k_pre, v = self.heads(x)
+        if self.modifiers is not None:
+            v = self.modifiers.values(v, carry)
         q, k = rope(q_pre, k_pre) if rope is not None else (q_pre, k_pre)
-        y = self.attend(x, q, k, v, mask=attn_mask, causal=causal, rope=rope, carry=carry or Carry())
+        y = self.attend(x, q, k, v, mask=attn_mask, causal=causal, rope=rope, carry=carry)
         if self.observer is not None:
-            self.observer(self.observation(q, k, v, q_pre, k_pre, mask=attn_mask, causal=causal))
+            self.observer(self._observed(x, q, k, v, q_pre, k_pre, mask=attn_mask, causal=causal))
+        if self.modifiers is not None:
+            y = self.modifiers.outputs(x, y)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`."""
+        """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`; q, k after their norm."""
         shape = self.shape
         heads = self.qkv(x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
         q, k, v = heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
+        if self.modifiers is not None:
+            q, k = self.modifiers.queries_and_keys(q, k)
         return q, k, v
+
+    def sink(self) -> Tensor | None:
+        """The logits `(H,)` that take a share of each query's weight, for `core`; None where nothing does."""
+        return None if self.modifiers is None or self.modifiers.sink is None else self.modifiers.sink.logit
+
+    def window(self, length: int) -> int | None:
+        """The window for `core` on a sequence of `length`; None where a query sees every key of it."""
+        window = self.shape.modifiers.window
+        return None if window is None or window >= length else window
+
+    @classmethod
+    def why_not(cls, modifier: str) -> str | None:
+        """Why this kind does not take a modifier, as a sentence; None where it does."""
+        if modifier in cls.supports:
+            return None
+        reason = cls.declines.get(modifier, "it does not declare that it does")
+        return f"kind {cls.kind!r} cannot take it: {reason}"
 
     def attend(
         self,
@@ -213,13 +240,23 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, q_pre: Tensor, k_pre: Tensor, *, mask: Tensor | None, causal: bool
     ) -> Scores:
         """The observation of a kind whose weights are a softmax of `scale · q·k` under `mask`."""
+        window = self.window(q.shape[-2])
         if mask is None:
-            return Scores(q, k, self.scale, causal=causal, q_pre=q_pre, k_pre=k_pre)
+            return Scores(q, k, self.scale, causal=causal, window=window, q_pre=q_pre, k_pre=k_pre)
+        mask = windowed(mask, window, q.shape[-2], q.device)
+        assert mask is not None
         seen = read_mask(mask[:, None], q.shape[0], causal=causal)
         return Scores(
             q, k, self.scale, causal=seen.causal, bias=seen.bias, window=seen.window,
             key_mask=seen.key_mask, documents=seen.documents, q_pre=q_pre, k_pre=k_pre,
         )  # fmt: skip
+
+    def _observed(self, x: Tensor, *args: Tensor, mask: Tensor | None, causal: bool) -> Observation:
+        """The kind's observation, with the measures of the modifiers."""
+        seen = self.observation(*args, mask=mask, causal=causal)
+        if self.modifiers is None or isinstance(seen, Unmeasured):
+            return seen
+        return replace(seen, extra={**seen.extra, **self.modifiers.measures(x, seen)})
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not observed, and has its class's methods where this layer's are replaced for a block."""
@@ -228,6 +265,11 @@ class Attention(nn.Module):
 
     def initialise(self) -> None:
         """Draw parameters that do not start as the model's matrices do."""
+
+    def initialise_modifiers(self) -> None:
+        """Set the modifiers' parameters to their start, once all matrices are drawn."""
+        if self.modifiers is not None:
+            self.modifiers.initialise(self.out)
 
     def lr_multipliers(self) -> dict[str, float]:
         """Learning-rate multipliers by name of parameters with one of their own; they do not decay."""
@@ -345,15 +387,17 @@ class Attention(nn.Module):
     def flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
         """Forward FLOPs of the core for one token: its matrix products, two for each multiply-add.
 
-        Scores and values are counted over all `seq_len` keys, masked or not. The layer's `nn.Linear`
-        matrices are counted apart, from their sizes; softmax, sums and other work on single numbers is not.
+        Scores and values are counted over all `seq_len` keys, masked or not, or over the layer's window. The
+        layer's `nn.Linear` matrices are counted apart, from their sizes; softmax, sums and other work on
+        single numbers is not.
 
         Args:
             shape: the layer's, its index included.
             options: as the layer was built with them; None where the kind has none.
             seq_len: T.
         """
-        return 4 * seq_len * shape.n_heads * shape.head_dim
+        keys = min(seq_len, shape.modifiers.window or seq_len)
+        return 4 * keys * shape.n_heads * shape.head_dim
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, causal: bool) -> None:
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.shape.d_model:

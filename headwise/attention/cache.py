@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from headwise.attention.carry import Carry
 from headwise.functional.budget import GONE, slot_attention
 from headwise.functional.sharing import mask_of_head
 
@@ -107,6 +108,9 @@ class KeyValueCache:
     ) -> None:
         self.attention, self.slots, self.length = attention, slots, length
         shape = attention.shape
+        window = attention.window(length)
+        if window is not None:  # no older key is seen again
+            slots = self.slots = min(slots, window + attention.keeps_first)
         if slots < 1 + attention.keeps_first:
             raise ValueError(f"{slots} slots are too few for the query's own key and those protected")
         split = groups(shape.n_heads, shape.n_kv_heads, n_masks)
@@ -116,8 +120,13 @@ class KeyValueCache:
         self.inverse = self.order.flatten().argsort()
         self.masks = torch.tensor(split.masks, device=like.device)
         self.own = torch.tensor(split.own, device=like.device)
-        self.k = like.new_zeros(batch, g, n, slots, shape.head_dim)
-        self.v = torch.zeros_like(self.k)
+        sunk = attention.sink() is not None
+        rooms = [like.new_zeros(batch, g, n, slots + sunk, shape.head_dim) for _ in range(2)]
+        self.k, self.v = (room[..., :slots, :] for room in rooms)
+        self.whole = [room.flatten(1, 2) for room in rooms]
+        """Keys and values of all slots, `(B, K, S, D)`; with one more of zeros where there is a sink."""
+        self.carry = Carry()
+        """What layers hand to later ones of the same step; the caches of a model share one."""
         empty = torch.arange(-slots, 0, device=like.device, dtype=torch.int32)
         self.position = empty.repeat(batch, g, 1)
         """Of the key in each slot, `(B, G, S)`; negative while it is empty."""
@@ -144,11 +153,13 @@ class KeyValueCache:
     ) -> tuple[Tensor, Tensor | None]:
         """One token's attention to what is held, itself included."""
         q, _, _, _ = self.hold(x, now, rope)
-        return self.read(q, None), None
+        return self.read(q, None, x), None
 
     def hold(self, x: Tensor, now: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take a token's key and value in; gives q, k, v and their slots `(B, G)`."""
         q, k, v = self.attention.heads(x)
+        if self.attention.modifiers is not None:
+            v = self.attention.modifiers.values(v, self.carry)
         q, k = rope(q, k) if rope is not None else (q, k)
         slot = self.slot()
         self.put(self.k, k[:, self.order], slot)
@@ -160,10 +171,14 @@ class KeyValueCache:
         """Where the next key goes, `(B, G)`: empty, or of the earliest key."""
         return self.position.argmin(-1)
 
-    def read(self, q: Tensor, f: Tensor | None) -> Tensor:
-        """Attention of q `(B, H, 1, D)` to the slots less F `(B, G, U, S)`, projected."""
+    def read(self, q: Tensor, f: Tensor | None, x: Tensor | None = None) -> Tensor:
+        """Attention of q `(B, H, 1, D)` to the slots less F `(B, G, U, S)`, projected.
+
+        Args:
+            x: the layer's input `(B, 1, d_model)`, for its gate.
+        """
         q = q.unflatten(1, (self.order.numel(), -1))[:, self.order.flatten(), :, 0]
-        k, v = self.k.flatten(1, 2), self.v.flatten(1, 2)
+        k, v = self.whole
         if f is None:
             f = torch.where(self.position < 0, GONE, 0.0)[:, :, None]
         size = (*self.order.shape, q.shape[2])
@@ -171,10 +186,22 @@ class KeyValueCache:
             f = f[:, :, :, None].expand(-1, *size, -1)
         else:
             f = f[:, torch.arange(len(self.own), device=q.device)[:, None, None], self.own]
-        y = self.core(q, k, v, f.flatten(1, 2))
+        y = self.core(q, k, v, self.with_sink(f.flatten(1, 2)))
         y = y[:, self.inverse] if len(self.order) > 1 else y
+        if self.attention.modifiers is not None and self.attention.modifiers.gate is not None:
+            assert x is not None, "the layer's gate needs the layer's input"
+            heads = y.flatten(1, 2)[:, :, None]
+            y = self.attention.modifiers.outputs(x, heads)
         projected: Tensor = self.attention.out(y.flatten(1)[:, None])
         return projected
+
+    def with_sink(self, f: Tensor) -> Tensor:
+        """F `(B, K, R, S)` with the sink in the last slot, whose key is 0: less -c is plus c."""
+        sink = self.attention.sink()
+        if sink is None:
+            return f
+        by_group = sink.to(f.dtype).unflatten(0, (f.shape[1], -1))[self.order.flatten()]
+        return torch.cat((f, -by_group[None, :, :, None].expand(*f.shape[:3], 1)), dim=-1)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
         """Attention of one query a head to the slots; q `(B, K, R, D)`, k and v `(B, K, S, D)`.

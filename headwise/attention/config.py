@@ -8,6 +8,8 @@ from typing import Any
 
 from headwise.attention.base import Attention
 from headwise.attention.kinds import KINDS, attention_kind, on_registration
+from headwise.attention.modifiers import MODIFIERS, Modifiers, window_of
+from headwise.attention.modifiers.options import check
 from headwise.errors import HeadwiseError
 
 
@@ -21,28 +23,52 @@ class AttentionConfig:
     Attributes:
         kind: a registered kind, of this package or of another; `headwise train --help` lists them.
         dropout: share of attention weights dropped in training.
+        qk_norm: whether each head's queries and keys are normalised before their rotation.
+        sink: one more logit in the softmax's denominator: none, zero, or learned by each head.
+        output_gate: heads' outputs times a sigmoid of the layer's input: none, one number a head, or one
+            an element.
+        value_residual: whether later layers mix the first layer's values into their own.
+        windows: numbers of keys that a query sees, or full, for each layer in turn, repeated; such as
+            [256, 256, full].
     """
 
     kind: str = "flash"
     dropout: float = 0.0
+    qk_norm: bool = False
+    sink: str = "none"
+    output_gate: str = "none"
+    value_residual: bool = False
+    windows: list[int | str] | None = None
 
     def options(self) -> Any:
         """The options of the chosen kind, or None where it has none."""
         return getattr(self, self.kind, None)
 
     def chosen(self) -> dict[str, Any]:
-        """The kind with its own options as plain values; other kinds decide nothing."""
+        """The kind with its own options as plain values, and the modifiers that are on; other kinds decide
+        nothing."""
         own = {"kind": self.kind, "dropout": self.dropout}
+        own |= {name: value for name in MODIFIERS if (value := getattr(self, name)) != _OWN[name].default}
         options = self.options()
         return own if options is None else own | {self.kind: dataclasses.asdict(options)}
+
+    def modifiers(self, layer: int) -> Modifiers:
+        """The modifiers of a layer."""
+        return Modifiers(
+            qk_norm=self.qk_norm, sink=self.sink, output_gate=self.output_gate,
+            value_residual=self.value_residual, window=window_of(self.windows, layer),
+        )  # fmt: skip
 
     def validate(self, *, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
         """Refuse what no kind can do with its options, and what the chosen kind cannot do.
 
         Raises:
-            HeadwiseError: an unknown kind, a dropout outside [0, 1), or an unsupported combination.
+            HeadwiseError: an unknown kind, a dropout outside [0, 1), an unknown value of a modifier, or an
+                unsupported combination.
         """
-        supports = attention_kind(self.kind).supports
+        chosen = attention_kind(self.kind)
+        supports = chosen.supports
+        check(self.sink, self.output_gate, self.windows)
         for kind in dataclasses.fields(self):
             options = getattr(self, kind.name)
             if hasattr(options, "validate_values"):
@@ -54,6 +80,10 @@ class AttentionConfig:
                 f"model.attention.dropout is {self.dropout}, but kind {self.kind!r} cannot drop weights; "
                 "set it to 0 or choose flash"
             )
+        for name in MODIFIERS:
+            value = getattr(self, name)
+            if value != _OWN[name].default and (reason := chosen.why_not(name)):
+                raise HeadwiseError(f"model.attention.{name} is {value}, but {reason}")
         options = self.options()
         if hasattr(options, "validate"):
             options.validate(n_heads=n_heads, head_dim=head_dim)

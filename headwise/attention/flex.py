@@ -2,7 +2,8 @@
 
     y_i = Σ_j softmax_j(scale · q_i·k_j + mask) v_j
 
-Compiled to a fused kernel on a GPU. On a CPU it computes forward only, unfused.
+Compiled to a fused kernel on a GPU. On a CPU it computes forward only, unfused. A sink is applied by way of the
+log-sum-exp, through which gradients flow; a window is part of the block mask.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from headwise.attention.base import SoftmaxAttention
 from headwise.attention.kinds import register
-from headwise.functional.softmax_attention import additive_mask, zero_rows
+from headwise.attention.modifiers import MODIFIERS
+from headwise.functional.softmax_attention import additive_mask, windowed, zero_rows
 
 KERNEL: dict[str, Any] = {"BACKEND": "TRITON"}
 """Not the decoding kernel, chosen below 128 tokens otherwise: gradients through it are wrong (torch 2.11)."""
@@ -36,12 +38,15 @@ RECOMPILE_LIMIT = 128
 class FlexAttention(SoftmaxAttention):
     """Softmax attention whose masks are programs."""
 
-    supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa"})
+    supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", *MODIFIERS})
     engine_family = "flex"
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
         bias = empty = None
+        sink, window = self.sink(), self.window(q.shape[-2])
         if mask is not None:
+            mask = windowed(mask, window, q.shape[-2], q.device)
+            assert mask is not None
             precise = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
             bias, empty = additive_mask(mask, causal=causal, length=q.shape[-2], like=precise)
 
@@ -49,7 +54,9 @@ class FlexAttention(SoftmaxAttention):
             assert bias is not None
             return score + bias[b % bias.shape[0], 0, i, j]
 
-        block_mask = _causal_blocks(q.shape[-2], q.device) if causal and bias is None else None
+        block_mask = None
+        if bias is None and (causal or window is not None):
+            block_mask = _blocks(q.shape[-2], q.device, causal, window)
         arguments: dict[str, Any] = {
             "score_mod": None if bias is None else add_bias,
             "block_mask": block_mask,
@@ -59,11 +66,15 @@ class FlexAttention(SoftmaxAttention):
         if q.is_cuda:
             arguments["kernel_options"] = KERNEL if bias is None else SMALL_BLOCKS
         self.record_engine("flex" if q.is_cuda else "flex-unfused")
-        return zero_rows(_flex(q, k, v, arguments), empty)
+        if sink is None:
+            return zero_rows(_flex(q, k, v, arguments), empty)
+        y, aux = _flex(q, k, v, arguments | {"return_aux": AuxRequest(lse=True)})
+        keeps = torch.sigmoid(aux.lse - sink.to(aux.lse.dtype)[:, None])
+        return zero_rows((y * keeps[..., None]).to(y.dtype), empty)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
-    y: Tensor
+def _flex(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Any:
+    """Attention; with more where `arguments` ask for `return_aux`."""
     if torch.compiler.is_compiling():
         y = flex_attention(q, k, v, **arguments)
     elif q.is_cuda:
@@ -86,8 +97,14 @@ def _compiled() -> Any:
 
 
 @lru_cache(maxsize=16)
-def _causal_blocks(length: int, device: torch.device) -> BlockMask:
-    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def _blocks(length: int, device: torch.device, causal: bool, window: int | None) -> BlockMask:
+    near = window or length
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return i >= j
 
-    return create_block_mask(causal, None, None, length, length, device=str(device))
+    def sees_near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j < near) & ((i >= j) if causal else (j - i < near))
+
+    seen = sees if window is None else sees_near
+    return create_block_mask(seen, None, None, length, length, device=str(device))

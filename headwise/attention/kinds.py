@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from headwise.attention.base import FEATURES, Attention
+from headwise.attention.modifiers import MODIFIERS
 from headwise.errors import HeadwiseError, one_of
 from headwise.measures.spec import register_measure
 
 GROUP = "headwise.kinds"
-RESERVED = ("kind", "dropout")
+RESERVED = ("kind", "dropout", *MODIFIERS)
 """Keys of `model.attention` that are no section of a kind."""
 
 KINDS: dict[str, type[Attention]] = {}

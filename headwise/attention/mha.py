@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headwise.attention.base import SoftmaxAttention
 from headwise.attention.kinds import register
+from headwise.attention.modifiers import MODIFIERS
 from headwise.functional.softmax_attention import softmax_attention
 
 
@@ -18,9 +19,14 @@ from headwise.functional.softmax_attention import softmax_attention
 class VanillaAttention(SoftmaxAttention):
     """Softmax attention as written down."""
 
-    supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training"})
+    supports = frozenset(
+        {"causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training", *MODIFIERS}
+    )
     engine_family = "eager"
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
         self.record_engine("eager")
-        return softmax_attention(q, k, v, causal=causal, mask=mask, scale=self.scale, dropout=self.dropout())
+        return softmax_attention(
+            q, k, v, causal=causal, mask=mask, scale=self.scale, dropout=self.dropout(), sink=self.sink(),
+            window=self.window(q.shape[-2]),
+        )  # fmt: skip

@@ -2,6 +2,9 @@
 
     y_i = Σ_j softmax_j(scale · q_i·k_j + mask[i,j]) v_j
 
+With a sink c_h there is one more logit in the denominator, whose value is zero (Miller 2023); within a
+window query i sees the keys with |i - j| < window alone.
+
 Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `D` head width.
 """
 
@@ -21,6 +24,8 @@ def softmax_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    sink: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention with every score in memory: the definition that faster engines are tested against.
 
@@ -33,6 +38,8 @@ def softmax_attention(
         mask: `(B or 1, T, T)`, bool (True = may attend) or additive float.
         scale: factor on q·k, `D**-0.5` unless given.
         dropout: share of weights dropped; pass 0 outside training.
+        sink: logits `(H,)` that take a share of every query's weight; None where nothing does.
+        window: query i sees the keys with |i - j| < window.
 
     Returns:
         `(B, H, T, D)`; zeros for a query that may attend to nothing.
@@ -42,11 +49,36 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    mask = windowed(mask, window, q.shape[-2], q.device)
     bias, empty = additive_mask(mask, causal=causal, length=q.shape[-2], like=scores)
     if bias is not None:
         scores = scores + bias
-    weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout, training=dropout > 0)
+    weights = scores.softmax(-1) if sink is None else softmax_with_sink(scores, sink)
+    weights = F.dropout(weights.to(v.dtype), dropout, training=dropout > 0)
     return zero_rows(weights @ v, empty)
+
+
+def softmax_with_sink(scores: Tensor, sink: Tensor) -> Tensor:
+    """Softmax of `scores (B, H, T, T)` and one more logit, `sink (H,)`, whose own weight is left out."""
+    null = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat((scores, null), dim=-1).softmax(-1)[..., :-1]
+
+
+def windowed(mask: Tensor | None, window: int | None, length: int, device: torch.device) -> Tensor | None:
+    """`mask` with the keys outside of the window hidden too, `(B or 1, T, T)`.
+
+    Args:
+        mask: as in `softmax_attention`.
+        window: query i sees the keys with |i - j| < window; None, or as long as the sequence, sees all.
+        length: T.
+    """
+    if window is None or window >= length:
+        return mask
+    position = torch.arange(length, device=device)
+    near = (position[:, None] - position).abs() < window
+    if mask is None:
+        return near[None]
+    return mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, -torch.inf)
 
 
 def additive_mask(

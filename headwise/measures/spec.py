@@ -195,7 +195,10 @@ for _measure in (
         "k_eff", "Effective keys", "fewest keys whose largest weights sum to at least 0.9", "keys",
         correlated=True, remark="exact: the answer of a full sort, mass 0.9", export_name="k_eff",
     ),
-    Measure("query_norm", "Query norm", "‖q_i‖₂ before RoPE", source="query", export_name="query_norm"),
+    Measure(
+        "query_norm", "Query norm", "‖q_i‖₂ before RoPE", source="query", export_name="query_norm",
+        remark="after `qk_norm` where that is on",
+    ),
     Measure("logit_mean", "Logit mean", "mean of s[i,j] over visible keys", source="logits"),
     Measure("logit_std", "Logit std", "standard deviation of s[i,j] over visible keys", source="logits"),
     Measure("sink_weight", "Weight on the first token", "weight on the first key"),
@@ -211,5 +214,10 @@ for _measure in (
         "kept_context", "Kept context", "Σ_j (1 - min(F[i,j], 1)), what selection leaves of the keys", "keys",
         source="taken",
     ),
+    Measure(
+        "null_weight", "Weight on nothing", "what a sink c takes, exp(c) / (exp(c) + Σ_j exp(s[i,j]))",
+        source="layer", remark="other measures are of the weights over the keys, normalised to 1",
+    ),
+    Measure("gate", "Gate", "mean of the head's output gate over its channels", source="layer"),
 ):  # fmt: skip
     register_measure(_measure)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headwise.attention.base import Attention
+from headwise.attention.base import Attention, Carry
+from headwise.attention.cache import KeyValueCache
 from headwise.errors import HeadwiseError
 
 
@@ -33,6 +34,10 @@ class Cache:
             raise HeadwiseError(f"this model cannot be decoded token by token: {reason}")
         each = [slots] * len(layers) if isinstance(slots, int) else list(slots)
         self.layers = [layer.cache(batch, few, length, like) for layer, few in zip(layers, each, strict=True)]
+        carry = Carry()
+        for layer in self.layers:
+            if isinstance(layer, KeyValueCache):
+                layer.carry = carry
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
         """Of the next token, `(1,)`."""
 

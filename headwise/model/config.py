@@ -96,6 +96,7 @@ class ModelConfig:
             dropout=self.attention.dropout,
             layer=layer,
             n_layers=self.n_layers,
+            modifiers=self.attention.modifiers(layer),
         )
 
     def validate(self) -> None:
@@ -136,3 +137,8 @@ class ModelConfig:
         self.attention.validate(
             n_heads=self.n_heads, n_kv_heads=self.kv_heads(), head_dim=self.width_of_head()
         )
+        if self.attention.value_residual and self.n_layers == 1:
+            raise HeadwiseError(
+                "model.attention.value_residual mixes the first layer's values into later layers, and "
+                "model.n_layers is 1; set more layers, or turn it off"
+            )

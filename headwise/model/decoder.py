@@ -103,6 +103,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(module.bias)
         for attention in self.attentions():
             attention.initialise()
+            attention.initialise_modifiers()
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 - Llama: RMSNorm, SwiGLU, RoPE, any number of key/value heads, any head width, with or without biases;
   written as Mistral, its twin, where the heads do not divide the width, which Llama's configuration refuses.
+- With modifiers of attention: what `headwise.model.export_modifiers` lists.
 - GPT-2: LayerNorm, GELU, learned positions, heads that make up the width; absent biases are zeros.
 """
 
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headwise.attention import KINDS, Attention
+from headwise.attention import KINDS, Attention, AttentionConfig
 from headwise.errors import HeadwiseError
 from headwise.files import local, replacing
 from headwise.model.config import ModelConfig
 from headwise.model.convert import NANOGPT
 from headwise.model.decoder import Decoder
+from headwise.model.export_modifiers import architecture_of, make_config, modifiers_of, renamed
 from headwise.pretrained import load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -66,10 +68,10 @@ def export(
 
     family = family_of(model, name)
     ends = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = _config(model, family, ends)
+    config = _config(model, family, ends, name)
     with replacing(folder) as draft:
         draft.mkdir()
-        (draft / "model.safetensors").write_bytes(_serialised(model, family))
+        (draft / "model.safetensors").write_bytes(_serialised(model, family, name))
         config.save_pretrained(draft)
         GenerationConfig.from_model_config(config).save_pretrained(draft)
         if tokenizer is not None:
@@ -84,7 +86,7 @@ def _is_softmax(kind: type[Attention]) -> bool:
 
 
 def family_of(model: Decoder, name: str) -> str:
-    """`Llama` or `GPT-2`: the family of architectures that computes what `model` does.
+    """The architecture that computes what `model` does: `Llama`, `GPT-2`, or one with its modifiers.
 
     Raises:
         HeadwiseError: there is none; names the settings in the way and what to train instead.
@@ -105,6 +107,8 @@ def family_of(model: Decoder, name: str) -> str:
             f"{name} cannot be exported: {found}, which no {family}-shaped model can express; "
             f"train with {instead}"
         )
+    if family == "Llama" and modifiers_of(model.config):
+        return architecture_of(model.config, name).name
     return family
 
 
@@ -115,16 +119,20 @@ def _obstacles(config: ModelConfig, family: str) -> list[tuple[str, Any, Any]]:
         if (value := getattr(config, key)) not in values:
             found.append((key, value, values[0]))
     heads, width = config.n_heads, config.width_of_head()
+    if family == "GPT-2":
+        off = AttentionConfig()
+        for key in modifiers_of(config):
+            found.append((f"attention.{key}", getattr(config.attention, key), getattr(off, key) or "null"))
     if family == "GPT-2" and config.kv_heads() != heads:
         found.append(("n_kv_heads", config.kv_heads(), heads))
     if family == "GPT-2" and width * heads != config.d_model:
         found.append(("d_model", config.d_model, width * heads))
-    if family == "Llama" and config.bias and config.d_model % heads:
+    if family == "Llama" and config.bias and config.d_model % heads and not modifiers_of(config):
         found.append(("bias", "true (and model.d_model no multiple of model.n_heads)", "false"))
     return found
 
 
-def _config(model: Decoder, family: str, ends: dict[str, int | None]) -> PreTrainedConfig:
+def _config(model: Decoder, family: str, ends: dict[str, int | None], name: str) -> PreTrainedConfig:
     from transformers import GPT2Config, LlamaConfig, MistralConfig
 
     ours = model.config
@@ -151,6 +159,8 @@ def _config(model: Decoder, family: str, ends: dict[str, int | None]) -> PreTrai
         "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
         "attention_dropout": ours.attention.dropout,
     }  # fmt: skip
+    if family != "Llama":
+        return make_config(architecture_of(ours, name), model, common)
     if ours.d_model % ours.n_heads:
         return MistralConfig(**common, architectures=["MistralForCausalLM"], sliding_window=None)
     common |= {"attention_bias": ours.bias, "mlp_bias": ours.bias}
@@ -163,10 +173,13 @@ def _epsilon(model: Decoder) -> float:
     return epsilon
 
 
-def _serialised(model: Decoder, family: str) -> bytes:
+@torch.no_grad()
+def _serialised(model: Decoder, family: str, name: str) -> bytes:
     from safetensors.torch import save
 
-    named = _llama_weights(model) if family == "Llama" else _gpt2_weights(model)
+    named = _gpt2_weights(model) if family == "GPT-2" else _llama_weights(model)
+    if family not in NEEDS:
+        named = iter(renamed(architecture_of(model.config, name), model, named).items())
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in named}
     return save(tensors, metadata={"format": "pt"})
 
@@ -176,6 +189,8 @@ def _llama_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     heads, kv_heads = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     fused = {"attention.qkv": [heads, kv_heads, kv_heads], "mlp.up": [hidden, hidden]}
     for layer, part, leaf, value in _parameters(model):
+        if part.startswith("attention.modifiers."):
+            continue
         at = f"model.layers.{layer}." if layer else ""
         pieces = value.split(fused.get(part, [len(value)]))
         for theirs, piece in zip(LLAMA[part], pieces, strict=True):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from headwise.attention import NewHead, Preserved, attention_kind
+from headwise.attention.modifiers import MODIFIERS
 from headwise.model.config import ModelConfig
 from headwise.model.surgery import Operation
 
@@ -27,6 +28,10 @@ def preserved(operation: Operation) -> Preserved:
     if not head.zero_output:
         return Preserved(False, "the new head adds its output to the residual stream")
     before, after = operation.before.attention, operation.after.attention
+    differing = [name for name in MODIFIERS if getattr(before, name) != getattr(after, name)]
+    if differing:
+        keys = " and ".join(f"model.attention.{name}" for name in differing)
+        return Preserved(False, f"{keys} changed too")
     was, becomes = attention_kind(before.kind), attention_kind(after.kind)
     if was.computes(before.options()) != becomes.computes(after.options()):
         return Preserved(False, f"kind {after.kind} computes another function than kind {before.kind}")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention import attention_kind
+from headwise.attention.modifiers import layer as modifiers
 from headwise.errors import HeadwiseError, one_of
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
@@ -82,6 +83,11 @@ class Operation:
         if leaf == "out.weight":
             return {1: [self.columns()]}
         attention = self.after.attention
+        if leaf.startswith("modifiers."):
+            own = leaf.removeprefix("modifiers.")
+            return modifiers.head_ranges(
+                own, self.index, attention.modifiers(0), self.after.width_of_head()
+            )
         return attention_kind(attention.kind).head_ranges(leaf, self.index, attention.options())
 
 

@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
     from headwise.attention import attention_kind
 
     testing.kinds = [attention_kind(name).kind for name in names]
-    suite = Path(__file__).with_name("contract.py")
-    return int(pytest.main([str(suite), "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *options]))
+    suite = [str(Path(__file__).with_name(name)) for name in ("contract.py", "modifiers.py")]
+    return int(pytest.main([*suite, "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *options]))
 
 
 if __name__ == "__main__":

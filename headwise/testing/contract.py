@@ -1,6 +1,7 @@
 """What every kind of attention keeps of all that it declares: a pytest module.
 
-`python -m headwise.testing KIND` runs it on one kind. A new feature adds a row to `REFUSALS`.
+`python -m headwise.testing KIND` runs it on one kind. A new feature adds a row to `REFUSALS`. What
+modifiers do is in `headwise.testing.modifiers`.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def test_declares_known_features_and_a_form_to_run_in(kind: str) -> None:
 
 
 def config_of(kind: str, **model: Any) -> Config:
-    attention = AttentionConfig(kind=kind, dropout=model.pop("attention_dropout", 0.0))
+    attention = AttentionConfig(
+        kind=kind, dropout=model.pop("attention_dropout", 0.0), **model.pop("modifiers", {})
+    )
     return Config(model=ModelConfig(attention=attention, **model))
 
 
@@ -143,6 +146,17 @@ REFUSALS: dict[str, tuple[type[Exception], Callable[[str], Any]]] = {
     "gqa": (HeadwiseError, lambda kind: config_of(kind, n_heads=4, n_kv_heads=2).model.validate()),
     "dropout": (HeadwiseError, lambda kind: config_of(kind, attention_dropout=0.1).model.validate()),
     "cpu_training": (HeadwiseError, lambda kind: refuse_device(config_of(kind), torch.device("cpu"))),
+    "qk_norm": (HeadwiseError, lambda kind: config_of(kind, modifiers={"qk_norm": True}).model.validate()),
+    "sink": (HeadwiseError, lambda kind: config_of(kind, modifiers={"sink": "zero"}).model.validate()),
+    "output_gate": (
+        HeadwiseError,
+        lambda kind: config_of(kind, modifiers={"output_gate": "head"}).model.validate(),
+    ),
+    "value_residual": (
+        HeadwiseError,
+        lambda kind: config_of(kind, modifiers={"value_residual": True}).model.validate(),
+    ),
+    "windows": (HeadwiseError, lambda kind: config_of(kind, modifiers={"windows": [4]}).model.validate()),
 }
 """What to ask of a kind for each feature, and how it refuses where it does not declare it."""
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.attention.modifiers.sink import null_weight
 from headwise.attention.observation import Mask, Observation, Scores, Unmeasured, read_mask
 from headwise.errors import HeadwiseError
 from headwise.measures.collector import Collector
@@ -239,11 +240,13 @@ class _Watcher:
                 q_pre, k_pre = self.rotations.undo(layer, q, k)
             self.rotations.settle(layer)
         scale = call.options.get("scaling")
-        return Scores(
+        seen = Scores(
             q, k, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), causal=mask.causal,
             bias=mask.bias, softcap=call.options.get("softcap"), window=mask.window,
             key_mask=mask.key_mask, documents=mask.documents, q_pre=q_pre, k_pre=k_pre,
         )  # fmt: skip
+        sink = _sink(call)
+        return seen if sink is None else replace(seen, extra={"null_weight": null_weight(seen, sink)})
 
     def _mask(self, layer: nn.Module, call: Call) -> Mask | Unmeasured:
         read = self._read_mask(layer, call)
@@ -269,6 +272,14 @@ class _Watcher:
         return read
 
 
+def _sink(call: Call) -> Tensor | None:
+    """The sink logits `(H,)` that this call adds to its softmax, as GPT-OSS does; None where there are none."""
+    for name in ("s_aux", "sinks"):
+        if isinstance(sink := call.options.get(name), Tensor):
+            return sink.flatten()
+    return None
+
+
 def _unsupported(call: Call, source: str | None) -> str | None:
     """Why this call cannot be measured, or None; `source` is what its keys are made of, if not itself."""
     q, k = call.q, call.k
@@ -283,8 +294,6 @@ def _unsupported(call: Call, source: str | None) -> str | None:
         )
     if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
         return f"queries {tuple(q.shape)} and keys {tuple(k.shape)} do not pair up"
-    if any(call.options.get(name) is not None for name in ("s_aux", "sinks")):
-        return "it adds learned sink logits to its softmax, so its weights do not sum to 1"
     if call.mask is not None and not isinstance(call.mask, Tensor):
         return f"its mask is a {type(call.mask).__name__}; load the model with attn_implementation='sdpa'"
     if call.adds_as_numbers is not None:

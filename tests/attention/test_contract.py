@@ -9,6 +9,7 @@ from headwise.attention.base import FEATURES
 from headwise.attention.mha import VanillaAttention
 from headwise.testing.contract import *  # noqa: F403
 from headwise.testing.contract import test_takes_what_it_declares_and_refuses_the_rest as takes_and_refuses
+from headwise.testing.modifiers import *  # noqa: F403
 
 
 @pytest.mark.parametrize("supports", [{"causal"}, {"full"}, {"full", "padding"}, {"causal", "additive_mask"}])

@@ -18,7 +18,9 @@ from headwise.files import write_json
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
 from headwise.model.export import byte_tokenizer, export
+from headwise.model.generate import generate, make_cache
 from headwise.runs import checkpoint
+from headwise.watch import watch
 from headwise.watch.load import load
 from headwise.watch.samples import Source, open_samples
 
@@ -75,6 +77,52 @@ def test_logits_and_layout(architecture: str, settings: dict[str, Any], tmp_path
     assert sum(p.numel() for p in theirs.parameters()) == count + zeros
 
 
+WITH_MODIFIERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "norm": ("qwen3", {"qk_norm": True}, {"n_kv_heads": 2}),
+    "norm and windows": ("qwen3", {"qk_norm": True, "windows": [5, "full"]}, {}),
+    "one window": ("mistral", {"windows": [5]}, {"n_kv_heads": 2}),
+    "windows": ("ministral", {"windows": ["full", 5]}, {"tie_embeddings": False}),
+    "learned sinks": ("gpt_oss", {"sink": "learned"}, {"n_kv_heads": 2, "bias": True}),
+    "zero sinks and windows": ("gpt_oss", {"sink": "zero", "windows": [5, "full"]}, {"d_ff": 40}),
+    "gate by element": ("qwen3_next", {"qk_norm": True, "output_gate": "element"}, {}),
+    "gate by head": ("qwen3_next", {"qk_norm": True, "output_gate": "head"}, {"head_dim": 20, "n_kv_heads": 1}),
+}
+
+
+@pytest.mark.parametrize(("architecture", "modifiers", "sizes"), WITH_MODIFIERS.values(), ids=WITH_MODIFIERS)
+def test_modifiers_have_an_architecture_that_generates_the_same(
+    architecture: str, modifiers: dict[str, Any], sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Logits to rounding, and greedy tokens with a cache in both programs."""
+    from transformers import AutoModelForCausalLM
+
+    model = decoder(LLAMA | sizes | {"attention": AttentionConfig(**modifiers)})
+    assert export(model, tmp_path / "out", "run") < 1e-4
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert theirs.config.model_type == architecture
+    tokens = torch.randint(256, (2, 4))
+    expected = generate(model, make_cache(model, 2, LENGTH), tokens, LENGTH - 4)
+    found = theirs.generate(tokens, max_new_tokens=LENGTH - 4, do_sample=False)
+    assert torch.equal(found[:, 4:], expected)
+
+
+def test_a_model_with_sinks_is_measured_in_both_programs_alike(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = decoder(LLAMA | {"attention": AttentionConfig(sink="learned", windows=[7, "full"])})
+    export(model, tmp_path / "out", "run")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens, found = torch.randint(256, (2, LENGTH)), []
+    for watched in (model, theirs):
+        with torch.no_grad(), watch(watched) as seen:
+            watched(tokens)
+        found.append(seen.columns())
+    for name in ("null_weight", "entropy", "k_eff", "query_norm", "mean_distance"):
+        torch.testing.assert_close(*(torch.from_numpy(each[name]) for each in found), atol=1e-4, rtol=1e-3)
+
+
 def test_an_exported_model_generates_what_the_run_would(tmp_path: Path) -> None:
     """No token of a byte vocabulary is an end of text, as Llama's own configuration would have it."""
     from transformers import AutoModelForCausalLM
@@ -102,6 +150,21 @@ def test_an_exported_model_generates_what_the_run_would(tmp_path: Path) -> None:
         (GPT2 | {"head_dim": 10}, "model.d_model is 32, .*--model.d_model=40"),
         (LLAMA | {"n_heads": 3, "head_dim": 8, "bias": True}, "model.bias is true .*--model.bias=false"),
         ({"mlp": "gelu", "position": "sinusoidal"}, "mlp is gelu and model.position is sinusoidal.*=rope$"),
+        (LLAMA | {"attention": AttentionConfig(value_residual=True)}, "value_residual=True; Mistral has windows"),
+        (
+            LLAMA | {"attention": AttentionConfig(qk_norm=True, sink="learned")},
+            "qk_norm=True and model.attention.sink=learned together",
+        ),
+        (LLAMA | {"attention": AttentionConfig(windows=[4, 5])}, r"windows is \[4, 5\], .* several lengths"),
+        (LLAMA | {"attention": AttentionConfig(windows=[1])}, "a window of one key"),
+        (
+            LLAMA | {"bias": True, "attention": AttentionConfig(qk_norm=True)},
+            "model.bias is true, and Qwen3, .*--model.bias=false",
+        ),
+        (
+            GPT2 | {"attention": AttentionConfig(sink="zero")},
+            "model.attention.sink is zero, .*--model.attention.sink=none",
+        ),
     ],
 )
 def test_what_no_architecture_expresses_is_refused_in_one_line(

@@ -285,12 +285,21 @@ def test_an_encoder_and_its_decoder_are_numbered_through(hf_model, tokens):
     np.testing.assert_allclose(watched.columns()["mean_distance"], expected.numpy(), rtol=1e-4)
 
 
-def test_learned_sinks_are_refused_with_the_reason(hf_model, tokens):
-    model = hf_model("gpt_oss")
-    with torch.no_grad(), pytest.warns(UserWarning, match="sink logits"), watch(model) as watched:
-        model(input_ids=tokens)
-    with pytest.raises(HeadwiseError, match="no head was measured: it adds learned sink logits"):
-        watched.table()
+def test_learned_sinks_take_what_null_weight_says_and_no_part_in_the_rest(hf_model, tokens):
+    model = copy.deepcopy(hf_model("gpt_oss"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_()
+        with watch(model) as watched:
+            out = model(input_ids=tokens, output_attentions=True)
+    weights = torch.stack(out.attentions).double()  # less than 1 in sum
+    found = watched.columns()
+    null = 1 - weights.sum(-1)
+    assert null.mean() > 0.01
+    np.testing.assert_allclose(found["null_weight"], null.mean((1, 3)).flatten(), rtol=1e-3, atol=1e-6)
+    own = weights / weights.sum(-1, keepdim=True)
+    np.testing.assert_allclose(found["max_weight"], own.amax(-1).mean((1, 3)).flatten(), rtol=1e-4)
 
 
 def test_an_additive_mask_is_a_bias(hf_model, tokens):

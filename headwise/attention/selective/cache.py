@@ -43,6 +43,8 @@ class SelectiveCache(KeyValueCache):
         size = (batch, *units, self.slots)
         self.taken = torch.full(size, GONE, dtype=precise, device=like.device)
         """F, `(B, G, U, S)`; `GONE` in an empty slot, which so is the first to be used."""
+        self.now = torch.zeros(1, dtype=torch.int64, device=like.device)
+        """Position of the query."""
         self.left: Tensor | None = None
         """Protection left in the game, `(B, G, U, S)`."""
         self.selection_keys: Tensor | None = None
@@ -89,6 +91,7 @@ class SelectiveCache(KeyValueCache):
             handed: selection logits of the layer before by position, `(B, M, length + 1)`.
         """
         attention, config = self.attention, self.attention.config
+        self.now = now
         q, k, _, slot = self.hold(x, now, rope)
         self._clear(self.taken, slot)
         selector, protector = attention.selector(x, q, k, rope), attention.protector(q, k)
@@ -96,7 +99,7 @@ class SelectiveCache(KeyValueCache):
             self.put(self.selection_keys, self._by_group(selector.k), slot)
         if self.protection_keys is not None and protector is not None:
             self.put(self.protection_keys, self._by_group(protector.k), slot)
-        y = self.read(q, self._f())
+        y = self.read(q, self._f(), x)
         logits = self._logits(selector, self.selection_keys, first=0)
         if config.residual_logits:
             logits = logits + self._from_before(handed)
@@ -119,8 +122,12 @@ class SelectiveCache(KeyValueCache):
         return self.position.masked_fill(~worst, torch.iinfo(torch.int32).max).argmin(-1)
 
     def _f(self) -> Tensor:
-        """F as it is subtracted, `(B, G, U, S)`."""
-        return self.taken.relu() if self.attention.config.relu_after_cumsum else self.taken
+        """F as it is subtracted, `(B, G, U, S)`; `GONE` outside of the window."""
+        f = self.taken.relu() if self.attention.config.relu_after_cumsum else self.taken
+        window = self.attention.window(self.length)
+        if window is None:
+            return f
+        return f.masked_fill((self.now - self.position >= window)[:, :, None], GONE)
 
     def _logits(self, selector: Selector, stored: Tensor | None, first: int) -> Tensor:
         """Of this query with every slot, `(B, G, U or 1, S)`; keys that are not stored apart are k's."""

@@ -22,12 +22,14 @@ from headwise.attention.base import AttentionShape, Carry, NewHead, Preserved, R
 from headwise.attention.cache import KeyValueCache, LayerCache
 from headwise.attention.flash import FlashAttention
 from headwise.attention.kinds import register
+from headwise.attention.modifiers import MODIFIERS
 from headwise.attention.observation import Observation, Scores
 from headwise.attention.selective import heads as new_heads
 from headwise.attention.selective.budget import Pruner
 from headwise.attention.selective.cache import SelectiveCache
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.engines import fallback
+from headwise.functional.budget import GONE
 from headwise.functional.dispatch import fits_kernel
 from headwise.functional.selective import (
     Protection,
@@ -40,6 +42,7 @@ from headwise.functional.selective import (
     selective_attention,
 )
 from headwise.functional.sharing import per_head
+from headwise.functional.softmax_attention import windowed
 
 BIG_CONSTANT = 50.0
 MASK_BYTES = 1 << 29
@@ -65,7 +68,7 @@ class SelectiveAttention(FlashAttention):
     """Softmax attention under a mask that earlier queries made."""
 
     options = SelectiveConfig
-    supports = frozenset({"causal", "gqa", "cpu_training"})
+    supports = frozenset({"causal", "gqa", "cpu_training", *MODIFIERS})
     engine_family = "selective"
     sections = ("headwise.attention.selective.section:KEPT_CONTEXT",)
     benchmarks: ClassVar[Mapping[str, str]] = {
@@ -158,12 +161,13 @@ class SelectiveAttention(FlashAttention):
             self.record_engine("selective-fused")
             return self.streamed(selector, q, k, v)
         step = self.shape.n_heads if whole else self.masks_at_once(selector, q)
+        sink = self.sink()
         if step == self.shape.n_heads:
-            y, penalty = self.under(selector, protection, q, k, v, carry)
+            y, penalty = self.under(selector, protection, q, k, v, sink, carry)
         else:
             parts = [
                 checkpoint(
-                    self.under, *one_group(selector, protection, q, k, v, slice(at, at + step)), carry,
+                    self.under, *one_group(selector, protection, q, k, v, sink, slice(at, at + step)), carry,
                     use_reentrant=False, preserve_rng_state=False,
                 )
                 for at in range(0, self.shape.n_heads, step)
@@ -180,10 +184,14 @@ class SelectiveAttention(FlashAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sink: Tensor | None,
         carry: Carry,
     ) -> tuple[Tensor, Tensor]:
         """Attention under the masks of `selector`, and what they add to the loss."""
         taken = self.mask_of(selector, protection, carry)
+        near = windowed(None, self.window(q.shape[-2]), q.shape[-2], q.device)
+        if near is not None:  # a key outside of the window is gone for good
+            taken = taken.masked_fill(~near, GONE)
         if self.prune is not None:
             taken = self.prune(taken.tril(), carry)
         if self.observer is not None:
@@ -191,7 +199,7 @@ class SelectiveAttention(FlashAttention):
         penalty = self.penalty(taken) if self.config.memory_penalty.epsilon else taken.new_zeros(())
         engine = "fused" if self.fused(q) else "plain-mask" if fits_kernel(q) else "plain"
         self.record_engine(f"selective-{engine}")
-        return selective_attention(q, k, v, taken, scale=self.scale), penalty
+        return selective_attention(q, k, v, taken, scale=self.scale, sink=sink), penalty
 
     @property
     def selects(self) -> bool:
@@ -246,8 +254,13 @@ class SelectiveAttention(FlashAttention):
         return new_heads.preserves(head, before, after)
 
     def streams(self, selector: Selector, q: Tensor) -> bool:
-        """Whether masks, one a head, are made within the attention's kernel and never kept."""
+        """Whether masks, one a head, are made within the attention's kernel and never kept.
+
+        That kernel knows neither a sink nor a window.
+        """
         shape = self.shape
+        if self.sink() is not None or self.window(q.shape[-2]) is not None:
+            return False
         width = self.config.width(shape.n_kv_heads, shape.head_dim)
         return self.config.streams(shape.n_heads, width) and fits_own_masks(q, selector.q)
 
@@ -439,7 +452,10 @@ class SelectiveAttention(FlashAttention):
             return replace(seen, taken=q.new_zeros(()).expand(q.shape[0], 1, q.shape[2], q.shape[2]))
         taken = per_head(self.mask, self.shape.n_heads)
         self.mask = None
-        return Scores(q, k, self.scale, causal=causal, bias=-taken, q_pre=q_pre, k_pre=k_pre, taken=taken)
+        return Scores(
+            q, k, self.scale, causal=causal, bias=-taken, window=self.window(q.shape[-2]), q_pre=q_pre,
+            k_pre=k_pre, taken=taken,
+        )  # fmt: skip
 
 
 def combined(q: Tensor, k: Tensor, weights: Tensor, scale: float, bias: Tensor | None) -> Selector:
@@ -461,8 +477,14 @@ def combined(q: Tensor, k: Tensor, weights: Tensor, scale: float, bias: Tensor |
 
 
 def one_group(
-    selector: Selector, protection: Protection | None, q: Tensor, k: Tensor, v: Tensor, heads: slice
-) -> tuple[Selector, Protection | None, Tensor, Tensor, Tensor]:
+    selector: Selector,
+    protection: Protection | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    heads: slice,
+) -> tuple[Selector, Protection | None, Tensor, Tensor, Tensor, Tensor | None]:
     """What some heads need of a layer whose heads have a mask each."""
 
     def part(x: Tensor | None) -> Tensor | None:
@@ -476,7 +498,8 @@ def one_group(
         own = None if protection.qk_bias is None else protection.qk_bias[heads]
         protection = replace(protection, q=part(protection.q), k=part(protection.k), qk_bias=own)
     few = Selector(selector.q[:, heads], keys, selector.scale, bias)
-    return few, protection, q[:, heads], k[:, shared], v[:, shared]
+    sink = None if sink is None else sink[heads]
+    return few, protection, q[:, heads], k[:, shared], v[:, shared], sink
 
 
 def normalised(taken: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from headwise.functional.dispatch import WIDEST_HEAD, fits_kernel
 from headwise.functional.layout import padded
 from headwise.functional.selective.scan import after_the_query, attack_and_protect, running_sum
 from headwise.functional.sharing import kept_context, mask_of_head, per_head
+from headwise.functional.softmax_attention import softmax_with_sink
 
 WIDEST_SELECTION = 1 << 14
 
@@ -205,7 +206,14 @@ def selection_mask(
 
 
 def selective_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None, fused: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    sink: Tensor | None = None,
+    fused: bool = True,
 ) -> Tensor:
     """Causal softmax attention under F; the softmax runs in float32 for half-precision inputs.
 
@@ -214,6 +222,7 @@ def selective_attention(
         k, v: `(B, K, T, D)` with `H % K == 0`.
         mask: F, `(B or 1, M, T, T)`; masks go to heads as `mask_of_head` says.
         scale: factor on q·k, `D**-0.5` unless given.
+        sink: logits `(H,)`, one more in each query's denominator; None where there is none.
         fused: use the kernel where it fits; otherwise the definition, with every score in memory.
 
     Returns:
@@ -229,16 +238,23 @@ def selective_attention(
         raise ValueError(f"F must be (B or 1, M, T, T), got {tuple(mask.shape)} for q {tuple(q.shape)}")
     mask_of_head(heads, mask.shape[1])
     if fused and _one_dtype(q, k, v) and k.shape == v.shape and fits_kernel(q):
+        mask = mask.to(torch.float32).expand(batch, -1, -1, -1).contiguous()
+        if sink is not None:
+            from headwise.functional.selective.kernel_sink import masked_attention_with_sink
+
+            sunk: Tensor = masked_attention_with_sink(q, k, v, mask, sink, scale)[0]
+            return sunk
         from headwise.functional.selective.kernel_masked import masked_attention
 
-        mask = mask.to(torch.float32).expand(batch, -1, -1, -1).contiguous()
         y: Tensor = masked_attention(q, k, v, mask, scale)[0]
         return y
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-2, -1)).to(mask.dtype) * scale - per_head(mask, q.shape[1])
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v
+    scores = scores.masked_fill(hidden, -torch.inf)
+    weights = scores.softmax(-1) if sink is None else softmax_with_sink(scores, sink)
+    return weights.to(v.dtype) @ v
 
 
 def own_mask_attention(

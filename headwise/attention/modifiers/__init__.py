@@ -1,0 +1,16 @@
+"""Modifiers of attention: what a layer of any kind that takes them does besides, one file each.
+
+    qk_norm         an RMSNorm on each head's queries and keys, before the rotation
+    sink            one more logit in the softmax's denominator: 0, or learned by each head
+    output_gate     heads' outputs times a sigmoid of the layer's input, by head or by channel
+    value_residual  values mixed with those of the first layer
+    windows         query i sees the last keys alone; a pattern over layers
+
+Each is off by default and a key of `model.attention`. A kind names those that it takes in `supports`. What
+is off has no parameters and draws no random number.
+"""
+
+from headwise.attention.modifiers.layer import ModifierLayer
+from headwise.attention.modifiers.options import MODIFIERS, Modifiers, window_of
+
+__all__ = ["MODIFIERS", "ModifierLayer", "Modifiers", "window_of"]

@@ -1,0 +1,106 @@
+"""The modifiers of one attention layer, as its base class calls them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from headwise.attention.modifiers.options import Modifiers
+from headwise.attention.modifiers.output_gate import OutputGate
+from headwise.attention.modifiers.qk_norm import QKNorm
+from headwise.attention.modifiers.sink import Sink, null_weight
+from headwise.attention.modifiers.value_residual import ValueResidual
+from headwise.attention.observation import Observation, Scores
+
+if TYPE_CHECKING:
+    from headwise.attention.base import AttentionShape, Carry
+
+Ranges = dict[int, list[tuple[int, int]]]
+
+
+class ModifierLayer(nn.Module):
+    """What a layer does besides its kind's attention.
+
+    Args:
+        shape: the layer's, `shape.modifiers` included.
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        on = shape.modifiers
+        self.window, self.layer = on.window, shape.layer
+        self.hands_on_values = on.value_residual
+        with torch.random.fork_rng(devices=[]):  # what is added shifts no other draw of a model
+            self.qk_norm = QKNorm(shape.head_dim) if on.qk_norm else None
+            self.sink = None if on.sink == "none" else Sink(shape.n_heads, learned=on.sink == "learned")
+            width = 1 if on.output_gate == "head" else shape.head_dim
+            gated = on.output_gate != "none"
+            self.gate = OutputGate(shape.d_model, shape.n_heads, width) if gated else None
+            self.value_residual = ValueResidual() if on.value_residual and shape.layer > 0 else None
+
+    def initialise(self, out: nn.Module) -> None:
+        """Set the parameters to their start.
+
+        Args:
+            out: the layer's output projection, freshly drawn.
+        """
+        for part in (self.qk_norm, self.sink, self.value_residual):
+            if part is not None:
+                part.initialise()
+        if self.gate is not None:
+            self.gate.initialise(out)
+
+    def queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q `(B, H, T, D)` and k `(B, K, T, D)` before their rotation, normalised where that is on."""
+        if self.qk_norm is None:
+            return q, k
+        normalised: tuple[Tensor, Tensor] = self.qk_norm(q, k)
+        return normalised
+
+    def values(self, v: Tensor, carry: Carry) -> Tensor:
+        """v `(B, K, T, D)` mixed with the first layer's, which hands them on in `carry`."""
+        if not self.hands_on_values:
+            return v
+        if self.value_residual is None:
+            carry.values = v
+            return v
+        if carry.values is None:
+            raise ValueError(
+                f"layer {self.layer} mixes the first layer's values in, and its carry has none: "
+                "run the first layer before it, with the same carry"
+            )
+        mixed: Tensor = self.value_residual(v, carry.values)
+        return mixed
+
+    def outputs(self, x: Tensor, y: Tensor) -> Tensor:
+        """Heads' outputs `y (B, H, T, D)`, gated by the layer's input `x (B, T, d_model)`."""
+        if self.gate is None:
+            return y
+        gated: Tensor = self.gate(x, y)
+        return gated
+
+    @torch.no_grad()
+    def measures(self, x: Tensor, seen: Observation) -> dict[str, Tensor]:
+        """What the modifiers add to the layer's observation `seen`, `(B, H, T)` each."""
+        found = {}
+        if self.sink is not None and isinstance(seen, Scores):
+            found["null_weight"] = null_weight(seen, self.sink.logit)
+        if self.gate is not None:
+            found["gate"] = self.gate.of(x).float().mean(-1)
+        return found
+
+
+def head_ranges(leaf: str, index: int, modifiers: Modifiers, head_dim: int) -> Ranges:
+    """Where a head lies in a modifier's parameter; as `Attention.head_ranges`.
+
+    Args:
+        leaf: the parameter's name below `modifiers.`.
+    """
+    if leaf == "sink.logit":
+        return {0: [(index, index + 1)]}
+    if leaf == "gate.project.weight":
+        width = 1 if modifiers.output_gate == "head" else head_dim
+        return {0: [(index * width, (index + 1) * width)]}
+    return {}

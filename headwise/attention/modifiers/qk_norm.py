@@ -1,0 +1,43 @@
+"""`qk_norm`: an RMSNorm with a learned weight on each head's queries and keys (Henry et al. 2020; Qwen3).
+
+    q_i ← w_q * q_i / rms(q_i)      k_j ← w_k * k_j / rms(k_j)
+
+before the rotation. The weights have width D and serve every head of the layer. They start at 1, which is not
+the model without it: every query and key then has norm √D. The measure `query_norm` is of the normalised queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPSILON = 1e-6
+
+
+class QKNorm(nn.Module):
+    """The two norms of a layer.
+
+    Args:
+        head_dim: D.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.empty(head_dim))
+        self.k = nn.Parameter(torch.empty(head_dim))
+
+    def initialise(self) -> None:
+        """Start both weights at 1."""
+        nn.init.ones_(self.q)
+        nn.init.ones_(self.k)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q `(B, H, T, D)` and k `(B, K, T, D)` normalised, in their own dtype."""
+        return normalised(q, self.q), normalised(k, self.k)
+
+
+def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    """`weight * x / rms(x)` over the last axis, in the dtype of `x`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), EPSILON)

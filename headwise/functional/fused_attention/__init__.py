@@ -1,0 +1,104 @@
+"""Softmax attention with a sink or within a window on PyTorch's fused kernels, in O(T) memory.
+
+    y_i = Σ_j exp(s[i,j]) v_j / (exp(c) + Σ_l exp(s[i,l])),   s = scale · q·k, |i - j| < window
+
+The definition is `headwise.functional.softmax_attention`. Kernels know no sink, but they give the log-sum-exp
+of each query, and of that everything follows: with `y, lse` of plain attention,
+
+    y' = y · sigmoid(lse - c)        lse' = log(exp(lse) + exp(c))
+
+is attention with one more key, whose logit is c and whose value is 0. A kernel's own backward pass makes
+weights `exp(s - lse')` and takes the correction `rowsum(dy' · y')`. Both are those of the larger softmax when
+it is handed y' and lse', and so are its gradients. What is left is dc = -Σ_i exp(c - lse'_i) rowsum(dy'_i · y'_i).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from headwise.functional.fused_attention.backends import attention
+
+WIDEST = 256
+"""Head width that the kernels take on a GPU."""
+
+
+def takes(q: Tensor, bias: Tensor | None, *, window: int | None = None) -> bool:
+    """Whether `fused_attention` has a kernel for these: no gradient of the bias, on a GPU widths of 8·n.
+
+    Args:
+        q: `(B, H, T, D)`.
+        window: None where there is none; on a GPU only 16-bit kernels know one, and no bias with it.
+    """
+    if bias is not None and bias.requires_grad:
+        return False
+    if not q.is_cuda:
+        return q.device.type == "cpu" and window is None
+    if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
+        return False
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and bias is None if window is not None else half or q.dtype == torch.float32
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of what `takes` accepts.
+
+    Args:
+        q: `(B, H, T, D)`.
+        k, v: `(B, K, T, D)` with `H % K == 0`.
+        causal: query i sees keys j <= i only; not together with `bias`, which has causality in it.
+        scale: factor on q·k.
+        bias: `(B or 1, 1 or H, T, T)`, added to the scores; without gradients.
+        sink: logits `(H,)`, one more in each query's denominator; None where there is none.
+        window: query i sees the keys with |i - j| < window; None sees all.
+
+    Returns:
+        `(B, H, T, D)`.
+    """
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if k.shape[1] != q.shape[1] and (not q.is_cuda or bias is not None or q.dtype == torch.float32):
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    y: Tensor = attention(q, k, v, bias, sink, causal, window or 0, scale)[0]
+    return y
+
+
+def null_key_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same with a sink, for what no kernel takes: one key of zeros whose logit the mask adds, O(T²).
+
+    Arguments as of `fused_attention`; `dropout` is the share of weights dropped.
+    """
+    group, length = q.shape[1] // k.shape[1], q.shape[-2]
+    k, v = (F.pad(x.to(q.dtype).repeat_interleave(group, dim=1), (0, 0, 0, 1)) for x in (k, v))
+    if bias is None:
+        bias = q.new_zeros(1, 1, length, length)
+        if causal:
+            hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+            bias = bias.masked_fill(hidden, -torch.inf)
+    bias = bias.to(q.dtype).expand(-1, q.shape[1], -1, -1)
+    null = sink.to(q.dtype)[:, None, None].expand(*bias.shape[:3], 1)
+    mask = torch.cat((bias, null), dim=-1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
