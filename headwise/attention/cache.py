@@ -148,13 +148,18 @@ class KeyValueCache:
 
     def hold(self, x: Tensor, now: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take a token's key and value in; gives q, k, v and their slots `(B, G)`."""
-        q, k, v = self.attention.heads(x)
-        q, k = rope(q, k) if rope is not None else (q, k)
+        q, k, v = self.projections(x, rope)
         slot = self.slot()
         self.put(self.k, k[:, self.order], slot)
         self.put(self.v, v[:, self.order], slot)
         self.position[(*self.rows, slot)] = now.to(torch.int32)
         return q, k, v, slot
+
+    def projections(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of one token, rotated, as they are held and as q meets them."""
+        q, k, v = self.attention.heads(x)
+        q, k = rope(q, k) if rope is not None else (q, k)
+        return q, k, v
 
     def slot(self) -> Tensor:
         """Where the next key goes, `(B, G)`: empty, or of the earliest key."""
@@ -162,6 +167,11 @@ class KeyValueCache:
 
     def read(self, q: Tensor, f: Tensor | None) -> Tensor:
         """Attention of q `(B, H, 1, D)` to the slots less F `(B, G, U, S)`, projected."""
+        projected: Tensor = self.attention.out(self.attended(q, f).flatten(1)[:, None])
+        return projected
+
+    def attended(self, q: Tensor, f: Tensor | None) -> Tensor:
+        """The same before the output projection, `(B, H, D)`."""
         q = q.unflatten(1, (self.order.numel(), -1))[:, self.order.flatten(), :, 0]
         k, v = self.k.flatten(1, 2), self.v.flatten(1, 2)
         if f is None:
@@ -173,8 +183,7 @@ class KeyValueCache:
             f = f[:, torch.arange(len(self.own), device=q.device)[:, None, None], self.own]
         y = self.core(q, k, v, f.flatten(1, 2))
         y = y[:, self.inverse] if len(self.order) > 1 else y
-        projected: Tensor = self.attention.out(y.flatten(1)[:, None])
-        return projected
+        return y.flatten(1, 2)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
         """Attention of one query a head to the slots; q `(B, K, R, D)`, k and v `(B, K, S, D)`.
