@@ -297,7 +297,7 @@ class Attention(nn.Module):
 
     @classmethod
     def query_width(cls, head_dim: int, options: Any) -> int:
-        """Rows of the fused projection that make the queries of one head; more than D where it has several."""
+        """Rows of the fused projection that make one head's queries; more than D where it has several."""
         return head_dim
 
     @classmethod

@@ -2,9 +2,9 @@
 
     y = (A1 - λ A2) v
 
-Version 2 (Differential Transformer V2, 2026): a head has two queries of width D on the keys and values that it
-shares as in grouped attention, and λ = sigmoid(W_λ x) for each head and token. Its parameters are those of
-softmax attention with H more query heads and W_λ, `(H, d_model)`: (H·D + H) · d_model more.
+Version 2 (Differential Transformer V2, 2026): a head has two queries of width D on one key/value head, shared
+as in grouped attention, and λ = sigmoid(W_λ x) for each head and token. It has H·D more rows of queries than
+softmax attention at the same H, K and D, and W_λ, `(H, d_model)`: (H·D + H) · d_model parameters more.
 
 Version 1 (the paper): a head of width D has queries and keys q1, q2, k1, k2 of width D/2 and a value of D, so
 that its matrices are those of softmax attention at the same H, K and D. λ is one number a layer,
@@ -12,15 +12,15 @@ that its matrices are those of softmax attention at the same H, K and D. λ is o
     λ = exp(λq1·λk1) - exp(λq2·λk2) + λ_init,    λ_init = 0.8 - 0.6 exp(-0.3 · layer)
 
 and each head's output passes an RMSNorm, whose weight all heads share, and the factor 1 - λ_init. It has 3·D
-parameters more: four vectors of D/2 and the norm's weight. The paper's model of a softmax model with H heads of
-width D has H/2 of these, of width 2D.
+parameters more: four vectors of D/2 and the norm's weight. The paper compares H heads of softmax attention of
+width D with H/2 of these, of width 2D.
 
 Both are one call of `scaled_dot_product_attention` with 2H query heads on K key/value heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ from headwise.attention.differential.cache import DifferentialCache
 from headwise.attention.differential.config import DifferentialConfig
 from headwise.attention.flash import BACKENDS
 from headwise.attention.kinds import register
-from headwise.attention.observation import Observation, Parts, Values
+from headwise.attention.observation import Extra, Observation, Parts, Values
 from headwise.functional.differential import (
     fused_differential_attention,
     head_norm,
@@ -90,7 +90,7 @@ class DifferentialAttention(Attention):
             nn.init.ones_(self.norm)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q `(B, 2H, T, W)`, k `(B, K or 2K, T, W)`, v `(B, K, T, D)`, W = D/2 and 2K keys under version 1."""
+        """q `(B, 2H, T, W)`, k `(B, K or 2K, T, W)`, v `(B, K, T, D)`; W = D/2 and 2K under version 1."""
         shape = self.shape
         width = self.rotated_width(shape.head_dim, self.config)
         own = shape.n_kv_heads * shape.head_dim
@@ -125,7 +125,8 @@ class DifferentialAttention(Attention):
             return of_token
         precise = torch.promote_types(self.lambda_q.dtype, torch.float32)
         first, second = (self.lambda_q * self.lambda_k).to(precise).unflatten(0, (2, -1)).sum(-1).exp()
-        return (first - second + self.start).expand(1, self.shape.n_heads, 1)
+        of_layer: Tensor = first - second + self.start
+        return of_layer.expand(1, self.shape.n_heads, 1)
 
     def after(self, y: Tensor) -> Tensor:
         """What a head's output `(…, D)` passes before the output projection: version 1's norm."""
@@ -182,7 +183,7 @@ class DifferentialAttention(Attention):
                 q, k, lam, n_kv_heads=self.shape.n_kv_heads, causal=causal, mask=mask, scale=self.scale
             )
 
-        extra = {"negative_weight": below_zero, "lambda": lam.expand(len(q), -1, q.shape[2])}
+        extra: Extra = {"negative_weight": below_zero, "lambda": lam.expand(len(q), -1, q.shape[2])}
         seen = parts["1"]
         return Parts(parts, Values(extra, key_mask=seen.key_mask, documents=seen.documents))
 

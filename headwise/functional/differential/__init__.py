@@ -91,7 +91,8 @@ def fused_differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, s
 def difference(y: Tensor, lam: Tensor) -> Tensor:
     """`y1 - λ y2` `(B, H, T, D)` of what both queries give, `y (B, 2H, T, D)`."""
     first, second = y.unflatten(1, (-1, 2)).unbind(2)
-    return first - lam[..., None].to(y.dtype) * second
+    apart: Tensor = first - lam[..., None].to(y.dtype) * second
+    return apart
 
 
 def widened(q: Tensor) -> Tensor:
@@ -104,7 +105,8 @@ def widened(q: Tensor) -> Tensor:
 
 def joined(k: Tensor) -> Tensor:
     """`(B, K, T, 2W)` of `(B, 2K, T, W)`: the keys of each pair beside one another."""
-    return k.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+    beside: Tensor = k.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+    return beside
 
 
 def head_norm(y: Tensor, weight: Tensor, factor: float, eps: float = 1e-5) -> Tensor:
