@@ -288,7 +288,10 @@ def _top(per_head: dict[str, np.ndarray]) -> list[list[str]]:
     if best is None:
         return []
     columns = [n for n in per_head if n.startswith(("pearson_", "spearman_"))]
-    order = np.argsort(-np.abs(np.nan_to_num(per_head[best])), kind="stable")[:TOP]
+    order = np.argsort(-np.abs(np.nan_to_num(per_head[best])), kind="stable")
+    if "part" in per_head:
+        order = order[np.isfinite(per_head[best][order])]
+    order = order[:TOP]
     header = ["layer", "head", *(n.replace("_", " ", 1).replace("_", " ") for n in columns)]
     cells = [
         [
@@ -305,7 +308,10 @@ def _numbers(per_head: dict[str, np.ndarray], kinds: list[list[str]], measures: 
     rows = [["layer", "head", "kind", *(measure_of(m).label for m in measures)]]
     for i, labels in enumerate(kinds):
         place = [str(int(per_head["layer"][i])), _head_of(per_head, i)]
-        rows.append([*place, ", ".join(labels), *(f"{per_head[m][i]:.4g}" for m in measures)])
+        cells = [f"{per_head[m][i]:.4g}" for m in measures]
+        if "part" in per_head:  # what a part has, the whole has not, and the other way round
+            cells = ["" if cell == "nan" else cell for cell in cells]
+        rows.append([*place, ", ".join(labels), *cells])
     return rows
 
 
