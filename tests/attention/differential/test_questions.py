@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from headwise.attention import AttentionConfig
 from headwise.attention.differential.config import DifferentialConfig
@@ -23,6 +26,7 @@ from headwise.questions.profile.config import ProfileConfig
 from headwise.questions.profile.export import export_csv
 from headwise.questions.profile.measure import Profile
 from headwise.questions.profile.page import collect
+from headwise.questions.profile.parts import Folders, read_moments
 from headwise.watch.effect import Speaker
 from headwise.watch.hooks import attention_layers
 from headwise.watch.load import Loaded
@@ -90,8 +94,6 @@ def test_its_page_and_its_export_name_the_parts(profile: Path) -> None:
 
 
 def test_a_profile_keeps_queries_and_keys_of_each_part(profile: Path) -> None:
-    from safetensors.numpy import load_file
-
     found = load_file(profile / "raw" / "part_000000.safetensors")
     named = {f"layer_01.part_{part}.{name}" for part in (1, 2) for name in ("q", "k")}
     assert set(found) == named | {"layer_01.v"}
@@ -142,3 +144,19 @@ def test_geometry_refuses_heads_with_two_queries(model: Decoder, profile: Path) 
 
 def test_there_is_no_map_of_two_softmaxes(model: Decoder, samples: Samples) -> None:
     assert attention_maps(model, samples.batch(0, 1)) is None
+
+
+def test_damaged_names_of_parts_are_told(profile: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(profile, tmp_path / "out"))
+    table = (out / "per_head.csv").read_text()
+    (out / "per_head.csv").write_text(table.replace("0,0,1,", "0,0,<b>,", 1))
+    with pytest.raises(HeadwiseError, match="column 'part' has names that no part of a head has"):
+        collect(out)
+    path = out / "moments" / "part_000001.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        about = file.metadata()
+    for damaged in ("1 2", about["parts"].replace("2", "3"), about["parts"].replace("2", "..")):
+        save_file(tensors, path, about | {"parts": damaged})
+        with pytest.raises(HeadwiseError, match=r"part_000001.* its parts of heads are not those"):
+            read_moments(Folders(out))
