@@ -158,5 +158,5 @@ def test_damaged_names_of_parts_are_told(profile: Path, tmp_path: Path) -> None:
         about = file.metadata()
     for damaged in ("1 2", about["parts"].replace("2", "3"), about["parts"].replace("2", "..")):
         save_file(tensors, path, about | {"parts": damaged})
-        with pytest.raises(HeadwiseError, match=r"part_000001.* its parts of heads are not those"):
+        with pytest.raises(HeadwiseError, match=r"part_000001.*\(its parts of heads are not those"):
             read_moments(Folders(out))
