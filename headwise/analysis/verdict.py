@@ -239,7 +239,7 @@ def entropy_rule(evidence: Evidence) -> Rule:
     if mine is None or base is None or mine.r is None or base.r is None:
         where = "here" if mine is None or mine.r is None else f"of {evidence.baseline}"
         text = f"entropy against head importance was not measured {where}; runs with measure.importance: true"
-        text += " and measure.heads: true would evaluate it, if three heads or more have an entropy"
+        text += " and measure.heads: true would evaluate it, if three heads or more have one entropy each"
         return Rule(name, None, text, evaluated=False)
     text = (
         f"entropy against head importance: {_correlation(mine, evidence.signal_p)}; "

@@ -126,8 +126,9 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = shape
         self.scale = shape.head_dim**-0.5
-        heads = shape.n_heads + 2 * shape.n_kv_heads
-        self.qkv = nn.Linear(shape.d_model, heads * shape.head_dim, bias=shape.bias)
+        rows = shape.n_heads * self.query_width(shape.head_dim, options)
+        rows += 2 * shape.n_kv_heads * shape.head_dim
+        self.qkv = nn.Linear(shape.d_model, rows, bias=shape.bias)
         self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
         modifiers = shape.modifiers.present()
         for name in modifiers:
@@ -178,7 +179,10 @@ class Attention(nn.Module):
         return out
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`; q, k after their norm."""
+        """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`; q, k after their norm.
+
+        A kind whose heads have several queries or keys gives these in turn, so that q has more than H heads.
+        """
         shape = self.shape
         heads = self.qkv(x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
         q, k, v = heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
@@ -332,6 +336,16 @@ class Attention(nn.Module):
         Called only where `undecodable` gives no reason.
         """
         raise NotImplementedError
+
+    @classmethod
+    def query_width(cls, head_dim: int, options: Any) -> int:
+        """Rows of the fused projection that make one head's queries; more than D where it has several."""
+        return head_dim
+
+    @classmethod
+    def rotated_width(cls, head_dim: int, options: Any) -> int:
+        """Width of one query and one key, which the rotation turns; less than D where a head has several."""
+        return head_dim
 
     @classmethod
     def computes(cls, options: Any) -> str:

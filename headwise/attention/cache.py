@@ -157,15 +157,20 @@ class KeyValueCache:
 
     def hold(self, x: Tensor, now: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take a token's key and value in; gives q, k, v and their slots `(B, G)`."""
-        q, k, v = self.attention.heads(x)
-        if self.attention.modifiers is not None:
-            v = self.attention.modifiers.values(v, self.carry)
-        q, k = rope(q, k) if rope is not None else (q, k)
+        q, k, v = self.projections(x, rope)
         slot = self.slot()
         self.put(self.k, k[:, self.order], slot)
         self.put(self.v, v[:, self.order], slot)
         self.position[(*self.rows, slot)] = now.to(torch.int32)
         return q, k, v, slot
+
+    def projections(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of one token, rotated, as they are held and as q meets them."""
+        q, k, v = self.attention.heads(x)
+        if self.attention.modifiers is not None:
+            v = self.attention.modifiers.values(v, self.carry)
+        q, k = rope(q, k) if rope is not None else (q, k)
+        return q, k, v
 
     def slot(self) -> Tensor:
         """Where the next key goes, `(B, G)`: empty, or of the earliest key."""
@@ -177,6 +182,15 @@ class KeyValueCache:
         Args:
             x: the layer's input `(B, 1, d_model)`, for its gate.
         """
+        y = self.attended(q, f)
+        if self.attention.modifiers is not None and self.attention.modifiers.gate is not None:
+            assert x is not None, "the layer's gate needs the layer's input"
+            y = self.attention.modifiers.outputs(x, y[:, :, None])
+        projected: Tensor = self.attention.out(y.flatten(1)[:, None])
+        return projected
+
+    def attended(self, q: Tensor, f: Tensor | None) -> Tensor:
+        """The same before the gate and the output projection, `(B, H, D)`."""
         q = q.unflatten(1, (self.order.numel(), -1))[:, self.order.flatten(), :, 0]
         k, v = self.whole
         if f is None:
@@ -188,12 +202,7 @@ class KeyValueCache:
             f = f[:, torch.arange(len(self.own), device=q.device)[:, None, None], self.own]
         y = self.core(q, k, v, self.with_sink(f.flatten(1, 2)))
         y = y[:, self.inverse] if len(self.order) > 1 else y
-        if self.attention.modifiers is not None and self.attention.modifiers.gate is not None:
-            assert x is not None, "the layer's gate needs the layer's input"
-            heads = y.flatten(1, 2)[:, :, None]
-            y = self.attention.modifiers.outputs(x, heads)
-        projected: Tensor = self.attention.out(y.flatten(1)[:, None])
-        return projected
+        return y.flatten(1, 2)
 
     def with_sink(self, f: Tensor) -> Tensor:
         """F `(B, K, R, S)` with the sink in the last slot, whose key is 0: less -c is plus c."""

@@ -44,6 +44,10 @@ class AttentionConfig:
         """The options of the chosen kind, or None where it has none."""
         return getattr(self, self.kind, None)
 
+    def rotated_width(self, head_dim: int) -> int:
+        """Width of the queries and keys that the chosen kind rotates, of heads of width `head_dim`."""
+        return attention_kind(self.kind).rotated_width(head_dim, self.options())
+
     def chosen(self) -> dict[str, Any]:
         """The kind with its own options as plain values, and the modifiers that are on; other kinds decide
         nothing."""

@@ -1,17 +1,19 @@
-"""The five forms of what an attention layer offers to be measured.
+"""The six forms of what an attention layer offers to be measured.
 
 A layer computes; an observer measures. While no observer is attached nothing of this is built. `extra`
 holds measures that the layer computes itself, `(B, H, T)` by the name of a registered measure (see
-`headwise.measures.spec`).
+`headwise.measures.spec`), or functions that give them and are called where the measure is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+Extra = Mapping[str, Tensor | Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Scores:
     q_pre: Tensor | None = None
     k_pre: Tensor | None = None
     taken: Tensor | None = None
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Extra = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Weights:
     window: int
     key_mask: Tensor | None = None
     documents: Tensor | None = None
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Extra = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,19 @@ class Margins:
     """Tropical margins γ, `(B, H, T)`; +inf where fewer than two keys are visible."""
 
     margin: Tensor
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Extra = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Values:
-    """Measures that the layer computes itself, and nothing else to be measured."""
+    """Measures that the layer computes itself, and nothing else to be measured.
 
-    extra: Mapping[str, Tensor]
+    `key_mask` and `documents` as in `Scores`.
+    """
+
+    extra: Extra
+    key_mask: Tensor | None = None
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,30 @@ class Unmeasured:
     reason: str
 
 
-Observation = Scores | Weights | Margins | Values | Unmeasured
+@dataclass(frozen=True)
+class Parts:
+    """A layer whose heads have several softmaxes, each with weights of its own.
+
+    Attributes:
+        parts: each softmax by its name in the column `part` of the head table: lower-case letters and digits.
+        whole: measures of the whole head, whose `part` is null.
+    """
+
+    parts: Mapping[str, Scores | Weights]
+    whole: Values
+
+
+Observation = Scores | Weights | Margins | Values | Unmeasured | Parts
 Observer = Callable[[Observation], None]
+
+
+def by_part(seen: Observation) -> Iterator[tuple[str, Observation]]:
+    """What a layer offers of its whole heads, under an empty name, and of each of their parts."""
+    if not isinstance(seen, Parts):
+        yield "", seen
+        return
+    yield "", seen.whole
+    yield from seen.parts.items()
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,11 @@ def _dynamics(folder: Path) -> dict[str, np.ndarray]:
             columns |= check_part(part).keys()
         except reading.Unreadable as error:
             raise HeadwiseError(f"a part of {folder} is damaged ({error})") from error
+    if "part" in columns:
+        raise HeadwiseError(
+            f"heads of {folder} have several softmaxes, each with rows of its own, and geometry compares "
+            "with one query-key product a head: profile a model whose heads have one"
+        )
     missing = [name for name in correlation.DYNAMICS if name not in columns]
     if missing:
         raise HeadwiseError(f"the profile {folder} has no column {missing[0]}; profile with that measure")

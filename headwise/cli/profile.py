@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, add_trust_option, source_of
 from headwise.errors import HeadwiseError
-from headwise.measures.spec import measures
+from headwise.measures.spec import measures, wanted_measures
 
 if TYPE_CHECKING:
     from headwise.questions.profile.config import ProfileConfig
@@ -43,8 +43,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add("--seed", type=int, help="draw contexts at random; default: in order from the first")
     add("--scores", default="pre_rope", help="pre_rope or post_rope: logits before or after rotation "
         "(%(default)s)")  # fmt: skip
-    add("--measures", nargs="+", default=list(measures()), metavar="NAME",
-        help="columns of the table, of: " + ", ".join(measures()))  # fmt: skip
+    add("--measures", nargs="+", metavar="NAME",
+        help="columns of the table, of: " + ", ".join(measures()) + ", and those of kinds of attention, "
+        "which show-config --list-measures has (default: all)")  # fmt: skip
     add("--aggregate", action="store_true", help="one row per (sample, layer, head), not one per token")
     add(
         "--ignore-first",
@@ -81,9 +82,10 @@ def config_of(args: argparse.Namespace) -> ProfileConfig:
     part = args.samples_per_part
     if part is None:
         part = max(1, PART_TOKENS // max(1, args.context_length))
+    wanted = wanted_measures(None) if args.measures is None else tuple(args.measures)
     config = ProfileConfig(
         n_samples=args.n_samples, context_length=args.context_length, seed=args.seed, scores=args.scores,
-        measures=tuple(args.measures), aggregate=args.aggregate, ignore_first=args.ignore_first,
+        measures=wanted, aggregate=args.aggregate, ignore_first=args.ignore_first,
         table_dtype=args.table_dtype, raw_layers=tuple(args.raw_layers),
         samples_per_part=part,
     )  # fmt: skip

@@ -4,6 +4,7 @@ Needs torch and numpy alone. Where Triton and a GPU are present a function hands
 of the same name beside it.
 """
 
+from headwise.functional.differential import differential_attention
 from headwise.functional.head_stats import HeadStats, head_stats, weights_stats
 from headwise.functional.selective import (
     own_mask_attention,
@@ -15,6 +16,6 @@ from headwise.functional.selective import (
 from headwise.functional.selective.scan import attack_and_protect
 
 __all__ = [
-    "HeadStats", "attack_and_protect", "head_stats", "own_mask_attention", "selection",
-    "selection_logits", "selection_mask", "selective_attention", "weights_stats",
+    "HeadStats", "attack_and_protect", "differential_attention", "head_stats", "own_mask_attention",
+    "selection", "selection_logits", "selection_mask", "selective_attention", "weights_stats",
 ]  # fmt: skip

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Values, Weights
+from headwise.attention.observation import (
+    Margins,
+    Observation,
+    Scores,
+    Unmeasured,
+    Values,
+    Weights,
+    by_part,
+)
 from headwise.errors import HeadwiseError
 from headwise.functional.head_stats import document_starts, head_stats, weights_stats
 from headwise.functional.sharing import kept_context
@@ -36,10 +44,11 @@ def measure(
     measures: Iterable[str] | None = None,
     k_eff: bool = True,
 ) -> dict[str, Tensor]:
-    """Measure one layer.
+    """Measure one layer, or one part of its heads.
 
     Args:
-        observation: what the layer offers; an `Unmeasured` layer gives no measures.
+        observation: what the layer offers; an `Unmeasured` layer gives no measures, and neither does one of
+            parts, of which `by_part` gives each.
         scores: whether logits come from q, k after the rotation or before it. `query_norm` is
             always taken before.
         measures: which columns of the head table; default all that the observation can give.
@@ -63,7 +72,7 @@ def measure(
         ).columns()  # fmt: skip
     elif isinstance(observation, Scores):
         found = _measure_scores(observation, scores, wanted)
-    found |= _handed_over(observation, found)
+    found |= _handed_over(observation, found, wanted)
     return {name: value for name, value in found.items() if name in wanted}
 
 
@@ -92,23 +101,33 @@ def _norm(q: Tensor) -> Tensor:
     return norm
 
 
-def _handed_over(observation: Observation, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The measures that the layer computed itself, `(B, H, T)` by name."""
+def _handed_over(observation: Observation, found: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The measures that the layer computes itself, `(B, H, T)` by name; those of functions if wanted."""
     extra, known = getattr(observation, "extra", {}), all_measures()
     like = next(iter(found.values()), None)
+    handed: dict[str, Tensor] = {}
     for name, value in extra.items():
         if name not in known:
             raise HeadwiseError(
                 f"an attention layer hands over the measure {name!r}, which is not registered; list it in "
                 "`measures` of the layer's kind, or call register_measure"
             )
+        if callable(value):
+            if name not in wanted:
+                continue
+            value = value()
         if value.dim() != 3 or (like is not None and value.shape != like.shape):
             expected = "(B, H, T)" if like is None else str(tuple(like.shape))
             raise HeadwiseError(
                 f"an attention layer hands over the measure {name!r} of shape {tuple(value.shape)}; "
                 f"expected {expected}"
             )
-    return dict(extra)
+        handed[name] = value
+    return handed
+
+
+Place = tuple[int, str]
+"""A layer, and a part of its heads; empty for whole heads."""
 
 
 @dataclass
@@ -141,11 +160,11 @@ class Collector:
     Attributes:
         measures: the columns to gather.
         scores: `post_rope` or `pre_rope`.
-        per_token: keep a row per (sample, layer, head, token); otherwise one per (layer, head)
+        per_token: keep a row per (sample, layer, head, part, token); otherwise one per (layer, head, part)
             with means over samples and tokens, summed in float64.
         ignore_first: real tokens at the start of a sequence at which measures that need a context are
             NaN per token, and which their means leave out.
-        passes: per token, what each forward pass gave: layer to rows.
+        passes: per token, what each forward pass gave: layer and part to rows.
         reasons: layer, by its number or name, to why nothing was measured there.
     """
 
@@ -153,9 +172,9 @@ class Collector:
     scores: ScoresFrom = "post_rope"
     per_token: bool = False
     ignore_first: int = IGNORE_FIRST
-    passes: list[dict[int, Rows]] = field(default_factory=list)
+    passes: list[dict[Place, Rows]] = field(default_factory=list)
     reasons: dict[int | str, str] = field(default_factory=dict)
-    _sums: dict[int, _Sums] = field(default_factory=dict)
+    _sums: dict[Place, _Sums] = field(default_factory=dict)
     _open: bool = False
     _resumed: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -186,28 +205,40 @@ class Collector:
         if isinstance(observation, Unmeasured):
             self.reasons[layer] = observation.reason
             return
-        values = measure(observation, scores=self.scores, measures=self.measures)
-        if not values:
+        offered = []
+        for part, seen in by_part(observation):
+            values = measure(seen, scores=self.scores, measures=self.measures)
+            if values:
+                offered.append((part, seen, {name: value.float() for name, value in values.items()}))
+        if not offered:
             self.reasons.setdefault(layer, f"it offers none of {', '.join(self.measures)}")
             return
-        values = {name: value.float() for name, value in values.items()}
-        real = documents = None
-        if isinstance(observation, (Scores, Weights)):
-            real, documents = observation.key_mask, observation.documents
         with self._lock:
             segment = layer in self._resumed
             self._resumed.discard(layer)
-            if not self.per_token:
-                self._accumulate(layer, values, real, documents)
-                return
-            values = without_early(values, self._with_context(next(iter(values.values())), real, documents))
-            if not self.passes or (not self._open and layer in self.passes[-1]):
+            again = self.per_token and any((layer, part) in self._last() for part, _, _ in offered)
+            if self.per_token and (not self.passes or (not self._open and again)):
                 self.passes.append({})
-            rows, here = Rows(values, real, _uniform(observation)), self.passes[-1]
-            here[layer] = _joined(here[layer], rows, segment) if layer in here else rows
+            for part, seen, values in offered:
+                self._take((layer, part), seen, values, segment)
+
+    def _last(self) -> dict[Place, Rows]:
+        return self.passes[-1] if self.passes else {}
+
+    def _take(self, at: Place, seen: Observation, values: dict[str, Tensor], segment: bool) -> None:
+        real = documents = None
+        if isinstance(seen, (Scores, Weights, Values)):
+            real, documents = seen.key_mask, seen.documents
+        if not self.per_token:
+            self._accumulate(at, values, real, documents)
+            return
+        like = next(iter(values.values()))
+        values = without_early(values, self._with_context(like, real, documents))
+        rows, here = Rows(values, real, _uniform(seen, like.shape[-1])), self.passes[-1]
+        here[at] = _joined(here[at], rows, segment) if at in here else rows
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Head-table columns, ordered by sample, layer, head, token.
+        """Head-table columns, ordered by sample, layer, part, head, token; `part` only where heads have some.
 
         A measure that some layers offer and others do not is NaN in the rows of the others.
 
@@ -232,25 +263,26 @@ class Collector:
         return (positions >= self.ignore_first)[:, None]
 
     def _accumulate(
-        self, layer: int, values: dict[str, Tensor], real: Tensor | None, documents: Tensor | None
+        self, at: Place, values: dict[str, Tensor], real: Tensor | None, documents: Tensor | None
     ) -> None:
         stacked = torch.stack(list(values.values())).double()  # (measures, B, H, T)
         has = counted(values, self._with_context(stacked, real, documents), real)
         total = torch.where(has, stacked, 0.0).sum((1, 3))
         count = has.sum((1, 3))
-        known = self._sums.get(layer)
+        known = self._sums.get(at)
         if known is None:
-            self._sums[layer] = _Sums(list(values), total, count)
+            self._sums[at] = _Sums(list(values), total, count)
         else:
             known.total += total
             known.count += count
 
     def _mean_columns(self) -> dict[str, np.ndarray]:
-        layers, heads = [], []
+        layers, heads, parts = [], [], []
         means: dict[str, list[np.ndarray]] = {name: [] for name in self.measures}
-        for layer, sums in sorted(self._sums.items()):
+        for (layer, part), sums in sorted(self._sums.items()):
             n_heads = sums.total.shape[1]
             layers.append(np.full(n_heads, layer, np.int32))
+            parts.append(np.full(n_heads, part or None, object))
             heads.append(np.arange(n_heads, dtype=np.int32))
             mean = (sums.total / sums.count).float().cpu().numpy()
             for name, column in means.items():
@@ -258,6 +290,7 @@ class Collector:
                 column.append(mean[sums.names.index(name)] if has else np.full(n_heads, np.nan, np.float32))
         present = {name for sums in self._sums.values() for name in sums.names}
         keys = {"layer": np.concatenate(layers), "head": np.concatenate(heads)}
+        keys |= _parts(self._sums, parts)
         return keys | {name: np.concatenate(means[name]) for name in self.measures if name in present}
 
     def _token_columns(self) -> dict[str, np.ndarray]:
@@ -266,16 +299,19 @@ class Collector:
         columns: dict[str, list[np.ndarray]] = {
             name: [] for name in ("sample", "layer", "head", "token", *names)
         }
+        parts: list[np.ndarray] = []
         first_sample = 0
         for one in self.passes:
-            here = {layer: _to_host(rows) for layer, rows in sorted(one.items())}
+            here = {at: _to_host(rows) for at, rows in sorted(one.items())}
             batch = max(len(real) for _, real in here.values())
             for sample in range(batch):
-                for layer, (values, real) in here.items():
+                for (layer, part), (values, real) in here.items():
                     if sample < len(real):
                         _append_rows(columns, names, values, real, sample, first_sample, layer)
+                        parts.append(np.full(len(columns["head"][-1]), part or None, object))
             first_sample += batch
-        return {name: np.concatenate(parts) for name, parts in columns.items()}
+        found = {name: np.concatenate(column) for name, column in columns.items()}
+        return found | _parts([at for one in self.passes for at in one], parts)
 
 
 def _joined(first: Rows, second: Rows, segment: bool) -> Rows:
@@ -304,21 +340,19 @@ def _widened(x: Tensor, tokens: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, tokens - x.shape[-1]))
 
 
-def _uniform(seen: Observation) -> tuple[float, float]:
-    """Mean number of keys that a query sees, and their mean distance."""
+def _parts(places: Iterable[Place], parts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """The column `part`, where there is any."""
+    return {"part": np.concatenate(parts)} if any(part for _, part in places) else {}
+
+
+def _uniform(seen: Observation, tokens: int) -> tuple[float, float]:
+    """Mean number of keys that a query sees of so many tokens, and their mean distance."""
     causal, window, lengths = True, None, None
     if isinstance(seen, Scores):
-        tokens, causal, window = seen.q.shape[-2], seen.causal, seen.window
+        causal, window = seen.causal, seen.window
         starts = document_starts(seen.documents)
         if starts is not None:  # every token's document is as long as its start is frequent
             lengths = [np.unique(row, return_counts=True)[1] for row in starts.cpu().numpy()]
-    elif isinstance(seen, Weights):
-        tokens = seen.weights.shape[-1]
-    elif isinstance(seen, Margins):
-        tokens = seen.margin.shape[-1]
-    else:
-        assert isinstance(seen, Values)
-        tokens = next(iter(seen.extra.values())).shape[-1]
     documents = [tokens] if lengths is None else np.concatenate(lengths)
     back = [np.minimum(np.arange(n), (window or tokens) - 1) for n in documents]
     behind = np.concatenate(back)

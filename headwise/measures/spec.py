@@ -39,9 +39,20 @@ SOURCES: dict[Source, str] = {
 
 KEYS = {
     "run": "string", "step": "int64", "sample": "int64",
-    "layer": "int32", "head": "int32", "token": "int32",
+    "layer": "int32", "head": "int32", "part": "string", "token": "int32",
 }  # fmt: skip
-"""Key columns of the head table and their types."""
+"""Key columns of the head table and their types.
+
+`part` names one of several softmaxes of a head; null, or not there at all, for measures of the whole head.
+"""
+
+PART = re.compile(r"[a-z0-9]{1,16}")
+"""What a part can be called."""
+
+
+def head_label(head: int, part: str | None = None) -> str:
+    """How a head, or one of its parts, is shown: `3`, `3 part 1`."""
+    return f"{head} part {part}" if part else str(head)
 
 
 @dataclass(frozen=True)

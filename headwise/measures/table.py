@@ -17,7 +17,7 @@ import numpy as np
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
-from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, measures
+from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, PART, measures
 
 __all__ = ["KEYS", "MEASURES", "read", "read_columns", "write_part"]
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-FORMAT = 1
-"""Of a part; 0 had no number."""
+FORMAT = 2
+"""Of a file with a column `part`; 1 has none, and 0 had no number."""
+WITHOUT_PARTS = 1
 FORMAT_KEY = "headwise_format"
 
 _KINDS = {"string": "text", "int64": "integer", "int32": "integer"}
@@ -40,7 +41,7 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
 
     Args:
         columns: key columns and measures; arrays of one length, or a scalar for a whole column.
-            Keys that are left out become null.
+            Keys that are left out become null; a `part` that is left out is no column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -54,13 +55,15 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
     for key, type_name in KEYS.items():
         kind = pa.type_for_alias(type_name)
         value = columns.get(key)
+        if key == "part" and value is None:
+            continue
         if value is None:
             arrays.append(pa.nulls(length, kind))
         elif isinstance(value, np.ndarray):
             arrays.append(pa.array(value, kind))
         else:
             arrays.append(pa.repeat(pa.scalar(value, kind), length))
-        fields.append(pa.field(key, kind, nullable=value is None))
+        fields.append(pa.field(key, kind, nullable=value is None or key == "part"))
     for measure in known:
         value = columns.get(measure)
         if value is not None:
@@ -69,7 +72,8 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
             arrays.append(pa.array(values.astype(dtype, copy=False)))
             fields.append(pa.field(measure, arrays[-1].type, nullable=False))
     path = Path(folder) / f"{name}.parquet"
-    schema = pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT)})
+    number = WITHOUT_PARTS if columns.get("part") is None else FORMAT
+    schema = pa.schema(fields, metadata={FORMAT_KEY: str(number)})
     with replacing(path) as draft, draft.open("wb") as file:  # a path may look like a URI to a library
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, **_encoding(fields))
     return path
@@ -116,7 +120,8 @@ def refuse_newer(part: Path, metadata: Mapping[str, str]) -> None:
 def read(folder: str | Path) -> polars.DataFrame:
     """All parts of a head table as one polars frame, measures as float32, in the order of their names.
 
-    Columns of older tables have today's names; a column that no measure here has is kept.
+    Columns of older tables have today's names; a column that no measure here has is kept. `part` is null
+    where a file has none.
 
     Raises:
         HeadwiseError: the folder holds no part, or a part is damaged or of a newer headwise.
@@ -138,7 +143,10 @@ def read(folder: str | Path) -> polars.DataFrame:
             raise HeadwiseError(
                 f"head table part {part} is damaged ({error.reason}); delete it and run again"
             ) from error
-    return polars.concat(frames, how="diagonal")
+    table = polars.concat(frames, how="diagonal")
+    if "part" not in table.columns:
+        table = table.with_columns(polars.lit(None, polars.String).alias("part"))
+    return table.select(*KEYS, polars.exclude(*KEYS))
 
 
 def read_columns(part: str | Path, columns: Sequence[str]) -> pyarrow.Table:
@@ -167,8 +175,10 @@ def check_part(path: Path) -> dict[str, str]:
         HeadwiseError: a newer headwise wrote it, whatever its columns are.
         reading.Unreadable: it is not a part of a head table.
     """
-    keys = {key: _KINDS[name] for key, name in KEYS.items()}
+    keys = {key: _KINDS[name] for key, name in KEYS.items() if key != "part"}
     columns = reading.parquet_columns(path, keys, accept=partial(refuse_newer, path))
+    if columns.get("part", "text") != "text":
+        raise reading.Unreadable(path, f"its column 'part' is {columns['part']}, not text")
     for name in (*measures(), *FORMER_NAMES):
         if columns.get(name, "float") != "float":
             raise reading.Unreadable(path, f"its column {name!r} is {columns[name]}, not float")
@@ -181,3 +191,6 @@ def _refuse_places(path: Path, frame: polars.DataFrame) -> None:
         low, high = frame[key].min(), frame[key].max()
         if frame[key].null_count() or (low is not None and not 0 <= int(low) <= int(high) < MOST):  # type: ignore[arg-type]
             raise reading.Unreadable(path, f"its column {key!r} has a place below 0, above {MOST} or empty")
+    parts = frame["part"].drop_nulls().unique().to_list() if "part" in frame.columns else []
+    if not all(PART.fullmatch(part) for part in parts):
+        raise reading.Unreadable(path, "its column 'part' has names that no part of a head has")

@@ -77,6 +77,16 @@ class ModelConfig:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.d_model
 
+    def _refuse_odd_rotation(self) -> None:
+        """Refuse a kind that rotates parts of a head which have no pairs."""
+        rotated = self.attention.rotated_width(self.width_of_head())
+        if self.position == "rope" and rotated % 2:
+            raise HeadwiseError(
+                f"model.head_dim is {self.width_of_head()}, of which attention kind {self.attention.kind!r} "
+                f"rotates {rotated} at a time, and RoPE rotates pairs: change it, or choose another "
+                "model.position"
+            )
+
     def least_parameters(self) -> int:
         """Parameters that a model of these sizes has at least: its matrices, whichever the attention."""
         heads, own = self.n_heads + self.kv_heads(), self.width_of_head() * self.d_model
@@ -142,3 +152,4 @@ class ModelConfig:
                 "model.attention.value_residual mixes the first layer's values into later layers, and "
                 "model.n_layers is 1; set more layers, or turn it off"
             )
+        self._refuse_odd_rotation()

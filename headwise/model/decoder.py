@@ -77,9 +77,8 @@ class Decoder(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.position == "learned"
         self.positions = nn.Embedding(self.max_seq_len, config.d_model) if learned else None
-        self.rope = (
-            Rope(config.width_of_head(), config.rope_theta, seq_len) if config.position == "rope" else None
-        )
+        rotated = config.attention.rotated_width(config.width_of_head())
+        self.rope = Rope(rotated, config.rope_theta, seq_len) if config.position == "rope" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)

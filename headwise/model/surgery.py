@@ -66,10 +66,14 @@ class Operation:
     def rows(self) -> dict[str, tuple[int, int]]:
         """The new head's rows of the fused projection, by part: q, and k and v where it has its own."""
         width, heads, kv_heads = self.after.width_of_head(), self.after.n_heads, self.after.kv_heads()
-        first = {"q": self.index}
+        attention = self.after.attention
+        wide = attention_kind(attention.kind).query_width(width, attention.options())
+        first = {"q": (self.index * wide, wide)}
         if not self.shares_keys:
-            first |= {"k": heads + self.index, "v": heads + kv_heads + self.index}
-        return {part: (at * width, (at + 1) * width) for part, at in first.items()}
+            keys = heads * wide
+            first |= {"k": (keys + self.index * width, width)}
+            first |= {"v": (keys + (kv_heads + self.index) * width, width)}
+        return {part: (at, at + size) for part, (at, size) in first.items()}
 
     def columns(self) -> tuple[int, int]:
         """The new head's columns of the output projection."""

@@ -19,6 +19,7 @@ from headwise.analysis.honesty import Flag, RunFacts
 from headwise.analysis.importance import Signal, head_correlation, signal
 from headwise.analysis.statistics import Summary, holm, summarize
 from headwise.analysis.verdict import Evidence, check_criteria, judge
+from headwise.report.atlas import columns_of
 from headwise.report.compare import Family, Material, family, most, relative_to
 from headwise.runs.read import Run
 
@@ -108,8 +109,8 @@ def head_signals(
 
 def _correlation(run: Run, measured: dict[str, Any]) -> float | None:
     importance, entropy = run.get("importance"), measured["measures"].get("entropy")
-    if entropy is None or importance is None:
-        return None
+    if entropy is None or importance is None or any(part for _, part in columns_of(measured, "entropy")):
+        return None  # a head of several softmaxes has several entropies and one importance
     rises, last = importance["delta_loss"], np.asarray(entropy[-1])
     # The table is as wide as its widest layer; heads that a narrower layer lacks have no value in it.
     table = [row[: len(heads)].tolist() for row, heads in zip(last, rises, strict=False)]

@@ -165,7 +165,10 @@ def head_atlas(data: dict[str, Any], measure: dict[str, Any]) -> Figure | None:
     bar.ax.tick_params(labelsize=7)
     unit = f" ({measure['unit']})" if measure["unit"] else ""
     bar.set_label(measure["label"] + unit, fontsize=8)
-    axis.set_xlabel("head", fontsize=8)
+    every = [line for seeds in columns.values() for line in seeds]
+    parts: list[str] = next((line["columns"][name] for line in every if "columns" in line), [])
+    named = any("part" in label for label in parts)
+    axis.set_xlabel(f"head ({', '.join(parts[:2])}, …)" if named else "head", fontsize=8)
     axis.set_ylabel("layer (first on top)", fontsize=8)
     return figure
 

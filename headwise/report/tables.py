@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwise.measures.spec import in_order, measure_of
+from headwise.measures.spec import head_label, in_order, measure_of
 from headwise.report.conclusions import words
 
 
@@ -184,7 +184,7 @@ def other_splits(data: dict[str, Any]) -> Table:
 def per_head(variant: dict[str, Any], measure: str) -> Table:
     """The per-head metrics study's table: head, mean over layers, std and half-width over seeds."""
     _, title = measure_of(measure).table or ("", measure)
-    rows = [[str(r["head"]), fixed(r["mean"]), fixed(r["std"]), fixed(r["ci95"])]
+    rows = [[_head(r), fixed(r["mean"]), fixed(r["std"]), fixed(r["ci95"])]
             for r in variant["per_head"].get(measure, [])]  # fmt: skip
     return Table(["head", f"{title}_mean", "std", "ci95"], rows)
 
@@ -198,13 +198,17 @@ def per_head_tables(variant: dict[str, Any]) -> list[tuple[str, Table]]:
 def per_layer_head(variant: dict[str, Any]) -> Table:
     """Every measure of every layer and head, mean ± half-width over seeds."""
     found = variant["per_layer_head"]
-    cells = {(r["layer"], r["head"], m): r for m, rows in found.items() for r in rows}
-    places = sorted({(layer, head) for layer, head, _ in cells})
+    cells = {((r["layer"], r["head"], r.get("part", "")), m): r for m, rows in found.items() for r in rows}
+    places = sorted({place for place, _ in cells})
     rows = [
-        [str(layer), str(head), *(_short(cells.get((layer, head, m))) for m in found)]
-        for layer, head in places
+        [str(layer), head_label(head, part), *(_short(cells.get(((layer, head, part), m))) for m in found)]
+        for layer, head, part in places
     ]
     return Table(["layer", "head", *found], rows)
+
+
+def _head(row: dict[str, Any]) -> str:
+    return head_label(row["head"], row.get("part"))
 
 
 def heading(metric: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from headwise import testing
 from headwise.attention import KINDS, Attention, AttentionConfig, AttentionShape, Carry
 from headwise.attention.base import FEATURES
-from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
+from headwise.attention.observation import Margins, Observation, Parts, Scores, Unmeasured, Weights
 from headwise.config.run import Config, from_dict, load, to_yaml
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
@@ -69,7 +69,14 @@ def inputs(layer: Attention, batch: int = BATCH, length: int = LENGTH) -> Tensor
 
 
 def rope_of(layer: Attention) -> Rope:
-    return Rope(layer.shape.head_dim)
+    return Rope(widths(layer)[0])
+
+
+def widths(layer: Attention) -> tuple[int, int]:
+    """Of one rotated query, and of all queries of a head."""
+    options = AttentionConfig(kind=layer.kind).options()
+    head_dim = layer.shape.head_dim
+    return layer.rotated_width(head_dim, options), layer.query_width(head_dim, options)
 
 
 def form(kind: str) -> dict[str, bool]:
@@ -423,8 +430,9 @@ def test_rotation_is_applied_to_queries_and_keys(kind: str) -> None:
 
     plain = layer(x, **form(kind))
     assert torch.equal(layer(x, rope=identity, **form(kind)), plain)
-    heads = torch.Size((BATCH, 4, LENGTH, layer.shape.head_dim))
-    assert seen == [(heads, heads)]
+    width, queries = widths(layer)
+    numbers = (4 * queries // width, 4 * layer.shape.head_dim // width)
+    assert seen == [tuple(torch.Size((BATCH, heads, LENGTH, width)) for heads in numbers)]
     rotated = layer(x, rope=rope_of(layer), **form(kind))
     assert not torch.allclose(rotated[:, -1], plain[:, -1], atol=1e-4)
 
@@ -445,7 +453,7 @@ def test_an_observer_sees_one_observation_per_forward_and_changes_nothing(kind: 
         layer.observer = seen.append
         assert torch.equal(layer(x, **kwargs), y)
         assert len(seen) == 1
-        assert isinstance(seen[0], Scores | Weights | Margins | Unmeasured)
+        assert isinstance(seen[0], Scores | Weights | Margins | Parts | Unmeasured)
         layer.observer = None
         layer(x, **kwargs)
         assert len(seen) == 1

@@ -54,14 +54,18 @@ class Watch:
     def table(self) -> polars.DataFrame:
         """The head table: a row per (layer, head), or per (sample, layer, head, token).
 
+        Where heads have several softmaxes there is a row for each `part` of a head, and one for the whole.
+
         Raises:
             HeadwiseError: nothing was measured; says why.
         """
         import polars
 
         kinds = {"string": polars.String, "int64": polars.Int64, "int32": polars.Int32}
-        columns = self.columns()
+        columns: dict[str, Any] = dict(self.columns())
         length = len(columns["layer"])
+        if "part" in columns:  # of an array of objects polars makes no text
+            columns["part"] = columns["part"].tolist()
         keys = [
             polars.Series(key, columns.get(key, [None] * length), dtype=kinds[kind])
             for key, kind in KEYS.items()

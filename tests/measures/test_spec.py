@@ -131,6 +131,7 @@ def test_every_measure_comes_from_the_observation_that_its_source_names() -> Non
         "layer": Values({name: torch.rand(2, 4, 9) for name in ("null_weight", "gate")}),
     }
     for name, known in measures().items():
+        of["layer"] = Values({name: torch.rand(2, 4, 9)})
         assert set(measure(of[known.source], measures=[name])) == {name}
     for field in HeadStats.__dataclass_fields__:
         assert field in measures()

@@ -151,14 +151,14 @@ def test_a_newer_part_of_the_head_table_is_left_alone(
     head_table.write_part(tmp_path, "a", columns)
     assert len(head_table.read(tmp_path)) == 2
     monkeypatch.setattr(head_table, "FORMAT", head_table.FORMAT + 1)
-    head_table.write_part(tmp_path, "b", columns)
+    head_table.write_part(tmp_path, "b", columns | {"part": "1"})
     monkeypatch.undo()
-    with pytest.raises(HeadwiseError, match=r"b\.parquet has format 2 and this headwise reads up to 1"):
+    with pytest.raises(HeadwiseError, match=r"b\.parquet has format 3 and this headwise reads up to 2"):
         head_table.read(tmp_path)
     part = tmp_path / "b.parquet"
     pq.write_table(pq.read_table(part).drop_columns(["token"]), part)  # which a newer one may do without
     for call in (head_table.read, lambda folder: head_table.read_columns(folder / "b.parquet", ["layer"])):
-        with pytest.raises(HeadwiseError, match=r"b\.parquet has format 2 .* upgrade headwise"):
+        with pytest.raises(HeadwiseError, match=r"b\.parquet has format 3 .* upgrade headwise"):
             call(tmp_path)
 
 

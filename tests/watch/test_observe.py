@@ -109,7 +109,7 @@ def test_the_table_has_the_head_tables_columns(decoder, tokens):
     with torch.no_grad(), watch(decoder, measures=["k_eff", "entropy"]) as seen:
         decoder(tokens)
     table = seen.table()
-    assert table.columns == ["run", "step", "sample", "layer", "head", "token", "entropy", "k_eff"]
+    assert table.columns == ["run", "step", "sample", "layer", "head", "part", "token", "entropy", "k_eff"]
     assert table.schema["layer"] == polars.Int32
     assert table.schema["entropy"] == polars.Float32
     assert table["token"].is_null().all()

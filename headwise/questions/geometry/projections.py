@@ -291,6 +291,11 @@ def _from_headwise(model: nn.Module, fold_norm: bool, name: str) -> HeadWeights:
             (a - b)[:, :, 0].permute(1, 2, 0)
             for a, b in zip(module.heads(unit), module.heads(torch.zeros_like(unit[:1])), strict=True)
         )
+        if q.shape[0] != size.n_heads:
+            raise HeadwiseError(
+                f"{name}: a head of attention kind {module.kind!r} has {q.shape[0] // size.n_heads} queries, "
+                "and geometry is of heads with one query and one key"
+            )
         width = q.shape[0] * q.shape[1]
         unit = torch.eye(width, dtype=reference.dtype, device=reference.device)
         o = (module.out(unit) - module.out(torch.zeros_like(unit[:1]))).T

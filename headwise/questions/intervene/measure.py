@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.attention.observation import Observation, Scores, Unmeasured
+from headwise.attention.observation import Observation, Parts, Scores, Unmeasured
 from headwise.errors import HeadwiseError
 from headwise.functional.head_stats import HeadStats, head_stats
 from headwise.measures.collector import IGNORE_FIRST, Collector, ScoresFrom
@@ -333,6 +333,9 @@ def _only(seen: Scores, head: int) -> Scores:
 def _why_not(observation: Observation) -> str:
     if isinstance(observation, Unmeasured):
         return observation.reason
+    if isinstance(observation, Parts):
+        several = len(observation.parts)
+        return f"its heads have {several} softmaxes each, and scaling one query of several sharpens only one"
     return "its weights are not a softmax of its query's logits, so the query's length does not sharpen them"
 
 

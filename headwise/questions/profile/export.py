@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from headwise.files import replacing
 from headwise.measures.spec import exported
-from headwise.measures.table import read_columns
+from headwise.measures.table import check_part, read_columns
 
 if TYPE_CHECKING:
     import pyarrow
@@ -23,6 +23,8 @@ COLUMNS = KEYS | exported(NEEDED)
 def export_csv(out: Path) -> Path:
     """Write `out/attention_metrics_{timestamp}.csv`, a row per token; an absent entropy is empty.
 
+    Where heads have several softmaxes there is a row for each, and a last column `part` names it.
+
     Raises:
         HeadwiseError: a part is damaged, or the disk full.
     """
@@ -30,11 +32,25 @@ def export_csv(out: Path) -> Path:
 
     path = out / f"attention_metrics_{datetime.now():%Y%m%d_%H%M%S}.csv"
     with replacing(path) as draft, draft.open("wb") as file:
-        file.write((",".join(COLUMNS.values()) + "\n").encode())
-        for part in sorted((out / "heads").glob("*.parquet")):
-            table = read_columns(part, list(COLUMNS))
+        tables = sorted((out / "heads").glob("*.parquet"))
+        in_parts = bool(tables) and "part" in check_part(tables[0])
+        names = COLUMNS | ({"part": "part"} if in_parts else {})
+        file.write((",".join(names.values()) + "\n").encode())
+        for part in tables:
+            table = read_columns(part, list(names))
+            if in_parts:
+                table = _measured(table)
             csv.write_csv(_plain(table), file, csv.WriteOptions(include_header=False))
     return path
+
+
+def _measured(table: pyarrow.Table) -> pyarrow.Table:
+    """The table without rows of whole heads whose parts are measured: they have none of these numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    nothing = pc.is_nan(table["query_norm"].cast(pa.float32()))
+    return table.filter(pc.invert(pc.and_(pc.is_null(table["part"]), nothing)))
 
 
 def _plain(table: pyarrow.Table) -> pyarrow.Table:

@@ -239,11 +239,15 @@ class Profile:
         write_text(self.folders.out / "per_head.csv", _csv(per_head))
         certain = [name for name in self.measures if name in per_head and measure_of(name).absent is None]
         broken = np.isnan(np.stack([per_head[name] for name in certain] or [0 * per_head["layer"]])).any(0)
+        heads = set(zip(per_head["layer"].tolist(), per_head["head"].tolist(), strict=True))
+        if "part" in per_head:  # what heads with parts have as a whole is never of weights
+            is_part = per_head["part"] != ""
+            broken &= is_part | ~np.isin(per_head["layer"], per_head["layer"][is_part])
         summary = {
             "state": "finished",
             "samples": self.config.n_samples,
             "tokens": self.config.n_samples * self.config.context_length,
-            "heads": len(per_head["layer"]),
+            "heads": len(heads),
             "bytes": _size(self.folders.heads),
             "parts_measured": measured,
             "seconds": seconds,
@@ -297,7 +301,7 @@ def _csv(columns: dict[str, np.ndarray]) -> str:
     return "\n".join([",".join(columns), *map(",".join, zip(*cells, strict=True))]) + "\n"
 
 
-def _cell(value: int | float) -> str:
-    if isinstance(value, int):
+def _cell(value: int | float | str) -> str:
+    if isinstance(value, int | str):
         return str(value)
     return f"{value:.9g}" if math.isfinite(value) else ""

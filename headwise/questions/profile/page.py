@@ -15,7 +15,7 @@ from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import write_text
 from headwise.measures.labels import OTHER, RULES, classify
-from headwise.measures.spec import FORMER_NAMES, in_order, measure_of
+from headwise.measures.spec import FORMER_NAMES, PART, head_label, in_order, measure_of
 from headwise.measures.table import MOST, read_columns
 from headwise.questions.profile.files import ProfileFile, SummaryFile
 from headwise.report.atlas import about
@@ -26,11 +26,15 @@ from headwise.report.html import embedded
 ROWS = 2_000_000
 """Rows of the table that distributions are drawn from; whole parts, spread over the profile."""
 BINS = 48
-_NO_MEASURE = re.compile(r"layer|head|(uniform|pearson|spearman)_.*")
+_NO_MEASURE = re.compile(r"layer|head|part|(uniform|pearson|spearman)_.*")
 """Columns of per_head.csv beside the measures."""
 TOP = 12
 BY = {"spearman_entropy": "Spearman", "pearson_entropy": "Pearson"}
 """What heads are sorted by: the first that there is."""
+POOLED = (
+    "Heads here have several softmaxes, and each part is shown as a head of its own; distributions and "
+    "curves against depth are of all parts together."
+)
 SECTIONS = {
     "kinds": "What heads do", "atlas": "Measures", "distributions": "Distributions",
     "correlations": "Query norm", "numbers": "Numbers",
@@ -74,18 +78,23 @@ def collect(out: Path, *, rotates: bool = False) -> dict[str, Any]:
     per_head = _per_head(out / "per_head.csv")
     measures = in_order(name for name in per_head if not _NO_MEASURE.fullmatch(name))
     kinds = classify(per_head)
-    grids = {name: rounded(_grid(per_head, values), 6) for name, values in per_head.items()}
+    shown = {name: _shown(values) for name, values in per_head.items() if name != "part"}
+    grids = {name: rounded(_grid(per_head, per_head[name], some), 6) for name, some in shown.items()}
     return {
         "variants": [],
         "model": profile["model"],
         "facts": _facts(profile, summary),
-        "flags": _flags(summary, profile, rotates),
+        "flags": _flags(summary, profile, rotates) + ([POOLED] if "part" in per_head else []),
         "measures": about(measures),
         "grids": {name: grids[name] for name in measures},
+        "columns": {name: _columns(per_head, some) for name, some in shown.items()}
+        if "part" in per_head
+        else {},
         "kinds": {
             "known": any(kinds),
             "names": [*(rule.label for rule in RULES), OTHER],
             "grid": _label_grid(per_head, kinds),
+            "columns": _columns(per_head, _labelled(kinds)) if "part" in per_head else None,
             "rules": [_rule_row(rule, per_head, kinds) for rule in RULES]
             + [[OTHER, "none of these", str(sum(k == [OTHER] for k in kinds)), "", ""]],
         },
@@ -136,14 +145,23 @@ def _per_head(path: Path) -> dict[str, np.ndarray]:
             raise reading.Unreadable(path, "it has no heads")
         found = {
             FORMER_NAMES.get(name, name): np.array([_number(path, row, name) for row in rows])
-            for name in rows[0]
-        }
+            for name in rows[0] if name != "part"
+        }  # fmt: skip
+        if "part" in rows[0]:
+            found["part"] = _part_names(path, rows)
         for at in (found["layer"], found["head"]):
             if not ((at >= 0) & (at < MOST) & (at == np.floor(at))).all():
                 raise reading.Unreadable(path, "its layers and heads are not counted from 0")
         return found
     except reading.Unreadable as error:
         raise error.so("run the profile again to its end") from error
+
+
+def _part_names(path: Path, rows: list[dict[str, str]]) -> np.ndarray:
+    names = [row["part"] or "" for row in rows]
+    if not all(PART.fullmatch(name) for name in names if name):
+        raise reading.Unreadable(path, "its column 'part' has names that no part of a head has")
+    return np.array(names)
 
 
 def _number(path: Path, row: dict[str, str], name: str) -> float:
@@ -153,25 +171,57 @@ def _number(path: Path, row: dict[str, str], name: str) -> float:
         raise reading.Unreadable(path, f"column {name} has {row[name][:40]!r}, which is no number") from None
 
 
-def _places(per_head: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Row and column of each head in a grid, and the layer that each row stands for."""
+def _shown(values: np.ndarray) -> np.ndarray:
+    """Which heads, or parts of heads, a grid of `values` has: those with a value; all where none has one."""
+    known = np.isfinite(values)
+    return known if known.any() else np.ones(len(values), dtype=bool)
+
+
+def _labelled(kinds: list[list[str]]) -> np.ndarray:
+    return _shown(np.array([1.0 if labels else np.nan for labels in kinds]))
+
+
+def _heads(per_head: dict[str, np.ndarray], some: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """The column of each head in a grid, and what each column stands for: a head, or a part of one."""
+    if "part" not in per_head:
+        heads = per_head["head"].astype(int)
+        return heads, [(head, "") for head in range(heads.max() + 1)]
+    every = list(zip(per_head["head"].astype(int).tolist(), per_head["part"].tolist(), strict=True))
+    columns = sorted({at for at, chosen in zip(every, some, strict=True) if chosen})
+    place = {at: n for n, at in enumerate(columns)}
+    return np.array([place.get(at, -1) for at in every]), columns
+
+
+def _columns(per_head: dict[str, np.ndarray], some: np.ndarray) -> list[str]:
+    return [head_label(*at) for at in _heads(per_head, some)[1]]
+
+
+def _layers(per_head: dict[str, np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """Row of each head in a grid, and the layer that each row stands for."""
     layers = sorted({int(layer) for layer in per_head["layer"]})
-    return np.searchsorted(layers, per_head["layer"]), per_head["head"].astype(int), layers
+    return np.searchsorted(layers, per_head["layer"]), layers
 
 
-def _grid(per_head: dict[str, np.ndarray], values: np.ndarray) -> np.ndarray:
-    rows, heads, layers = _places(per_head)
-    grid = np.full((len(layers), heads.max() + 1), np.nan)
-    grid[rows, heads] = values
+def _grid(per_head: dict[str, np.ndarray], values: np.ndarray, some: np.ndarray) -> np.ndarray:
+    (rows, layers), (at, columns) = _layers(per_head), _heads(per_head, some)
+    grid = np.full((len(layers), len(columns)), np.nan)
+    grid[rows[at >= 0], at[at >= 0]] = values[at >= 0]
     return grid
 
 
 def _label_grid(per_head: dict[str, np.ndarray], kinds: list[list[str]]) -> dict[str, Any]:
-    rows, heads, layers = _places(per_head)
-    cells: list[list[list[str] | None]] = [[None] * (heads.max() + 1) for _ in layers]
-    for row, head, labels in zip(rows, heads, kinds, strict=True):
-        cells[row][head] = labels or None
+    (rows, layers), (places, columns) = _layers(per_head), _heads(per_head, _labelled(kinds))
+    cells: list[list[list[str] | None]] = [[None] * len(columns) for _ in layers]
+    for row, at, labels in zip(rows, places, kinds, strict=True):
+        if at >= 0:
+            cells[row][at] = labels or None
     return {"layers": layers, "cells": cells}
+
+
+def _head_of(per_head: dict[str, np.ndarray], row: int) -> str:
+    """How the head of a row of per_head.csv is shown."""
+    part = str(per_head["part"][row]) if "part" in per_head else None
+    return head_label(int(per_head["head"][row]), part)
 
 
 def _rule_row(rule: Any, per_head: dict[str, np.ndarray], kinds: list[list[str]]) -> list[str]:
@@ -182,7 +232,7 @@ def _rule_row(rule: Any, per_head: dict[str, np.ndarray], kinds: list[list[str]]
     if holding:
         values = per_head[rule.measure][holding]
         best = holding[int(np.argmax(values) if rule.above else np.argmin(values))]
-        place = f"L{int(per_head['layer'][best])} H{int(per_head['head'][best])}"
+        place = f"L{int(per_head['layer'][best])} H{_head_of(per_head, best)}"
         clearest = f"{place}: {rule.measure} {per_head[rule.measure][best]:.3g}"
     return [rule.label, rule.text, str(named), str(len(holding)), clearest]
 
@@ -238,12 +288,15 @@ def _top(per_head: dict[str, np.ndarray]) -> list[list[str]]:
     if best is None:
         return []
     columns = [n for n in per_head if n.startswith(("pearson_", "spearman_"))]
-    order = np.argsort(-np.abs(np.nan_to_num(per_head[best])), kind="stable")[:TOP]
+    order = np.argsort(-np.abs(np.nan_to_num(per_head[best])), kind="stable")
+    if "part" in per_head:
+        order = order[np.isfinite(per_head[best][order])]
+    order = order[:TOP]
     header = ["layer", "head", *(n.replace("_", " ", 1).replace("_", " ") for n in columns)]
     cells = [
         [
             str(int(per_head["layer"][i])),
-            str(int(per_head["head"][i])),
+            _head_of(per_head, int(i)),
             *(f"{per_head[n][i]:+.3f}" for n in columns),
         ]
         for i in order
@@ -254,8 +307,11 @@ def _top(per_head: dict[str, np.ndarray]) -> list[list[str]]:
 def _numbers(per_head: dict[str, np.ndarray], kinds: list[list[str]], measures: list[str]) -> list[list[str]]:
     rows = [["layer", "head", "kind", *(measure_of(m).label for m in measures)]]
     for i, labels in enumerate(kinds):
-        place = [str(int(per_head[key][i])) for key in ("layer", "head")]
-        rows.append([*place, ", ".join(labels), *(f"{per_head[m][i]:.4g}" for m in measures)])
+        place = [str(int(per_head["layer"][i])), _head_of(per_head, i)]
+        cells = [f"{per_head[m][i]:.4g}" for m in measures]
+        if "part" in per_head:  # what a part has, the whole has not, and the other way round
+            cells = ["" if cell == "nan" else cell for cell in cells]
+        rows.append([*place, ", ".join(labels), *cells])
     return rows
 
 

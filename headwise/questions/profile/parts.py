@@ -23,13 +23,14 @@ from headwise.measures import table as head_table
 from headwise.measures.collector import Collector
 from headwise.measures.means import mean_of
 from headwise.measures.moments import Moments
-from headwise.measures.spec import FORMER_NAMES, measure_of
+from headwise.measures.spec import FORMER_NAMES, PART, measure_of
 
 _PENDING_BYTES = 1 << 30
 """Measures that may wait to be written before the device waits too: what memory holds."""
 
 
-Row = tuple[int, int, float, float]
+Row = tuple[int, int, float, float, str]
+"""Layer, head, `Rows.uniform` and part of a head; empty for a whole one."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Block:
 
     Attributes:
         names: of the measures, M.
-        rows: of each of the R heads layer, head, and `Rows.uniform`.
+        rows: of each of the R heads, or parts of heads, what a `Row` has.
         values: `(M, B, R, T)` float32, on the device.
     """
 
@@ -105,11 +106,11 @@ def take(collector: Collector) -> Block:
     present = {name for _, rows in layers for name in rows.values}
     names = [name for name in collector.measures if name in present]
     rows, stacked = [], []
-    for layer, measured in layers:
+    for (layer, part), measured in layers:
         like = next(iter(measured.values.values()))
         absent = torch.full_like(like, torch.nan)
         stacked.append(torch.stack([measured.values.get(name, absent) for name in names]))
-        rows += [(layer, head, *measured.uniform) for head in range(like.shape[1])]
+        rows += [(layer, head, *measured.uniform, part) for head in range(like.shape[1])]
     return Block(names, rows, torch.cat(stacked, dim=2))
 
 
@@ -151,8 +152,9 @@ def writing(
         name = name_of(part)
         if raw:
             _write_tensors(folders.raw / f"{name}.safetensors", raw, metadata)
-        kept = found | {"rows": torch.tensor(rows, dtype=torch.float64)}
-        _write_tensors(folders.moments / f"{name}.safetensors", kept, {"names": " ".join(names)})
+        kept = found | {"rows": torch.tensor([row[:4] for row in rows], dtype=torch.float64)}
+        about = {"names": " ".join(names)} | _part_names(rows)
+        _write_tensors(folders.moments / f"{name}.safetensors", kept, about)
         columns = _keys(rows, first_sample, host.shape, per_token=host.shape[-1] == length)
         columns |= {measure: host[m].reshape(-1).numpy() for m, measure in enumerate(names)}
         head_table.write_part(folders.heads, name, columns)
@@ -160,8 +162,17 @@ def writing(
     return Writing(host.nbytes + sum(value.nbytes for value in raw.values()), write)
 
 
-def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
-    """Names of the measures, `Block.rows` as `(R, 4)`, and the moments of all parts.
+WHOLE = "-"
+"""Of a whole head among the names of parts."""
+
+
+def _part_names(rows: Sequence[Row]) -> dict[str, str]:
+    """The part of each row, where there is any, as metadata."""
+    return {"parts": " ".join(row[4] or WHOLE for row in rows)} if any(row[4] for row in rows) else {}
+
+
+def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, list[str], Moments]:
+    """Names of the measures, `Block.rows` as `(R, 4)` and the part of each, and the moments of all parts.
 
     Raises:
         HeadwiseError: a part is damaged or its moments are lost.
@@ -169,6 +180,7 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
     from safetensors import SafetensorError, safe_open
 
     names: list[str] = []
+    of_heads: list[str] = []
     rows = np.empty((0, 4))
     found: list[Moments] = []
     for table in sorted(folders.heads.glob("*.parquet")):
@@ -179,6 +191,7 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
             with safe_open(path, "np") as file:
                 names, rows = about["names"].split(), file.get_tensor("rows")
                 names = [FORMER_NAMES.get(name, name) for name in names]
+                of_heads = _parts_of_heads(path, about, len(rows), of_heads if found else None)
                 fields = {name: file.get_tensor(name) for name in Moments.__dataclass_fields__}
         except (reading.Unreadable, OSError, SafetensorError, KeyError) as error:
             reason = error.reason if isinstance(error, reading.Unreadable) else reading.first_line(error)
@@ -186,7 +199,17 @@ def read_moments(folders: Folders) -> tuple[list[str], np.ndarray, Moments]:
                 f"{path} is damaged or lost ({reason}); delete {table} and run again"
             ) from error
         found.append(Moments(**fields))
-    return names, rows, moments.merge(found)
+    return names, rows, of_heads, moments.merge(found)
+
+
+def _parts_of_heads(path: Path, about: dict[str, str], n_rows: int, before: list[str] | None) -> list[str]:
+    """The part of each row, empty for whole heads; the same as in the parts of the profile before."""
+    given = about.get("parts", " ".join([WHOLE] * n_rows)).split()
+    found = ["" if name == WHOLE else name for name in given]
+    known = all(PART.fullmatch(name) for name in found if name)
+    if len(found) != n_rows or not known or before not in (None, found):
+        raise reading.Unreadable(path, "its parts of heads are not those of its rows")
+    return found
 
 
 def _refuse_other_moments(
@@ -263,19 +286,22 @@ def _keys(
     """Key columns of values `(M, B, R, T)`, flattened in that order."""
     _, batch, n_rows, tokens = shape
     samples = np.arange(first_sample, first_sample + batch)
-    layers, heads, tokens_of = _constant_keys(tuple(row[:2] for row in rows), batch, tokens)
+    places = tuple((layer, head, part) for layer, head, _, _, part in rows)
+    layers, heads, parts, tokens_of = _constant_keys(places, batch, tokens)
     keys: dict[str, np.ndarray | str | int] = {
         "sample": np.repeat(samples, n_rows * tokens), "layer": layers, "head": heads,
     }  # fmt: skip
+    keys |= {"part": parts} if _part_names(rows) else {}
     return keys | ({"token": tokens_of} if per_token else {})
 
 
 @lru_cache(maxsize=2)  # of whole parts, and of the last one, which may be smaller
-def _constant_keys(rows: tuple[tuple[int, int], ...], batch: int, tokens: int) -> tuple[np.ndarray, ...]:
-    """Layer, head and token, the same in all parts of a size."""
+def _constant_keys(rows: tuple[tuple[int, int, str], ...], batch: int, tokens: int) -> tuple[np.ndarray, ...]:
+    """Layer, head, part and token, the same in all parts of a size."""
     layers, heads = (np.array([row[n] for row in rows], np.int32) for n in (0, 1))
+    parts = np.array([row[2] or None for row in rows], object)
     token = np.tile(np.arange(tokens, dtype=np.int32), batch * len(rows))
-    return *(np.tile(np.repeat(key, tokens), batch) for key in (layers, heads)), token
+    return *(np.tile(np.repeat(key, tokens), batch) for key in (layers, heads, parts)), token
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

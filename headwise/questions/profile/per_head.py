@@ -71,12 +71,14 @@ def summarise(
         ranked: Spearman's correlations, where they are known.
 
     Returns:
-        Columns `layer`, `head`, `uniform_keys` and `uniform_distance` (mean number of keys that a
-        query sees, and their mean distance), the measures, `pearson_<measure>` and, of a table with
-        tokens, `spearman_<measure>`, each `(R,)`. Correlations leave out the first `ignore_first` tokens.
+        Columns `layer`, `head`, `part` where heads have some (empty for whole ones), `uniform_keys` and
+        `uniform_distance` (mean number of keys that a query sees, and their mean distance), the measures,
+        `pearson_<measure>` and, of a table with tokens, `spearman_<measure>`, each `(R,)`. Correlations leave
+        out the first `ignore_first` tokens.
     """
-    names, rows, total = read_moments(folders)
+    names, rows, of_heads, total = read_moments(folders)
     found = {"layer": rows[:, 0].astype(int), "head": rows[:, 1].astype(int)}
+    found |= {"part": np.array(of_heads)} if any(of_heads) else {}
     found |= {"uniform_keys": rows[:, 2], "uniform_distance": rows[:, 3]}
     found |= {name: total.mean[m] for m, name in enumerate(names)}
     linear = moments.pearson(total, names)

@@ -33,6 +33,9 @@ const MANY_HEADS = 160; // beyond it a line a head is a thicket: layer means are
     return chosen.sort ? grid.map((row) => [...row].sort((a, b) => (b ?? -Infinity) - (a ?? -Infinity))) : grid;
   }
 
+  // What the columns stand for where heads have parts; undefined where column n is head n.
+  const columnsOf = (name) => chosen.sort ? undefined : selected(name)[0]?.columns?.[chosen.measure];
+
   function valuesAt(name, step) {
     const grids = selected(name).map((line) => gridOf(line, step)).filter(Boolean);
     if (!grids.length) return null;
@@ -62,14 +65,14 @@ const MANY_HEADS = 160; // beyond it a line a head is a thicket: layer means are
       const { upper } = targets.get(name);
       const z = valuesAt(name, step);
       if (!z) { Plotly.purge(upper); continue; }
-      const rank = chosen.sort ? "rank in layer" : "head";
+      const rank = chosen.sort ? "rank in layer" : "head", columns = columnsOf(name);
       plot(upper, [{
-        type: "heatmap", z, zmin, zmax, colorscale: VIRIDIS.map((c, i) => [i / (VIRIDIS.length - 1), c]), showscale: false, xgap: 2, ygap: 2,
+        type: "heatmap", z, text: z.map((row) => row.map((_, head) => columns?.[head] ?? String(head))), zmin, zmax, colorscale: VIRIDIS.map((c, i) => [i / (VIRIDIS.length - 1), c]), showscale: false, xgap: 2, ygap: 2,
         texttemplate: z[0].length <= 6 && z.length <= 12 ? "%{z:.3g}" : "", textfont: { size: 11 }, hoverongaps: false,
-        hovertemplate: `layer %{y}, ${rank} %{x}<br>${measure.label} %{z:.5~g} ${measure.unit}<extra></extra>`,
+        hovertemplate: `layer %{y}, ${rank} %{text}<br>${measure.label} %{z:.5~g} ${measure.unit}<extra></extra>`,
       }], {
         height: 76 + Math.max(26, Math.min(44, 300 / z.length)) * z.length, margin: { l: 40, r: 8, t: 6, b: 36 }, dragmode: false,
-        x: { title: rank, dtick: z[0].length <= 16 ? 1 : undefined, showgrid: false, ticks: "", fixedrange: true },
+        x: { title: rank, ...(columns ? { tickvals: columns.map((_, n) => n), ticktext: columns } : { dtick: z[0].length <= 16 ? 1 : undefined }), showgrid: false, ticks: "", fixedrange: true },
         y: { title: "layer", dtick: z.length <= 16 ? 1 : undefined, autorange: "reversed", showgrid: false, ticks: "", fixedrange: true },
       });
       upper.removeAllListeners?.("plotly_click");
@@ -90,7 +93,7 @@ const MANY_HEADS = 160; // beyond it a line a head is a thicket: layer means are
       const { lower } = targets.get(name);
       if (!mine.length) { Plotly.purge(lower); continue; }
       const [layers, heads] = [grids[0].length, grids[0][0].length];
-      const each = layers * heads <= MANY_HEADS;
+      const each = layers * heads <= MANY_HEADS, columns = columnsOf(name);
       const traces = [];
       for (let layer = 0; layer < layers; layer++) {
         const tint = VIRIDIS[Math.round(layer / Math.max(1, layers - 1) * (VIRIDIS.length - 2))];
@@ -99,7 +102,7 @@ const MANY_HEADS = 160; // beyond it a line a head is a thicket: layer means are
           traces.push({
             x: mine, y: grids.map((grid) => each ? grid[layer][head] : mean(grid[layer])), mode: mine.length < 3 ? "lines+markers" : "lines",
             line: { color: picked ? css("--v1") : tint, width: picked ? 3.5 : 1.4 }, opacity: chosen.pick && !picked ? 0.35 : 0.95,
-            hovertemplate: `${each ? `layer ${layer}, ${chosen.sort ? "rank" : "head"} ${head}` : `mean of layer ${layer}`}<br>step %{x}: %{y:.5~g}<extra></extra>`,
+            hovertemplate: `${each ? `layer ${layer}, ${chosen.sort ? "rank" : "head"} ${columns?.[head] ?? head}` : `mean of layer ${layer}`}<br>step %{x}: %{y:.5~g}<extra></extra>`,
           });
         }
       }

@@ -6,12 +6,12 @@ const known = (values) => values.filter((value) => value !== null);
 const heightOf = (rows) => 76 + Math.max(10, Math.min(36, 420 / rows)) * rows;
 const measureOf = (name) => report.measures.find((m) => m.name === name);
 
-// A heatmap of layers by heads.
-function grid(target, trace, rows) {
+// A heatmap of layers by heads, or by what the columns are called where heads have parts.
+function grid(target, trace, rows, columns) {
   const heads = trace.z[0].length;
-  plot(target, [{ type: "heatmap", y: layers, showscale: false, xgap: 1, ygap: 1, hoverongaps: false, ...trace }], {
+  plot(target, [{ type: "heatmap", x: columns ?? undefined, y: layers, showscale: false, xgap: 1, ygap: 1, hoverongaps: false, ...trace }], {
     height: heightOf(rows), margin: { l: 44, r: 8, t: 6, b: 36 }, dragmode: false,
-    x: { title: "head", dtick: heads <= 16 ? 1 : undefined, showgrid: false, ticks: "", fixedrange: true },
+    x: { title: "head", type: columns ? "category" : undefined, dtick: heads <= 16 ? 1 : undefined, showgrid: false, ticks: "", fixedrange: true },
     y: { title: "layer", dtick: rows <= 16 ? 1 : undefined, autorange: "reversed", showgrid: false, ticks: "", fixedrange: true },
   });
 }
@@ -27,7 +27,7 @@ function grid(target, trace, rows) {
     grid(target, {
       z, text, colorscale: steps, zmin: -0.5, zmax: names.length - 0.5,
       hovertemplate: "layer %{y}, head %{x}<br>%{text}<extra></extra>",
-    }, z.length);
+    }, z.length, report.kinds.columns);
   });
 })();
 
@@ -44,12 +44,12 @@ function grid(target, trace, rows) {
     grid(left, {
       z, colorscale: SCALE, zmin: low, zmax: high,
       hovertemplate: `layer %{y}, head %{x}<br>${measure.label} %{z:.5~g} ${measure.unit}<extra></extra>`,
-    }, z.length);
+    }, z.length, report.columns[measure.name]);
     const dots = z.flatMap((row, i) => row.map((value, head) => ({ layer: layers[i], head, value }))).filter((d) => d.value !== null);
     const means = z.map((row) => known(row).length ? known(row).reduce((a, b) => a + b, 0) / known(row).length : null);
     plot(right, [
       {
-        x: dots.map((d) => d.layer), y: dots.map((d) => d.value), text: dots.map((d) => `layer ${d.layer}, head ${d.head}`), mode: "markers",
+        x: dots.map((d) => d.layer), y: dots.map((d) => d.value), text: dots.map((d) => `layer ${d.layer}, head ${report.columns[measure.name]?.[d.head] ?? d.head}`), mode: "markers",
         marker: { color: translucent(css("--v0"), 0.45), size: 6 }, hovertemplate: "%{text}: %{y:.5~g}<extra></extra>",
       },
       { x: layers, y: means, mode: "lines", line: { color: css("--v1"), width: 2 }, hovertemplate: "mean of layer %{x}: %{y:.5~g}<extra></extra>" },
@@ -103,7 +103,7 @@ function grid(target, trace, rows) {
     grid(left, {
       z, zmin: -1, zmax: 1, colorscale: [[0, css("--v0")], [0.5, middle], [1, css("--v1")]],
       hovertemplate: "layer %{y}, head %{x}<br>r %{z:+.3f}<extra></extra>",
-    }, z.length);
+    }, z.length, report.columns[choice.value]);
     plot(right, [{
       type: "histogram", x: known(z.flat()), xbins: { start: -1, end: 1, size: 0.1 }, marker: { color: css("--v0") },
       hovertemplate: "r %{x}: %{y} heads<extra></extra>",
