@@ -132,6 +132,7 @@ class _Sums:
     names: list[str]
     total: Tensor
     count: Tensor
+    least: dict[str, Tensor]
 
 
 @dataclass
@@ -186,13 +187,15 @@ class Collector:
         if isinstance(observation, Unmeasured):
             self.reasons[layer] = observation.reason
             return
-        values = measure(observation, scores=self.scores, measures=self.measures)
+        values = measure(observation, scores=self.scores, measures={*self.measures, *self._of_least()})
+        if self.per_token:
+            values = {name: value for name, value in values.items() if name in self.measures}
         if not values:
             self.reasons.setdefault(layer, f"it offers none of {', '.join(self.measures)}")
             return
         values = {name: value.float() for name, value in values.items()}
         real = documents = None
-        if isinstance(observation, (Scores, Weights)):
+        if isinstance(observation, (Scores, Weights, Margins)):
             real, documents = observation.key_mask, observation.documents
         with self._lock:
             segment = layer in self._resumed
@@ -238,12 +241,22 @@ class Collector:
         has = counted(values, self._with_context(stacked, real, documents), real)
         total = torch.where(has, stacked, 0.0).sum((1, 3))
         count = has.sum((1, 3))
+        least = torch.where(has, stacked, torch.inf).amin((1, 3))
+        names = list(values)
+        of_least = self._of_least()
+        lowest = {to: least[names.index(name)] for name, to in of_least.items() if name in values}
         known = self._sums.get(layer)
         if known is None:
-            self._sums[layer] = _Sums(list(values), total, count)
+            self._sums[layer] = _Sums(names, total, count, lowest)
         else:
             known.total += total
             known.count += count
+            known.least = {name: torch.minimum(known.least[name], value) for name, value in lowest.items()}
+
+    def _of_least(self) -> dict[str, str]:
+        """Measures of which the smallest value over tokens is gathered, and the column it goes to."""
+        found = {measure_of(name).least_of: name for name in self.measures}
+        return {name: to for name, to in found.items() if name is not None}
 
     def _mean_columns(self) -> dict[str, np.ndarray]:
         layers, heads = [], []
@@ -254,9 +267,14 @@ class Collector:
             heads.append(np.arange(n_heads, dtype=np.int32))
             mean = (sums.total / sums.count).float().cpu().numpy()
             for name, column in means.items():
-                has = name in sums.names
-                column.append(mean[sums.names.index(name)] if has else np.full(n_heads, np.nan, np.float32))
-        present = {name for sums in self._sums.values() for name in sums.names}
+                if name in sums.least:  # a head without any value has none
+                    lowest = sums.least[name].float().cpu().numpy()
+                    column.append(np.where(np.isfinite(lowest), lowest, np.float32(np.nan)))
+                elif name in sums.names:
+                    column.append(mean[sums.names.index(name)])
+                else:
+                    column.append(np.full(n_heads, np.nan, np.float32))
+        present = {name for sums in self._sums.values() for name in (*sums.names, *sums.least)}
         keys = {"layer": np.concatenate(layers), "head": np.concatenate(heads)}
         return keys | {name: np.concatenate(means[name]) for name in self.measures if name in present}
 
