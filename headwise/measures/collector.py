@@ -64,6 +64,8 @@ def measure(
     elif isinstance(observation, Scores):
         found = _measure_scores(observation, scores, wanted)
     found |= _handed_over(observation, found)
+    of_least = {name: found.get(measure_of(name).least_of or "") for name in wanted}
+    found |= {name: value for name, value in of_least.items() if value is not None}
     return {name: value for name, value in found.items() if name in wanted}
 
 
@@ -132,7 +134,7 @@ class _Sums:
     names: list[str]
     total: Tensor
     count: Tensor
-    least: dict[str, Tensor]
+    least: Tensor
 
 
 @dataclass
@@ -187,9 +189,9 @@ class Collector:
         if isinstance(observation, Unmeasured):
             self.reasons[layer] = observation.reason
             return
-        values = measure(observation, scores=self.scores, measures={*self.measures, *self._of_least()})
+        values = measure(observation, scores=self.scores, measures=self.measures)
         if self.per_token:
-            values = {name: value for name, value in values.items() if name in self.measures}
+            values = {name: value for name, value in values.items() if not measure_of(name).least_of}
         if not values:
             self.reasons.setdefault(layer, f"it offers none of {', '.join(self.measures)}")
             return
@@ -241,22 +243,15 @@ class Collector:
         has = counted(values, self._with_context(stacked, real, documents), real)
         total = torch.where(has, stacked, 0.0).sum((1, 3))
         count = has.sum((1, 3))
-        least = torch.where(has, stacked, torch.inf).amin((1, 3))
-        names = list(values)
-        of_least = self._of_least()
-        lowest = {to: least[names.index(name)] for name, to in of_least.items() if name in values}
+        rows = _of_least(values)
+        least = torch.where(has[rows], stacked[rows], torch.inf).amin((1, 3))
         known = self._sums.get(layer)
         if known is None:
-            self._sums[layer] = _Sums(names, total, count, lowest)
+            self._sums[layer] = _Sums(list(values), total, count, least)
         else:
             known.total += total
             known.count += count
-            known.least = {name: torch.minimum(known.least[name], value) for name, value in lowest.items()}
-
-    def _of_least(self) -> dict[str, str]:
-        """Measures of which the smallest value over tokens is gathered, and the column it goes to."""
-        found = {measure_of(name).least_of: name for name in self.measures}
-        return {name: to for name, to in found.items() if name is not None}
+            known.least = torch.minimum(known.least, least)
 
     def _mean_columns(self) -> dict[str, np.ndarray]:
         layers, heads = [], []
@@ -265,16 +260,15 @@ class Collector:
             n_heads = sums.total.shape[1]
             layers.append(np.full(n_heads, layer, np.int32))
             heads.append(np.arange(n_heads, dtype=np.int32))
-            mean = (sums.total / sums.count).float().cpu().numpy()
+            mean = sums.total / sums.count
+            mean[_of_least(sums.names)] = sums.least.where(sums.least.isfinite(), torch.nan)
+            means_of = mean.float().cpu().numpy()
             for name, column in means.items():
-                if name in sums.least:  # a head without any value has none
-                    lowest = sums.least[name].float().cpu().numpy()
-                    column.append(np.where(np.isfinite(lowest), lowest, np.float32(np.nan)))
-                elif name in sums.names:
-                    column.append(mean[sums.names.index(name)])
-                else:
-                    column.append(np.full(n_heads, np.nan, np.float32))
-        present = {name for sums in self._sums.values() for name in (*sums.names, *sums.least)}
+                has = name in sums.names
+                column.append(
+                    means_of[sums.names.index(name)] if has else np.full(n_heads, np.nan, np.float32)
+                )
+        present = {name for sums in self._sums.values() for name in sums.names}
         keys = {"layer": np.concatenate(layers), "head": np.concatenate(heads)}
         return keys | {name: np.concatenate(means[name]) for name in self.measures if name in present}
 
@@ -294,6 +288,11 @@ class Collector:
                         _append_rows(columns, names, values, real, sample, first_sample, layer)
             first_sample += batch
         return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def _of_least(names: Iterable[str]) -> list[int]:
+    """Which of some measures are the smallest of others."""
+    return [row for row, name in enumerate(names) if measure_of(name).least_of]
 
 
 def _joined(first: Rows, second: Rows, segment: bool) -> Rows:
