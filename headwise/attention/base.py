@@ -110,10 +110,10 @@ class Attention(nn.Module):
             `selections`, `rules`, `switches` and `notes`.
         engine_table: `package.module:NAME` of a function that gives a Markdown table: which engine computes
             which option.
-        rotates_relatively: whether rotated queries and keys meet by their distance alone, as in a dot product;
-            otherwise a text behind padding is another one.
-        flop_formulas: of operators of its own that compute something other than matrix products: what each counts
-            as, for torch's FlopCounterMode. `flops_per_token` is tested against what it counts.
+        rotates_relatively: whether rotated queries and keys meet by their distance alone, as in a dot
+            product; otherwise the same text behind padding gives other numbers.
+        flop_formulas: of operators of its own that compute something other than matrix products: what each
+            counts as, for torch's FlopCounterMode. `flops_per_token` is tested against what it counts.
         attached: attributes that are set for the length of a block and None otherwise; a copy has None.
     """
 
@@ -352,8 +352,9 @@ class Attention(nn.Module):
         """Forward FLOPs of the core for one token: its matrix products, two for each multiply-add.
 
         Where a kind has another pair of operations in their place, such as a sum and a maximum, it counts two
-        for each as well. Scores and values are counted over all `seq_len` keys, masked or not. The layer's `nn.Linear`
-        matrices are counted apart, from their sizes; softmax, sums and other work on single numbers is not.
+        for each as well. Scores and values are counted over all `seq_len` keys, masked or not. The layer's
+        `nn.Linear` matrices are counted apart, from their sizes; softmax, sums and other work on single
+        numbers is not.
 
         Args:
             shape: the layer's, its index included.

@@ -62,8 +62,8 @@ class Measure:
         correlated: its correlation with `CORRELATED_WITH` over tokens is kept.
         remark: what else there is to know about its number.
         table: title and column of its own table by head in reports (per-head metrics study); None = none.
-        least_of: the measure whose smallest value over all tokens of a head this is. Tables of tokens have no such
-            column; in tables of heads it stands where others are means.
+        least_of: the measure whose smallest value over all tokens of a head this is. Tables of tokens have no
+            such column; in tables of heads it stands where others are means.
         export_name: its column in the query-scaling study's CSV files; None = it has none.
     """
 

@@ -26,6 +26,7 @@ from headwise.functional import (
     own_mask_attention,
     selection,
     selective_attention,
+    tropical_attention,
     weights_stats,
 )
 from headwise.functional import budget as budgets
@@ -262,6 +263,7 @@ def nothing_else_moves(draw: random.Random, device: torch.device) -> tuple[str, 
         return {name: x.squeeze(0)[..., None] for name, x in measured.items()} | {
             "F": taken[0],
             "y": selective_attention(given["q"], given["k"], v, kept)[0],
+            "maxima": tropical_attention(given["q"], given["k"], v).y[0],
             "own": own_mask_attention(
                 given["q"], given["k"], v, given["select_q"], select_k, scale=0.1, select_scale=0.2,
                 relu_leak=leak,
@@ -280,8 +282,8 @@ def nothing_else_moves(draw: random.Random, device: torch.device) -> tuple[str, 
 
 
 def maxima(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
-    """Tropical attention on a grid, where sums are exact and ties are many: nothing but gradients is rounded."""
-    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device, 600)
+    """Tropical attention on a grid, where sums are exact and ties are many: only gradients are rounded."""
+    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device, 200)
     width = draw.choice((16, 20) if device.type == "cpu" else (16, 24, 32, 64, 64, 80, 128, 160, 256))
     heads, kv_heads = draw.choice(
         ((2, 1), (1, 1)) if device.type == "cpu" else ((1, 1), (4, 2), (6, 2), (3, 1))

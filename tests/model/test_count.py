@@ -77,7 +77,10 @@ def test_flops_as_pytorch_counts_them(variant: dict[str, object]) -> None:
 
 
 COUNTABLE = ("mha", "flash", "selective", "tropical")
-"""Kinds whose products PyTorch's counter sees, or whose own operators say what they count as; it stops at FlexAttention, which is defined as `mha` is."""
+"""Kinds whose products PyTorch's counter sees, or whose own operators have formulas for it.
+
+It stops at FlexAttention, which is defined as `mha` is.
+"""
 
 SOURCES = {
     "head_zero": {},

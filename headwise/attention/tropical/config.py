@@ -11,7 +11,7 @@ from headwise.errors import HeadwiseError
 class TropicalConfig:
     """model.attention.tropical.*
 
-    A vector and the same vector plus a constant are one point of the tropical projective space; what subtracts a
+    A vector and the same vector plus a constant are one point of the tropical projective space; subtracting the
     maximum chooses the representative whose largest number is 0.
 
     Attributes:

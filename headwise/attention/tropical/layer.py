@@ -6,8 +6,8 @@
 A head has no weights: each channel of y is one key's value plus a score. What is measured instead is the
 margin γ_i, how far values may move (by less than γ/2 each) before another key wins somewhere.
 
-A maximum of sums is not kept by a rotation of both its vectors, as a dot product is: under RoPE a score depends on
-where query and key stand, not on their distance alone.
+A rotation of both vectors keeps their dot product, but not the maximum of their sum: under RoPE a score depends
+on where query and key stand, not on their distance alone.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TropicalAttention(Attention):
         return (gauged(q), gauged(k), gauged(v)) if self.config.gauge else (q, k, v)
 
     def finished(self, y: Tensor) -> Tensor:
-        """y as it enters the output projection, `(…, D)`, or what the projection gives, `(…, d_model)`."""
+        """y as it enters the output projection `(…, D)`, or what that gives `(…, d_model)`."""
         return gauged(y) if self.config.gauge else y
 
     def observation(
@@ -132,13 +132,13 @@ class TropicalAttention(Attention):
             reason = "the kernel does not know this dtype"
         sums = batch * self.shape.n_heads * tokens**2 * self.shape.head_dim
         return (
-            f"attention runs on tropical-plain, not tropical-fused: {reason}. A layer then makes {sums:.2g} sums "
-            "twice through memory, some queries at a time, and takes many times as long as fused"
+            f"attention runs on tropical-plain, not tropical-fused: {reason}. A layer then makes "
+            f"{2 * sums:.2g} sums in memory, some queries at a time, and takes many times as long as fused"
         )
 
     @classmethod
     def flops_per_token(cls, shape: AttentionShape, options: TropicalConfig | None, seq_len: int) -> int:
-        """Sums and maxima of scores and values over all keys: as many as a softmax kind's products and sums."""
+        """Sums and maxima of scores and values over all keys: as many as products and sums of a softmax."""
         return super().flops_per_token(shape, options, seq_len)
 
     @classmethod

@@ -20,9 +20,9 @@ MEAN, LEAST = "margin", "margin_min"
 
 NOTE = (
     "γ of a query: the smallest difference over channels between the best key's offer and the second best's. "
-    "Values that move by less than γ/2 change no winner. Mean over finite γ of tokens and samples at the last "
-    "evaluation, then mean, standard deviation and half-width of the 95% interval over seeds; smallest: over all "
-    "tokens, samples and seeds."
+    "Values that move by less than γ/2 change no winner. Mean over the finite γ of tokens and samples at the "
+    "last evaluation, then mean, standard deviation and half-width of the 95% interval over seeds; "
+    "gamma_min: the smallest of all tokens, samples and seeds."
 )
 
 
@@ -30,8 +30,8 @@ def collect(found: Found) -> list[dict[str, Any]]:
     """Of each variant that has margins: those of its heads at the end, and their mean over training.
 
     Returns:
-        per variant: heads, `{layer, head, n, mean, std, ci95, least}`; lines, of each run the seed, the steps and the
-        mean γ over layers and heads.
+        per variant: heads, `{layer, head, n, mean, std, ci95, least}`; lines, of each run the seed, the
+        steps and the mean γ over layers and heads.
     """
     entries = []
     for variant, runs in found.grids.items():

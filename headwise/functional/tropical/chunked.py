@@ -163,7 +163,7 @@ def channels(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
 
 
 def scattered(place: Tensor, given: Tensor, size: int, group: int) -> Tensor:
-    """Sums of `given (B, H, T, E)` by `place`, `(B, K, size)`, the same bits in whatever order they are added."""
+    """Sums of `given (B, H, T, E)` by `place`, `(B, K, size)`: the same bits in any order of adding."""
     batch, heads = given.shape[:2]
     place, given = (x.reshape(batch, heads // group, -1) for x in (place, given))
     if given.device.type == "cpu":  # adds in order

@@ -1,10 +1,11 @@
 """Tropical attention forward in one pass over the keys: O(T·D) memory.
 
-There are no tensor cores for maxima, so what counts is instructions: for each (query, key, channel) a sum and
-a maximum of the score, and a sum, a maximum, a comparison and a choice for the value and its winner. A program
-keeps BLOCK_M queries, their best offers and winners in registers, `(BLOCK_M, D)` each, and takes one key after
-the other: a score is a maximum over the lanes that share a query, and its offers are made at once. Nothing
-goes through shared memory. An offer that is only as good as an earlier one does not win: lowest index.
+There are no tensor cores for maxima, so what counts is instructions: for each (query, key, channel) a sum
+and a maximum of the score, and a sum, a maximum, a comparison and a choice for the value and its winner. A
+program keeps BLOCK_M queries, their best offers and winners in registers, `(BLOCK_M, D)` each, and takes one
+key after the other: a score is a maximum over the lanes that share a query, and its offers are made at once.
+Nothing goes through shared memory. An offer that is only as good as an earlier one does not win, so that the
+lowest index does.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def lesser(a, b):
 
 
 def blocks_for(width: int) -> dict[str, Any]:
-    """Eight numbers of each tile a thread. More threads than channels, or keys would go through shared memory."""
+    """Eight numbers of each tile a thread; with more channels than threads keys go through shared memory."""
     wide = padded(width)
     return {"BLOCK_M": QUERIES, "BLOCK_D": wide, "num_warps": wide // 16, "num_stages": 1}
 

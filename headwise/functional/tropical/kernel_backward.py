@@ -1,11 +1,10 @@
 """Gradients of tropical attention from its winners, in O(T·D²): no pass over pairs of tokens.
 
-A program owns BLOCK_M queries. For each channel it reads the winners of its queries, gathers their keys, finds
-again which channel won the score, and adds to dq, which it keeps. dk and dv belong to many programs. They
-are sums of integers (`fixed_unit`) added by atomics: integers add up to the same bits in any order, as
-floating-point numbers do not, and many winners of one key cost no more than as many winners of many. A pass
-over queries for each block of keys would be O(T²·D), and a sort would leave a key that wins everywhere to
-one program.
+A program owns BLOCK_M queries. For each channel it reads the winners of its queries, gathers their keys,
+finds again which channel won the score, and adds to dq, which it keeps. dk and dv belong to many programs,
+which add integers (`fixed_unit`) to them by atomics: integers have the same sum in any order, and
+floating-point numbers have not. A pass over queries for each block of keys would be O(T²·D), and after a sort
+by key one program would be left with a key that wins everywhere.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ LIBRARY.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "backward(Tensor grad, Tensor? grad_top, Tensor q, Tensor k, Tensor winner, Tensor top_winner, bool fused)"
-    " -> (Tensor, Tensor, Tensor)"
+    "backward(Tensor grad, Tensor? grad_top, Tensor q, Tensor k, Tensor winner, Tensor top_winner,"
+    " bool fused) -> (Tensor, Tensor, Tensor)"
 )
 
 Winners = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

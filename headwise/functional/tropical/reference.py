@@ -12,7 +12,7 @@ from headwise.functional.softmax_attention import additive_mask, zero_rows
 def definition(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, centre: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As `headwise.functional.tropical_attention`, in the dtype of the inputs or float32, with PyTorch's gradients.
+    """As `headwise.functional.tropical_attention`, in float32 or better, with PyTorch's own gradients.
 
     Returns:
         y `(B, H, T, D)`, and the margins `(B, H, T)`.

@@ -19,7 +19,9 @@ CASES: dict[str, dict[str, Any]] = {
     "grouped, centred": {"heads": 2, "kv_heads": 1, "tokens": 17, "width": 16, "centre": True},
     "full": {"tokens": 7, "width": 20, "causal": False},
     "one token": {"tokens": 1, "width": 16, "centre": True},
-    "odd width, cut": {"tokens": 5, "width": 5, "layouts": {"q": "cut", "k": "every second", "v": "width outside"}},
+    "odd width, cut": {
+        "tokens": 5, "width": 5, "layouts": {"q": "cut", "k": "every second", "v": "width outside"},
+    },
     "wide": {"tokens": 2, "width": 256},
     "repeated gradient": {"tokens": 5, "width": 16, "layouts": {"upstream": "one number", "q": "one token"}},
     "bfloat16": {"tokens": 5, "width": 16, "dtype": torch.bfloat16},

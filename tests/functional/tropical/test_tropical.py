@@ -1,4 +1,4 @@
-"""Tropical attention against its definition: on a grid every sum is exact, so that results agree to the bit."""
+"""Tropical attention against its definition: on a grid every sum is exact, and results agree to the bit."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_gradients_that_are_not_finite_have_no_fixed_unit() -> None:
 
 
 class Counted(TorchDispatchMode):
-    """Sums and maxima over pairs of tokens that plain PyTorch makes, or of winners: whatever has `dims` axes."""
+    """Counts the sums and maxima that plain PyTorch makes of tensors with `dims` axes."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
