@@ -11,8 +11,8 @@ from headwise.errors import HeadwiseError
 class TropicalConfig:
     """model.attention.tropical.*
 
-    A vector and the same vector plus a constant are one point of the tropical projective space; subtracting the
-    maximum chooses the representative whose largest number is 0.
+    A vector and the same vector plus a constant are one point of the tropical projective space; to subtract
+    the maximum is to choose the representative whose largest number is 0.
 
     Attributes:
         normalise: divide q and k of each head, after their rotation, by their root mean square.

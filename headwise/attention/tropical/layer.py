@@ -6,8 +6,8 @@
 A head has no weights: each channel of y is one key's value plus a score. What is measured instead is the
 margin γ_i, how far values may move (by less than γ/2 each) before another key wins somewhere.
 
-A rotation of both vectors keeps their dot product, but not the maximum of their sum: under RoPE a score depends
-on where query and key stand, not on their distance alone.
+A rotation of both vectors keeps their dot product, but not the maximum of their sum: under RoPE a score
+depends on where query and key stand, not on their distance alone.
 """
 
 from __future__ import annotations
