@@ -19,6 +19,7 @@ EXCEPTIONS = {
     "attention/__init__.py": "the list of this package's kinds",
     "functional/__init__.py": "exports the operation of the same name",
     "functional/selective": "the operation of the same name",
+    "functional/tropical": "the operation of the same name",
     "cli/per_head_metrics.py": "a suite that is defined by the kinds it compares",
     "report/markdown.py": "a line of the report that the suite prescribes, which names an engine",
     "config/run.py": "names an engine",

@@ -1,6 +1,6 @@
 """Kinds of attention, exchangeable by name: those of this package, and those that other packages add."""
 
-from headwise.attention import differential, flash, flex, mha, selective
+from headwise.attention import differential, flash, flex, mha, selective, tropical
 from headwise.attention.base import (
     Attention,
     AttentionShape,
@@ -17,4 +17,5 @@ load_installed()
 __all__ = [
     "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "NewHead", "Preserved",
     "SoftmaxAttention", "attention_kind", "differential", "flash", "flex", "mha", "register", "selective",
+    "tropical",
 ]  # fmt: skip

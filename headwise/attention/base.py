@@ -106,6 +106,10 @@ class Attention(nn.Module):
             `selections`, `rules`, `switches` and `notes`.
         engine_table: `package.module:NAME` of a function that gives a Markdown table: which engine computes
             which option.
+        rotates_relatively: whether rotated queries and keys meet by their distance alone, as in a dot
+            product; otherwise the same text behind padding gives other numbers.
+        flop_formulas: of operators of its own that compute something other than matrix products: what each
+            counts as, for torch's FlopCounterMode. `flops_per_token` is tested against what it counts.
         attached: attributes that are set for the length of a block and None otherwise; a copy has None.
     """
 
@@ -120,6 +124,8 @@ class Attention(nn.Module):
     monitors: ClassVar[Mapping[str, str]] = {}
     inspector: ClassVar[str | None] = None
     engine_table: ClassVar[str | None] = None
+    rotates_relatively: ClassVar[bool] = True
+    flop_formulas: ClassVar[Mapping[Any, Callable[..., int]]] = {}
     attached: ClassVar[tuple[str, ...]] = ("observer",)
 
     def __init__(self, shape: AttentionShape, options: Any = None) -> None:
@@ -401,9 +407,10 @@ class Attention(nn.Module):
     def flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
         """Forward FLOPs of the core for one token: its matrix products, two for each multiply-add.
 
-        Scores and values are counted over all `seq_len` keys, masked or not, or over the layer's window. The
-        layer's `nn.Linear` matrices are counted apart, from their sizes; softmax, sums and other work on
-        single numbers is not.
+        Where a kind has another pair of operations in their place, such as a sum and a maximum, it counts two
+        for each as well. Scores and values are counted over all `seq_len` keys, masked or not, or over the
+        layer's window. The layer's `nn.Linear` matrices are counted apart, from their sizes; softmax, sums
+        and other work on single numbers is not.
 
         Args:
             shape: the layer's, its index included.
@@ -412,6 +419,14 @@ class Attention(nn.Module):
         """
         keys = min(seq_len, shape.modifiers.window or seq_len)
         return 4 * keys * shape.n_heads * shape.head_dim
+
+    @classmethod
+    def backward_flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
+        """Those of the backward pass: twice the forward, since two matrix products follow from each.
+
+        What is computed a second time to save memory is not counted, but where that is all there is.
+        """
+        return 2 * cls.flops_per_token(shape, options, seq_len)
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, causal: bool) -> None:
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.shape.d_model:

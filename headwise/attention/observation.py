@@ -68,9 +68,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Margins:
-    """Tropical margins γ, `(B, H, T)`; +inf where fewer than two keys are visible."""
+    """Margins γ of maxima over keys, `(B, H, T)`; +inf where fewer than two keys are visible.
+
+    `key_mask` and `documents` as in `Scores`.
+    """
 
     margin: Tensor
+    key_mask: Tensor | None = None
+    documents: Tensor | None = None
     extra: Extra = field(default_factory=dict)
 
 

@@ -14,8 +14,10 @@ from headwise.functional.selective import (
     selective_attention,
 )
 from headwise.functional.selective.scan import attack_and_protect
+from headwise.functional.tropical import tropical_attention
 
 __all__ = [
     "HeadStats", "attack_and_protect", "differential_attention", "head_stats", "own_mask_attention",
-    "selection", "selection_logits", "selection_mask", "selective_attention", "weights_stats",
+    "selection", "selection_logits", "selection_mask", "selective_attention", "tropical_attention",
+    "weights_stats",
 ]  # fmt: skip

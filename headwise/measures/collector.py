@@ -73,6 +73,8 @@ def measure(
     elif isinstance(observation, Scores):
         found = _measure_scores(observation, scores, wanted)
     found |= _handed_over(observation, found, wanted)
+    of_least = {name: found.get(measure_of(name).least_of or "") for name in wanted}
+    found |= {name: value for name, value in of_least.items() if value is not None}
     return {name: value for name, value in found.items() if name in wanted}
 
 
@@ -151,6 +153,7 @@ class _Sums:
     names: list[str]
     total: Tensor
     count: Tensor
+    least: Tensor
 
 
 @dataclass
@@ -208,6 +211,8 @@ class Collector:
         offered = []
         for part, seen in by_part(observation):
             values = measure(seen, scores=self.scores, measures=self.measures)
+            if self.per_token:
+                values = {name: value for name, value in values.items() if not measure_of(name).least_of}
             if values:
                 offered.append((part, seen, {name: value.float() for name, value in values.items()}))
         if not offered:
@@ -227,7 +232,7 @@ class Collector:
 
     def _take(self, at: Place, seen: Observation, values: dict[str, Tensor], segment: bool) -> None:
         real = documents = None
-        if isinstance(seen, (Scores, Weights, Values)):
+        if isinstance(seen, (Scores, Weights, Margins, Values)):
             real, documents = seen.key_mask, seen.documents
         if not self.per_token:
             self._accumulate(at, values, real, documents)
@@ -269,12 +274,15 @@ class Collector:
         has = counted(values, self._with_context(stacked, real, documents), real)
         total = torch.where(has, stacked, 0.0).sum((1, 3))
         count = has.sum((1, 3))
+        rows = _of_least(values)
+        least = torch.where(has[rows], stacked[rows], torch.inf).amin((1, 3))
         known = self._sums.get(at)
         if known is None:
-            self._sums[at] = _Sums(list(values), total, count)
+            self._sums[at] = _Sums(list(values), total, count, least)
         else:
             known.total += total
             known.count += count
+            known.least = torch.minimum(known.least, least)
 
     def _mean_columns(self) -> dict[str, np.ndarray]:
         layers, heads, parts = [], [], []
@@ -284,10 +292,14 @@ class Collector:
             layers.append(np.full(n_heads, layer, np.int32))
             parts.append(np.full(n_heads, part or None, object))
             heads.append(np.arange(n_heads, dtype=np.int32))
-            mean = (sums.total / sums.count).float().cpu().numpy()
+            mean = sums.total / sums.count
+            mean[_of_least(sums.names)] = sums.least.where(sums.least.isfinite(), torch.nan)
+            means_of = mean.float().cpu().numpy()
             for name, column in means.items():
                 has = name in sums.names
-                column.append(mean[sums.names.index(name)] if has else np.full(n_heads, np.nan, np.float32))
+                column.append(
+                    means_of[sums.names.index(name)] if has else np.full(n_heads, np.nan, np.float32)
+                )
         present = {name for sums in self._sums.values() for name in sums.names}
         keys = {"layer": np.concatenate(layers), "head": np.concatenate(heads)}
         keys |= _parts(self._sums, parts)
@@ -312,6 +324,11 @@ class Collector:
             first_sample += batch
         found = {name: np.concatenate(column) for name, column in columns.items()}
         return found | _parts([at for one in self.passes for at in one], parts)
+
+
+def _of_least(names: Iterable[str]) -> list[int]:
+    """Which of some measures are the smallest of others."""
+    return [row for row, name in enumerate(names) if measure_of(name).least_of]
 
 
 def _joined(first: Rows, second: Rows, segment: bool) -> Rows:

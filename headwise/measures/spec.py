@@ -27,7 +27,7 @@ SOURCES: dict[Source, str] = {
     "weights": "attention weights",
     "logits": "logits of a softmax",
     "query": "queries before their rotation",
-    "margins": "tropical margins",
+    "margins": "margins of maxima over keys",
     "taken": "queries that mask keys (F)",
     "layer": "the layer itself",
 }
@@ -73,6 +73,8 @@ class Measure:
         correlated: its correlation with `CORRELATED_WITH` over tokens is kept.
         remark: what else there is to know about its number.
         table: title and column of its own table by head in reports (per-head metrics study); None = none.
+        least_of: the measure whose smallest value over all tokens of a head this is. Tables of tokens have no
+            such column; in tables of heads it stands where others are means.
         export_name: its column in the query-scaling study's CSV files; None = it has none.
     """
 
@@ -86,6 +88,7 @@ class Measure:
     correlated: bool = False
     remark: str = ""
     table: tuple[str, str] | None = None
+    least_of: str | None = None
     export_name: str | None = None
 
     @property
@@ -216,11 +219,6 @@ for _measure in (
     Measure("self_weight", "Weight on itself", "weight on key i"),
     Measure("previous_weight", "Weight on the previous token", "weight on key i-1"),
     Measure("mean_distance", "Mean distance", "Σ p_j |i-j|", "tokens"),
-    Measure(
-        "margin", "Tropical margin", "tropical margin γ_i", source="margins", absent=math.inf,
-        remark="+inf with fewer than two visible keys, which means leave out",
-        table=("tropical margin gamma (per head)", "gamma"),
-    ),
     Measure(
         "kept_context", "Kept context", "Σ_j (1 - min(F[i,j], 1)), what selection leaves of the keys", "keys",
         source="taken",

@@ -3,7 +3,7 @@
 FLOPs are those of matrix products, two per multiply-add, with what a kind's options add; scores and
 values are counted over all `seq_len` keys although half are masked, and the backward pass as twice the
 forward: the convention of PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most
-published numbers.
+published numbers. A kind whose core has another backward pass states it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ def forward_flops_by_part(model: Decoder, seq_len: int) -> dict[str, int]:
 
 def training_flops_per_token(model: Decoder, seq_len: int) -> int:
     """Forward and backward FLOPs per token."""
-    return 3 * sum(forward_flops_by_part(model, seq_len).values())
+    options = model.config.attention.options()
+    flops = 3 * sum(forward_flops_by_part(model, seq_len).values())
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        layer = block.attention
+        flops += layer.backward_flops_per_token(layer.shape, options, seq_len)
+        flops -= 2 * layer.flops_per_token(layer.shape, options, seq_len)
+    return flops
 
 
 def _part(name: str) -> str:

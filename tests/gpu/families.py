@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.selective import bench as selective
+from headwise.attention.tropical import bench as tropical
 from headwise.bench import head_stats as stats
 from headwise.bench.layouts import KEEPING, LAYOUTS, drawn, laid_out, poison
 from headwise.functional import (
@@ -25,6 +26,7 @@ from headwise.functional import (
     own_mask_attention,
     selection,
     selective_attention,
+    tropical_attention,
     weights_stats,
 )
 from headwise.functional import budget as budgets
@@ -261,6 +263,7 @@ def nothing_else_moves(draw: random.Random, device: torch.device) -> tuple[str, 
         return {name: x.squeeze(0)[..., None] for name, x in measured.items()} | {
             "F": taken[0],
             "y": selective_attention(given["q"], given["k"], v, kept)[0],
+            "maxima": tropical_attention(given["q"], given["k"], v).y[0],
             "own": own_mask_attention(
                 given["q"], given["k"], v, given["select_q"], select_k, scale=0.1, select_scale=0.2,
                 relu_leak=leak,
@@ -278,6 +281,24 @@ def nothing_else_moves(draw: random.Random, device: torch.device) -> tuple[str, 
     return f"{wrong} {dtype} T={tokens} at {at} D={width} leak={leak}", float(len(wrong)), 0.0
 
 
+def maxima(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
+    """Tropical attention on a grid, where sums are exact and ties are many: only gradients are rounded."""
+    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device, 200)
+    width = draw.choice((16, 20) if device.type == "cpu" else (16, 24, 32, 64, 64, 80, 128, 160, 256))
+    heads, kv_heads = draw.choice(
+        ((2, 1), (1, 1)) if device.type == "cpu" else ((1, 1), (4, 2), (6, 2), (3, 1))
+    )
+    options = {"causal": draw.random() < 0.7, "centre": draw.random() < 0.5}
+    layouts = drawn(draw, (*"qkv", "upstream"), ("q", "upstream"))
+    found = tropical.errors(
+        device, batch=draw.choice((1, 2)), heads=heads, kv_heads=kv_heads, tokens=tokens, width=width,
+        dtype=dtype, layouts=layouts, **options,
+    )  # fmt: skip
+    name, error = worst(found)
+    limit = max(2 * ROUNDING[dtype], 1e-6)
+    return f"{name} {dtype} T={tokens} D={width} H={heads}/{kv_heads} {options} {layouts}", error, limit
+
+
 Family = Callable[[random.Random, torch.device], tuple[str, float, float]]
 
 FAMILIES: dict[str, tuple[Family, int]] = {
@@ -290,6 +311,7 @@ FAMILIES: dict[str, tuple[Family, int]] = {
     "turns of a budget": (leaving, 30),
     "attention to slots": (slots, 30),
     "undone rotations": (rotations, 30),
+    "maxima of sums": (maxima, 40),
     "NaN moves nothing else": (nothing_else_moves, 8),
 }
 """Every family, and how many cases of it run on a GPU."""

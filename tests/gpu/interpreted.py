@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from headwise.bench import head_stats as stats
-from headwise.functional import budget, head_stats, selective
+from headwise.functional import budget, head_stats, selective, tropical
 from headwise.functional.dispatch import DTYPES
 from headwise.watch import rotation
 from tests.gpu.addresses import addresses_watched
@@ -51,7 +51,7 @@ def past_blocks() -> Outcome:
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # rows past the end divide 0 by 0
-    for module in (selective, budget, sys.modules[head_stats.__module__], rotation):  # on a CPU too
+    for module in (selective, budget, sys.modules[head_stats.__module__], rotation, tropical):  # on a CPU too
         module.fits_kernel = lambda x, width=128: x.dtype in DTYPES and x.shape[-1] <= width and x.numel() > 0
     with addresses_watched() as watched:
         for family in FAMILIES:

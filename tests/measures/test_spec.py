@@ -280,6 +280,21 @@ def test_infinite_margins_are_left_out_of_every_mean(per_token: bool, tmp_path: 
     assert gathered["tokens"].tolist() == [[4.0, 2.0]]
 
 
+def test_the_smallest_value_of_a_head_is_over_every_token_of_every_pass_that_has_one() -> None:
+    nan, inf = math.nan, math.inf
+    collector = Collector(measures=("margin", "margin_min"))
+    collector.add(0, Margins(torch.tensor([[[inf, 1.0, 3.0], [inf, inf, inf], [inf, 2.0, nan]]])))
+    collector.add(0, Margins(torch.tensor([[[inf, 0.5, 9.0], [inf, inf, 4.0], [inf, 2.0, 1.0]]])))
+    padded = torch.tensor([[True, True, False]])
+    collector.add(1, Margins(torch.tensor([[[inf, 5.0, 0.0], [inf] * 3, [1.0, 2.0, 0.0]]]), key_mask=padded))
+    columns = collector.columns()
+    np.testing.assert_equal(columns["margin_min"].tolist(), [0.5, 4.0, nan, 5.0, nan, 1.0])
+    np.testing.assert_equal(columns["margin"].tolist()[3:], [5.0, nan, 1.5])
+    per_token = Collector(measures=("margin", "margin_min"), per_token=True)
+    per_token.add(0, Margins(torch.rand(1, 2, 3)))
+    assert set(per_token.columns()) == {"sample", "layer", "head", "token", "margin"}
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([math.inf, -math.inf, math.nan, None]), st.booleans())
 def test_one_rule_for_the_mean_wherever_it_is_taken(seed: int, absent: float | None, context: bool) -> None:

@@ -76,8 +76,11 @@ def test_flops_as_pytorch_counts_them(variant: dict[str, object]) -> None:
     assert total == tokens.numel() * training_flops_per_token(model, 5)
 
 
-COUNTABLE = ("differential", "flash", "mha", "selective")
-"""Kinds whose products PyTorch's counter sees; it stops at FlexAttention, which is defined as `mha` is."""
+COUNTABLE = ("differential", "flash", "mha", "selective", "tropical")
+"""Kinds whose products PyTorch's counter sees, or whose own operators have formulas for it.
+
+It stops at FlexAttention, which is defined as `mha` is.
+"""
 
 SOURCES = {
     "head_zero": {},
@@ -91,11 +94,12 @@ SOURCES = {
 
 def counted(model: Decoder, tokens: torch.Tensor) -> tuple[int, int]:
     """FLOPs of a forward pass and of its backward pass, as PyTorch counts them."""
+    formulas = model.attentions()[0].flop_formulas
     # In plain PyTorch: on a CPU the counter does not see the fused kernel.
     with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as forward:
+        with FlopCounterMode(display=False, custom_mapping=formulas) as forward:
             logits = model(tokens)
-        with FlopCounterMode(display=False) as backward:
+        with FlopCounterMode(display=False, custom_mapping=formulas) as backward:
             logits.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()
 

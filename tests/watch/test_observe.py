@@ -72,7 +72,7 @@ def test_kinds_without_scores_offer_what_they_have():
     weights = torch.rand(1, 2, 5, 5).tril()
     weights /= weights.sum(-1, keepdim=True)
     assert "query_norm" not in measure(Weights(weights, 5))
-    assert set(measure(Margins(torch.ones(1, 2, 5)))) == {"margin"}
+    assert set(measure(Margins(torch.ones(1, 2, 5)))) == {"margin", "margin_min"}
 
 
 def test_watching_a_headwise_model(decoder, tokens):

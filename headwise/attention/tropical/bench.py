@@ -1,0 +1,233 @@
+"""Tropical attention against its naive form and SDPA; the same command checks it against the definition.
+
+There are no tensor cores for maxima, so SDPA is no target; it stands beside for scale. Rows of the naive form
+hold `(B, H, T, T, D)` twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
+from headwise.bench.layouts import laid_out, poison
+from headwise.functional.tropical import definition, tropical_attention
+from headwise.training.distributed import find_device
+
+NAIVE = {"cuda": (2, 4, 512, 64), "cpu": (1, 2, 128, 32)}
+"""B, H, T and D of the forward pass that is compared with the naive form."""
+
+SIZES = {"cuda": (2, 4, (1024, 2048, 4096), 64), "cpu": (1, 2, (256, 512), 32)}
+"""B, H, lengths and D of the passes forward and backward."""
+
+CHECKED: tuple[dict[str, Any], ...] = (
+    {}, {"causal": False}, {"kv_heads": 2, "centre": True}, {"width": 16}, {"width": 80},
+    {"width": 128, "centre": True}, {"width": 256}, {"dtype": torch.bfloat16, "centre": True},
+)  # fmt: skip
+TOKENS = {"cuda": (1, 17, 333), "cpu": (17,)}
+
+Gradients = dict[str, Tensor]
+
+
+def grid(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random multiples of 1/32 within 4: sums of a few are exact in every dtype, and many are equal."""
+    return (torch.randint(-128, 128, shape, device=device) / 32).to(dtype)
+
+
+def errors(
+    device: torch.device,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 4,
+    tokens: int,
+    width: int = 64,
+    dtype: torch.dtype = torch.float32,
+    causal: bool = True,
+    centre: bool = False,
+    layouts: dict[str, str] | None = None,
+) -> dict[str, float]:
+    """Largest errors against the definition in float64, relative to the largest number.
+
+    On a grid every sum is exact and ties are many: y, γ and winners must agree to the bit, and gradients to
+    rounding. A wrong winner moves a gradient by at least the grid.
+
+    Args:
+        layouts: how q, k, v and `upstream` lie in memory (`headwise.bench.layouts`).
+    """
+    made = partial(grid, device=device, dtype=dtype)
+    leaves = [made(batch, n, tokens, width).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    upstream = made(batch, heads, tokens, width)
+    layouts = layouts or {}
+
+    def spread(x: Tensor, name: str) -> Tensor:
+        return laid_out(x, layouts[name]) if name in layouts else x
+
+    views, true = (
+        [spread(x, name) for x, name in zip(tensors, "qkv", strict=True)] for tensors in (leaves, exact)
+    )
+    poison(device)
+    ours = tropical_attention(*views, causal=causal, centre=centre, margin=True)
+    y, margin = definition(*true, causal=causal, centre=centre)
+    ours.y.backward(spread(upstream, "upstream"))
+    y.backward(spread(upstream, "upstream").double())
+    assert ours.margin is not None
+    found = {"y": relative(ours.y, y), "margin": relative(ours.margin, margin)}
+    for name, leaf, right in zip("qkv", leaves, exact, strict=True):
+        assert leaf.grad is not None
+        assert right.grad is not None
+        found[f"d_{name}"] = relative(leaf.grad, right.grad)
+    return found
+
+
+def relative(ours: Tensor, true: Tensor) -> float:
+    """The largest error over the largest number, or over 1; infinite where infinities differ."""
+    infinite = true.isinf()
+    if not torch.equal(ours.isinf(), infinite):
+        return float("inf")
+    ours, true = (x.detach().double().masked_fill(infinite, 0.0) for x in (ours, true))
+    return float((ours - true).abs().max() / true.abs().max().clamp(min=1.0))
+
+
+def check(device: torch.device) -> list[dict[str, Any]]:
+    """One row a case and length: the largest error of anything, and whether two backward passes agree."""
+    rows = []
+    for case in CHECKED:
+        for tokens in TOKENS[device.type]:
+            torch.manual_seed(0)
+            found = errors(device, tokens=tokens, **case)
+            worst = max(found, key=lambda name: found[name])
+            same = same_twice(device, tokens, **case)
+            half = case.get("dtype") == torch.bfloat16
+            shown = {key: str(value).removeprefix("torch.") for key, value in case.items()}
+            rows.append({
+                "case": " ".join(f"{key}={value}" for key, value in shown.items()) or "usual",
+                "tokens": tokens, "largest_error": found[worst], "of": worst, "same_twice": same,
+                "passed": found[worst] <= (2.0**-8 if half else 1e-6) and same,
+            })  # fmt: skip
+    return rows
+
+
+def same_twice(
+    device: torch.device,
+    tokens: int,
+    *,
+    kv_heads: int = 4,
+    width: int = 64,
+    dtype: torch.dtype = torch.float32,
+    **options: bool,
+) -> bool:
+    """Whether the gradients of two equal passes have the same bits."""
+    leaves = [
+        torch.randn(2, heads, tokens, width, device=device).to(dtype).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    ]
+    upstream = torch.randn_like(leaves[0])
+    one, two = (
+        torch.autograd.grad(tropical_attention(*leaves, **options).y, leaves, upstream) for _ in range(2)
+    )
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def against_naive(device: torch.device) -> list[dict[str, Any]]:
+    """Forward alone: the naive form, SDPA, and ours without winners, with them, and with γ."""
+    batch, heads, tokens, width = NAIVE[device.type]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, batch, heads, tokens, width, device=device).unbind()
+    kept = [x.clone().requires_grad_() for x in (q, k, v)]
+    ways: dict[str, Callable[[], Any]] = {
+        "naive": partial(naive, q, k, v),
+        "sdpa": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True),
+        "ours": partial(tropical_attention, q, k, v),
+        "ours, margins": partial(tropical_attention, q, k, v, margin=True),
+        "ours, winners kept": partial(tropical_attention, *kept),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, way in ways.items():
+        began = time.perf_counter()
+        way()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        first = 1e3 * (time.perf_counter() - began)
+        ms = measure(captured(way, device), device)
+        rows.append({
+            "forward": name, "B": batch, "H": heads, "T": tokens, "D": width, "ms": ms, "naive_x": None,
+            "extra_mb": extra_memory_mb(way, device), "first_call_ms": first,
+        })  # fmt: skip
+    for row in rows:
+        row["naive_x"] = rows[0]["ms"] / row["ms"]
+    return rows
+
+
+@torch.no_grad()
+def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """How it is written down: every sum in memory."""
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    score = (q[:, :, :, None] + k[:, :, None]).amax(-1).masked_fill(hidden, -torch.inf)
+    return (score[..., None] + v[:, :, None]).amax(-2)
+
+
+def both_passes(device: torch.device, tokens: int) -> list[dict[str, Any]]:
+    """Forward and backward, of SDPA in bfloat16 and float32 and of ours: time and memory."""
+    batch, heads, _, width = SIZES[device.type]
+    torch.manual_seed(0)
+    leaves = [torch.randn(batch, heads, tokens, width, device=device, requires_grad=True) for _ in range(3)]
+    half = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
+    sdpa = partial(F.scaled_dot_product_attention, is_causal=True)
+    ways: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "sdpa, bfloat16": (sdpa, half),
+        "sdpa": (sdpa, leaves),
+        "ours": (lambda *x: tropical_attention(*x).y, leaves),
+        "ours, centred": (lambda *x: tropical_attention(*x, centre=True).y, leaves),
+    }
+    rows = []
+    for name, (function, tensors) in ways.items():
+        upstream = torch.randn_like(tensors[0])
+
+        def step(
+            function: Callable[..., Tensor] = function, tensors: list[Tensor] = tensors, up: Tensor = upstream
+        ) -> None:
+            for leaf in tensors:
+                leaf.grad = None
+            function(*tensors).backward(up)
+
+        with torch.no_grad():
+            forward = measure(captured(partial(function, *tensors), device), device)
+        ms = measure(captured(step, device), device)
+        rows.append({
+            "both": name, "B": batch, "H": heads, "T": tokens, "D": width, "forward_ms": forward, "ms": ms,
+            "launched_ms": measure(step, device), "extra_mb": extra_memory_mb(step, device),
+        })  # fmt: skip
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """`headwise bench tropical`."""
+    parser = argparse.ArgumentParser(prog="headwise bench tropical", description=__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--tokens", type=int, nargs="*", help="lengths, forward and backward")
+    arguments = parser.parse_args(argv)
+    device = find_device(arguments.device)
+    forward = against_naive(device)  # first, so that its first calls are
+    checks = check(device)
+    print_table(checks)
+    if not all(row["passed"] for row in checks):
+        print("the kernels disagree with the definition: no times are shown")
+        return 1
+    print_table(forward)
+    rows = []
+    for tokens in arguments.tokens or SIZES[device.type][2]:
+        rows += both_passes(device, tokens)
+    print_table(rows)
+    save("tropical", [*checks, *forward, *rows], arguments.out, device=str(device))
+    return 0
