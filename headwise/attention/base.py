@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attention.cache import KeyValueCache, LayerCache
-from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, read_mask
+from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, Weights, read_mask
 from headwise.functional.budget import keys_of_share
 from headwise.measures.spec import Measure
 
@@ -128,6 +128,8 @@ class Attention(nn.Module):
     def __init__(self, shape: AttentionShape, options: Any = None) -> None:
         super().__init__()
         self.shape = shape
+        self.features = self.supported(options)
+        """What this layer takes: `supported` of its options."""
         self.scale = shape.head_dim**-0.5
         heads = shape.n_heads + 2 * shape.n_kv_heads
         self.qkv = nn.Linear(shape.d_model, heads * shape.head_dim, bias=shape.bias)
@@ -226,6 +228,31 @@ class Attention(nn.Module):
         own = {name: value for name, value in vars(self).items() if not _replaces_method(self, name, value)}
         return own | dict.fromkeys(self.attached)
 
+    def explicit_weights(self, weights: Tensor, *, mask: Tensor | None, causal: bool) -> Weights:
+        """The observation of a kind that has its weights `(B, H, T, T)` in memory, under `mask`."""
+        if mask is None:
+            return Weights(weights, weights.shape[-1])
+        seen = read_mask(mask[:, None], weights.shape[0], causal=causal)
+        return Weights(weights, weights.shape[-1], key_mask=seen.key_mask, documents=seen.documents)
+
+    @classmethod
+    def supported(cls, options: Any) -> frozenset[str]:
+        """What the kind takes with these options: `supports`, or less."""
+        return cls.supports
+
+    @classmethod
+    def shift_invariant(cls, options: Any) -> bool:
+        """Whether rotated queries and keys enter by the distance of their positions alone.
+
+        Where they do not, padding before a text changes what is computed for it.
+        """
+        return True
+
+    @classmethod
+    def extra_parameters(cls, shape: AttentionShape, options: Any) -> int:
+        """Parameters of a layer by which its MLP is smaller where `model.d_ff` is not given."""
+        return 0
+
     def initialise(self) -> None:
         """Draw parameters that do not start as the model's matrices do."""
 
@@ -245,7 +272,7 @@ class Attention(nn.Module):
 
     def whole_context_only(self) -> str | None:
         """Why this layer can hold nothing less than its whole context; None where it can hold less."""
-        if "padding" in self.supports:
+        if "padding" in self.features:
             return None
         return f"its kind, {self.kind}, has no F and takes no window"
 
@@ -360,8 +387,8 @@ class Attention(nn.Module):
             expected = f"(B, T, {self.shape.d_model}) with T >= 1"
             raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
         form = "causal" if causal else "full"
-        if form not in self.supports:
-            raise ValueError(f"attention kind {self.kind!r} does not support {form}; it got causal={causal}")
+        if form not in self.features:
+            raise ValueError(f"{self._cannot(form)}; it got causal={causal}")
         if attn_mask is None:
             return
         batch, length = x.shape[0], x.shape[1]
@@ -372,8 +399,12 @@ class Attention(nn.Module):
         if not is_bool and not attn_mask.is_floating_point():
             raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True = may attend) or float")
         feature = "padding" if is_bool else "additive_mask"
-        if feature not in self.supports:
-            raise ValueError(f"attention kind {self.kind!r} does not support {feature}; pass attn_mask=None")
+        if feature not in self.features:
+            raise ValueError(f"{self._cannot(feature)}; pass attn_mask=None")
+
+    def _cannot(self, feature: str) -> str:
+        also = " with its options as they are" if feature in self.supports else ""
+        return f"attention kind {self.kind!r} does not support {feature}{also}"
 
 
 def _replaces_method(layer: Attention, name: str, value: Any) -> bool:

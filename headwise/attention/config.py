@@ -42,7 +42,7 @@ class AttentionConfig:
         Raises:
             HeadwiseError: an unknown kind, a dropout outside [0, 1), or an unsupported combination.
         """
-        supports = attention_kind(self.kind).supports
+        supports = attention_kind(self.kind).supported(self.options())
         for kind in dataclasses.fields(self):
             options = getattr(self, kind.name)
             if hasattr(options, "validate_values"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from headwise import testing
 from headwise.attention import KINDS, Attention, AttentionConfig, AttentionShape, Carry
 from headwise.attention.base import FEATURES
-from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Weights
+from headwise.attention.observation import Margins, Observation, Scores, Unmeasured, Values, Weights
 from headwise.config.run import Config, from_dict, load, to_yaml
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
@@ -276,7 +276,8 @@ def test_one_mask_serves_the_whole_batch(kind: str) -> None:
 @torch.no_grad()
 def test_padding_before_a_text_does_not_change_it(kind: str) -> None:
     layer, pad = make(kind), 3
-    rope = rope_of(layer)
+    relative = KINDS[kind].shift_invariant(AttentionConfig(kind=kind).options())
+    rope = rope_of(layer) if relative else None
     x = inputs(layer)
     real = torch.arange(LENGTH) >= pad
     y = layer(x, attn_mask=real.expand(1, LENGTH, LENGTH), rope=rope, **form(kind))
@@ -431,7 +432,7 @@ def test_an_observer_sees_one_observation_per_forward_and_changes_nothing(kind: 
         layer.observer = seen.append
         assert torch.equal(layer(x, **kwargs), y)
         assert len(seen) == 1
-        assert isinstance(seen[0], Scores | Weights | Margins | Unmeasured)
+        assert isinstance(seen[0], Scores | Weights | Margins | Values | Unmeasured)
         layer.observer = None
         layer(x, **kwargs)
         assert len(seen) == 1

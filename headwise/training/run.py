@@ -110,8 +110,8 @@ def refuse_device(config: Config, device: torch.device) -> None:
     Raises:
         HeadwiseError: it has no backward pass there.
     """
-    kind = config.model.attention.kind
-    if device.type == "cpu" and "cpu_training" not in attention_kind(kind).supports:
+    kind, options = config.model.attention.kind, config.model.attention.options()
+    if device.type == "cpu" and "cpu_training" not in attention_kind(kind).supported(options):
         raise HeadwiseError(
             f"attention kind {kind!r} cannot be trained on a CPU: it has no backward pass there; "
             "use --device cuda, or model.attention.kind=flash"

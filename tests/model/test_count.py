@@ -76,7 +76,7 @@ def test_flops_as_pytorch_counts_them(variant: dict[str, object]) -> None:
     assert total == tokens.numel() * training_flops_per_token(model, 5)
 
 
-COUNTABLE = ("mha", "flash", "selective")
+COUNTABLE = ("mha", "flash", "holo", "selective")
 """Kinds whose products PyTorch's counter sees; it stops at FlexAttention, which is defined as `mha` is."""
 
 SOURCES = {
