@@ -98,7 +98,8 @@ def slope(tokens: Sequence[float], ms: Sequence[float]) -> float | None:
     known = [(math.log(t), math.log(m)) for t, m in zip(tokens, ms, strict=True) if math.isfinite(m)]
     if len(known) < 2:
         return None
-    return float(np.polyfit(*zip(*known, strict=True), 1)[0])
+    x, y = zip(*known, strict=True)
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def crossing(tokens: Sequence[float], ours: Sequence[float], theirs: Sequence[float]) -> float | None:

@@ -31,7 +31,8 @@ def running_sum(x: Tensor, block: int = BLOCK) -> Tensor:
         return x.cumsum(-2)
     blocks = F.pad(x, (0, 0, 0, -tokens % block)).unflatten(-2, (-1, block)).cumsum(-2)
     sums = blocks + exclusive_sum(blocks[..., -1, :])[..., None, :]
-    return sums.flatten(-3, -2)[..., :tokens, :]
+    whole: Tensor = sums.flatten(-3, -2)[..., :tokens, :]
+    return whole
 
 
 def exclusive_sum(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def test_the_summary_compares_with_the_baseline() -> None:
     assert ours["faster_from_T"] == pytest.approx(3000)
 
 
-@pytest.mark.parametrize("name", ["holo"])
+@pytest.mark.parametrize("name", ["holo", "linear"])
 def test_a_benchmark_checks_and_times(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = ["--device", "cpu", "--out", str(tmp_path), "--tokens", "16", "32"]
     assert main(["bench", name, *how]) == 0

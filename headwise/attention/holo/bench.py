@@ -58,7 +58,8 @@ def _reweight(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = (0.5 * q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).masked_fill(~_visible(q), -torch.inf)
-    return s.softmax(-1) @ v
+    y: Tensor = s.softmax(-1) @ v
+    return y
 
 
 def _by_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -136,17 +136,20 @@ def poincare_attention(
 def unit_spectrum(x: Tensor, eps: float = EPS) -> Tensor:
     """The spectrum of real vectors `(…, D)` with every modulus 1, `(…, N)` complex; 0 where x is 0."""
     spectrum = torch.fft.rfft(precise(x))
-    return spectrum / spectrum.abs().clamp_min(eps)
+    unit: Tensor = spectrum / spectrum.abs().clamp_min(eps)
+    return unit
 
 
 def bind(k: Tensor, v: Tensor, eps: float = EPS) -> Tensor:
     """The spectrum of k ⊛ v with k's of modulus 1: k, v `(…, D)` to `(…, N)` complex."""
-    return unit_spectrum(k, eps) * torch.fft.rfft(precise(v))
+    bound: Tensor = unit_spectrum(k, eps) * torch.fft.rfft(precise(v))
+    return bound
 
 
 def unbind(q: Tensor, memory: Tensor, eps: float = EPS) -> Tensor:
     """What a query reads from a memory: q `(…, D)`, memory `(…, N)` complex, to `(…, D)`."""
-    return torch.fft.irfft(unit_spectrum(q, eps).conj() * memory, n=q.shape[-1])
+    found: Tensor = torch.fft.irfft(unit_spectrum(q, eps).conj() * memory, n=q.shape[-1])
+    return found
 
 
 def superpose(bound: Tensor, *, mask: Tensor | None = None, causal: bool = True) -> Tensor:

@@ -10,20 +10,23 @@ def circular_convolution(a: Tensor, b: Tensor) -> Tensor:
     """(a ⊛ b)_n = Σ_m a_m b_{(n-m) mod D} along the last axis."""
     width = a.shape[-1]
     index = torch.arange(width, device=a.device)
-    return (a[..., None, :] * b[..., (index[:, None] - index) % width]).sum(-1)
+    products: Tensor = a[..., None, :] * b[..., (index[:, None] - index) % width]
+    return products.sum(-1)
 
 
 def circular_correlation(a: Tensor, b: Tensor) -> Tensor:
     """(a ⊛⁻¹ b)_n = Σ_m a_m b_{(n+m) mod D}: it undoes `circular_convolution` with a of unit spectrum."""
     width = a.shape[-1]
     index = torch.arange(width, device=a.device)
-    return (a[..., None, :] * b[..., (index[:, None] + index) % width]).sum(-1)
+    products: Tensor = a[..., None, :] * b[..., (index[:, None] + index) % width]
+    return products.sum(-1)
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x (…, D)` with every modulus of its spectrum 1."""
     spectrum = torch.fft.fft(x)
-    return torch.fft.ifft(spectrum / spectrum.abs().clamp_min(eps)).real
+    found: Tensor = torch.fft.ifft(spectrum / spectrum.abs().clamp_min(eps)).real
+    return found
 
 
 def retrieve(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -42,4 +45,5 @@ def poincare_distance(u: Tensor, v: Tensor, curvature: float) -> Tensor:
     """arcosh(1 + 2c‖u-v‖² / ((1-c‖u‖²)(1-c‖v‖²))) / √c of points u, v `(…, D)` of the ball."""
     apart = (u - v).square().sum(-1)
     inside = [1 - curvature * x.square().sum(-1) for x in (u, v)]
-    return torch.arccosh(1 + 2 * curvature * apart / (inside[0] * inside[1])) / curvature**0.5
+    distance: Tensor = torch.arccosh(1 + 2 * curvature * apart / (inside[0] * inside[1])) / curvature**0.5
+    return distance
