@@ -1,6 +1,6 @@
 """Kinds of attention, exchangeable by name: those of this package, and those that other packages add."""
 
-from headwise.attention import flash, flex, holo, linear, mha, performer, selective
+from headwise.attention import fla, flash, flex, holo, linear, mha, performer, selective
 from headwise.attention.base import (
     Attention,
     AttentionShape,
@@ -16,6 +16,6 @@ load_installed()
 
 __all__ = [
     "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "NewHead", "Preserved",
-    "SoftmaxAttention", "attention_kind", "flash", "flex", "holo", "linear", "mha", "performer", "register",
-    "selective",
+    "SoftmaxAttention", "attention_kind", "fla", "flash", "flex", "holo", "linear", "mha", "performer",
+    "register", "selective",
 ]  # fmt: skip

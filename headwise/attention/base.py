@@ -106,6 +106,8 @@ class Attention(nn.Module):
         benchmarks: what `headwise bench NAME` runs: name to the module whose `main(argv)` it calls.
         monitors: what the log gets at every evaluation, by the key of `measure` that turns it on: each as
             `package.module:NAME` of a class that is made and called as `headwise.training.run.Monitor`.
+        projects: whether q, k, v and the output are `qkv` and `out` here. False for a layer of another
+            package, which keeps its own: it has no heads to add or to cut.
         inspector: for a kind whose queries mask keys, the module from which `headwise masks` takes
             `selections`, `rules`, `switches` and `notes`.
         engine_table: `package.module:NAME` of a function that gives a Markdown table: which engine computes
@@ -121,6 +123,7 @@ class Attention(nn.Module):
     sections: ClassVar[tuple[str, ...]] = ()
     benchmarks: ClassVar[Mapping[str, str]] = {}
     monitors: ClassVar[Mapping[str, str]] = {}
+    projects: ClassVar[bool] = True
     inspector: ClassVar[str | None] = None
     engine_table: ClassVar[str | None] = None
     attached: ClassVar[tuple[str, ...]] = ("observer",)
@@ -131,9 +134,10 @@ class Attention(nn.Module):
         self.features = self.supported(options)
         """What this layer takes: `supported` of its options."""
         self.scale = shape.head_dim**-0.5
-        heads = shape.n_heads + 2 * shape.n_kv_heads
-        self.qkv = nn.Linear(shape.d_model, heads * shape.head_dim, bias=shape.bias)
-        self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
+        if self.projects:
+            heads = shape.n_heads + 2 * shape.n_kv_heads
+            self.qkv = nn.Linear(shape.d_model, heads * shape.head_dim, bias=shape.bias)
+            self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
         self.observer: Observer | None = None
         self.engine: str | None = None
         """The engine that computed the last forward pass outside of compiled code."""
@@ -234,6 +238,11 @@ class Attention(nn.Module):
             return Weights(weights, weights.shape[-1])
         seen = read_mask(mask[:, None], weights.shape[0], causal=causal)
         return Weights(weights, weights.shape[-1], key_mask=seen.key_mask, documents=seen.documents)
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """Why no layer can compute on `device` (`cpu`, `cuda`) in this installation; None where one can."""
+        return None
 
     @classmethod
     def supported(cls, options: Any) -> frozenset[str]:

@@ -107,7 +107,9 @@ def masks_for(kind: str) -> list[Tensor | None]:
     return found
 
 
-TESTED = list(KINDS) if testing.kinds is None else testing.kinds
+ASKED = list(KINDS) if testing.kinds is None else testing.kinds
+TESTED = [kind for kind in ASKED if KINDS[kind].unavailable("cpu") is None]
+"""Those that compute on a CPU, where the suite runs."""
 every_kind = pytest.mark.parametrize("kind", TESTED)
 
 
@@ -130,6 +132,16 @@ def test_declares_known_features_and_a_form_to_run_in(kind: str) -> None:
 def config_of(kind: str, **model: Any) -> Config:
     attention = AttentionConfig(kind=kind, dropout=model.pop("attention_dropout", 0.0))
     return Config(model=ModelConfig(attention=attention, **model))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ASKED if kind not in TESTED])
+def test_a_kind_that_cannot_compute_here_is_refused_with_the_reason(kind: str) -> None:
+    reason = KINDS[kind].unavailable("cpu")
+    assert reason is not None
+    assert len(reason.splitlines()) == 1
+    assert kind in reason
+    with pytest.raises(HeadwiseError, match=re.escape(reason)):
+        refuse_device(config_of(kind), torch.device("cpu"))
 
 
 REFUSALS: dict[str, tuple[type[Exception], Callable[[str], Any]]] = {
