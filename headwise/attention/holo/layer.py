@@ -58,9 +58,9 @@ class HoloAttention(FlashAttention):
     supports = BOUNDARY
     engine_family = "holo"
     measures = (
-        Measure("retrieval_cosine", "cosine of value and retrieval", "cos(v_i, v̂_i)", source="layer"),
+        Measure("retrieval_cosine", "Retrieval cosine", "cos(v_i, v̂_i)", source="layer"),
         Measure(
-            "own_weight", "weight of the own value", "exp(τ·a_i) / Σ_j exp(τ·a_j), a_i = cos(v_i, v̂_i)",
+            "own_weight", "Own weight", "exp(τ·a_i) / Σ_j exp(τ·a_j), a_i = cos(v_i, v̂_i)",
             source="layer",
         ),
     )  # fmt: skip
