@@ -15,6 +15,9 @@ DEFAULT = "flash"
 SOURCE = "selective attention log"
 """The title of a source (docs/sources.md), which is not the kind. Words of style sheets are not either."""
 
+WORDS = {"linear"}
+"""Kinds with an everyday word as a name: a string of it alone or an import names them, a sentence not."""
+
 EXCEPTIONS = {
     "attention/__init__.py": "the list of this package's kinds",
     "functional/__init__.py": "exports the operation of the same name",
@@ -39,14 +42,16 @@ def files() -> list[Path]:
 
 def test_only_the_listed_files_name_a_kind() -> None:
     ours = {kind: cls for kind, cls in KINDS.items() if cls.__module__.startswith("headwise.")}
-    kinds = [kind for kind in ours if kind != DEFAULT]
+    kinds = [kind for kind in ours if kind != DEFAULT and kind not in WORDS]
     classes = [KINDS[kind].__name__ for kind in kinds]
-    pattern = re.compile(rf"(?<![\w-])({'|'.join([*kinds, *classes])})(?![\w-])")
+    words = "|".join(WORDS)
+    alone = rf"(?<=[\"'])(?:{words})(?=[\"'])|(?<=attention\.)(?:{words})"
+    pattern = re.compile(rf"(?<![\w-])({'|'.join([*kinds, *classes])})(?![\w-])|{alone}")
     naming: dict[str, list[str]] = {}
     for path in files():
         at = path.relative_to(PACKAGE).as_posix()
         text = re.sub(rf"display: flex|flex-\w+|{SOURCE}", "", path.read_text(encoding="utf-8"))
-        if found := pattern.findall(text):
+        if found := [match.group() for match in pattern.finditer(text)]:
             naming[at] = found
     allowed = {at for at in naming if any(at == place or at.startswith(f"{place}/") for place in EXCEPTIONS)}
     assert {at: found for at, found in naming.items() if at not in allowed} == {}

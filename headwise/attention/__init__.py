@@ -1,6 +1,17 @@
 """Kinds of attention, exchangeable by name: those of this package, and those that other packages add."""
 
-from headwise.attention import differential, flash, flex, mha, selective, tropical
+from headwise.attention import (
+    differential,
+    fla,
+    flash,
+    flex,
+    holo,
+    linear,
+    mha,
+    performer,
+    selective,
+    tropical,
+)
 from headwise.attention.base import (
     Attention,
     AttentionShape,
@@ -16,6 +27,6 @@ load_installed()
 
 __all__ = [
     "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "NewHead", "Preserved",
-    "SoftmaxAttention", "attention_kind", "differential", "flash", "flex", "mha", "register", "selective",
-    "tropical",
+    "SoftmaxAttention", "attention_kind", "differential", "fla", "flash", "flex", "holo", "linear", "mha",
+    "performer", "register", "selective", "tropical",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headwise.attention.cache import KeyValueCache, LayerCache
 from headwise.attention.carry import Carry
 from headwise.attention.modifiers import MODIFIERS, ModifierLayer, Modifiers
-from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, read_mask
+from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, Weights, read_mask
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
 from headwise.functional.softmax_attention import windowed
@@ -102,12 +102,12 @@ class Attention(nn.Module):
         benchmarks: what `headwise bench NAME` runs: name to the module whose `main(argv)` it calls.
         monitors: what the log gets at every evaluation, by the key of `measure` that turns it on: each as
             `package.module:NAME` of a class that is made and called as `headwise.training.run.Monitor`.
+        projects: whether q, k, v and the output are `qkv` and `out` here. False for a layer of another
+            package, which keeps its own: it has no heads to add or to cut.
         inspector: for a kind whose queries mask keys, the module from which `headwise masks` takes
             `selections`, `rules`, `switches` and `notes`.
         engine_table: `package.module:NAME` of a function that gives a Markdown table: which engine computes
             which option.
-        rotates_relatively: whether rotated queries and keys meet by their distance alone, as in a dot
-            product; otherwise the same text behind padding gives other numbers.
         flop_formulas: of operators of its own that compute something other than matrix products: what each
             counts as, for torch's FlopCounterMode. `flops_per_token` is tested against what it counts.
         attached: attributes that are set for the length of a block and None otherwise; a copy has None.
@@ -122,23 +122,26 @@ class Attention(nn.Module):
     sections: ClassVar[tuple[str, ...]] = ()
     benchmarks: ClassVar[Mapping[str, str]] = {}
     monitors: ClassVar[Mapping[str, str]] = {}
+    projects: ClassVar[bool] = True
     inspector: ClassVar[str | None] = None
     engine_table: ClassVar[str | None] = None
-    rotates_relatively: ClassVar[bool] = True
     flop_formulas: ClassVar[Mapping[Any, Callable[..., int]]] = {}
     attached: ClassVar[tuple[str, ...]] = ("observer",)
 
     def __init__(self, shape: AttentionShape, options: Any = None) -> None:
         super().__init__()
         self.shape = shape
+        self.features = self.supported(options)
+        """What this layer takes: `supported` of its options."""
         self.scale = shape.head_dim**-0.5
-        rows = shape.n_heads * self.query_width(shape.head_dim, options)
-        rows += 2 * shape.n_kv_heads * shape.head_dim
-        self.qkv = nn.Linear(shape.d_model, rows, bias=shape.bias)
-        self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
+        if self.projects:
+            rows = shape.n_heads * self.query_width(shape.head_dim, options)
+            rows += 2 * shape.n_kv_heads * shape.head_dim
+            self.qkv = nn.Linear(shape.d_model, rows, bias=shape.bias)
+            self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
         modifiers = shape.modifiers.present()
         for name in modifiers:
-            if reason := self.why_not(name):
+            if reason := self.why_not(name, options):
                 raise HeadwiseError(f"model.attention.{name} is set, but {reason}")
         self.modifiers = ModifierLayer(shape) if modifiers else None
         self.initialise_modifiers()
@@ -206,9 +209,9 @@ class Attention(nn.Module):
         return None if window is None or window >= length else window
 
     @classmethod
-    def why_not(cls, modifier: str) -> str | None:
-        """Why this kind does not take a modifier, as a sentence; None where it does."""
-        if modifier in cls.supports:
+    def why_not(cls, modifier: str, options: Any) -> str | None:
+        """Why this kind, with these options, does not take a modifier, as a sentence; None where it does."""
+        if modifier in cls.supported(options):
             return None
         reason = cls.declines.get(modifier, "it does not declare that it does")
         return f"kind {cls.kind!r} cannot take it: {reason}"
@@ -273,6 +276,36 @@ class Attention(nn.Module):
         own = {name: value for name, value in vars(self).items() if not _replaces_method(self, name, value)}
         return own | dict.fromkeys(self.attached)
 
+    def explicit_weights(self, weights: Tensor, *, mask: Tensor | None, causal: bool) -> Weights:
+        """The observation of a kind that has its weights `(B, H, T, T)` in memory, under `mask`."""
+        if mask is None:
+            return Weights(weights, weights.shape[-1])
+        seen = read_mask(mask[:, None], weights.shape[0], causal=causal)
+        return Weights(weights, weights.shape[-1], key_mask=seen.key_mask, documents=seen.documents)
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """Why no layer can compute on `device` (`cpu`, `cuda`) in this installation; None where one can."""
+        return None
+
+    @classmethod
+    def supported(cls, options: Any) -> frozenset[str]:
+        """What the kind takes with these options: `supports`, or less."""
+        return cls.supports
+
+    @classmethod
+    def shift_invariant(cls, options: Any) -> bool:
+        """Whether rotated queries and keys enter by the distance of their positions alone.
+
+        Where they do not, padding before a text changes what is computed for it.
+        """
+        return True
+
+    @classmethod
+    def extra_parameters(cls, shape: AttentionShape, options: Any) -> int:
+        """Parameters of a layer by which its MLP is smaller where `model.d_ff` is not given."""
+        return 0
+
     def initialise(self) -> None:
         """Draw parameters that do not start as the model's matrices do."""
 
@@ -297,7 +330,7 @@ class Attention(nn.Module):
 
     def whole_context_only(self) -> str | None:
         """Why this layer can hold nothing less than its whole context; None where it can hold less."""
-        if "padding" in self.supports:
+        if "padding" in self.features:
             return None
         return f"its kind, {self.kind}, has no F and takes no window"
 
@@ -433,8 +466,8 @@ class Attention(nn.Module):
             expected = f"(B, T, {self.shape.d_model}) with T >= 1"
             raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
         form = "causal" if causal else "full"
-        if form not in self.supports:
-            raise ValueError(f"attention kind {self.kind!r} does not support {form}; it got causal={causal}")
+        if form not in self.features:
+            raise ValueError(f"{self._cannot(form)}; it got causal={causal}")
         if attn_mask is None:
             return
         batch, length = x.shape[0], x.shape[1]
@@ -445,8 +478,12 @@ class Attention(nn.Module):
         if not is_bool and not attn_mask.is_floating_point():
             raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True = may attend) or float")
         feature = "padding" if is_bool else "additive_mask"
-        if feature not in self.supports:
-            raise ValueError(f"attention kind {self.kind!r} does not support {feature}; pass attn_mask=None")
+        if feature not in self.features:
+            raise ValueError(f"{self._cannot(feature)}; pass attn_mask=None")
+
+    def _cannot(self, feature: str) -> str:
+        also = " with its options as they are" if feature in self.supports else ""
+        return f"attention kind {self.kind!r} does not support {feature}{also}"
 
 
 def _replaces_method(layer: Attention, name: str, value: Any) -> bool:

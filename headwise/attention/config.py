@@ -71,7 +71,7 @@ class AttentionConfig:
                 unsupported combination.
         """
         chosen = attention_kind(self.kind)
-        supports = chosen.supports
+        supports = chosen.supported(self.options())
         check(self.sink, self.output_gate, self.windows)
         for kind in dataclasses.fields(self):
             options = getattr(self, kind.name)
@@ -86,7 +86,7 @@ class AttentionConfig:
             )
         for name in MODIFIERS:
             value = getattr(self, name)
-            if value != _OWN[name].default and (reason := chosen.why_not(name)):
+            if value != _OWN[name].default and (reason := chosen.why_not(name, self.options())):
                 raise HeadwiseError(f"model.attention.{name} is {value}, but {reason}")
         options = self.options()
         if hasattr(options, "validate"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from headwise.attention.base import AttentionShape
 from headwise.attention.config import AttentionConfig
+from headwise.attention.kinds import attention_kind
 from headwise.errors import HeadwiseError, in_range, one_of
 
 COUNTS = {
@@ -31,7 +32,8 @@ class ModelConfig:
         n_kv_heads: key/value heads per layer, K; H where not given. H % K == 0.
         head_dim: width of a head, D; d_model / n_heads where not given, and free of it where given.
         d_ff: width of the MLP's hidden layer; 4·d_model, or for swiglu 8/3·d_model (rounded up to a
-            multiple of 32), where not given.
+            multiple of 32), where not given, less what a kind of attention adds to the parameters of softmax
+            attention where it says so.
         vocab_size: number of tokens; the data's where not given.
         norm: rmsnorm or layernorm, before attention and MLP (pre-norm).
         mlp: gelu, gelu_tanh (GPT-2's approximation) or swiglu.
@@ -72,10 +74,18 @@ class ModelConfig:
         return self.head_dim or self.d_model // self.n_heads
 
     def width_of_mlp(self) -> int:
-        """d_ff, as given or the usual multiple of d_model."""
+        """d_ff, as given or the usual multiple of d_model, less what the attention has its MLP pay for."""
         if self.d_ff:
             return self.d_ff
-        return -(-8 * self.d_model // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.d_model
+        usual = -(-8 * self.d_model // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.d_model
+        extra = attention_kind(self.attention.kind).extra_parameters(
+            self.attention_shape(0), self.attention.options()
+        )
+        if not extra:
+            return usual
+        step = 8 if usual >= 256 else 1  # a width that matrix units multiply fast
+        matrices = 3 if self.mlp == "swiglu" else 2
+        return max(1, round((usual - extra / (matrices * self.d_model)) / step) * step)
 
     def _refuse_odd_rotation(self) -> None:
         """Refuse a kind that rotates parts of a head which have no pairs."""

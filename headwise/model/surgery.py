@@ -95,6 +95,19 @@ class Operation:
         return attention_kind(attention.kind).head_ranges(leaf, self.index, attention.options())
 
 
+def refuse_foreign(config: ModelConfig, source: str) -> None:
+    """Refuse a kind whose projections are another package's.
+
+    Raises:
+        HeadwiseError: names the kind.
+    """
+    kind = config.attention.kind
+    if not attention_kind(kind).projects:
+        raise HeadwiseError(
+            f"{source} has attention of kind {kind!r}, whose layers have no heads to add or to cut"
+        )
+
+
 def refuse(config: ModelConfig, init: str, source: str) -> None:
     """Refuse an operation that cannot be.
 
@@ -103,6 +116,7 @@ def refuse(config: ModelConfig, init: str, source: str) -> None:
             zero where the new head has none of its own.
     """
     one_of("--init", init, INITS)
+    refuse_foreign(config, source)
     heads, kv_heads = config.n_heads, config.kv_heads()
     if kv_heads not in (1, heads):
         raise HeadwiseError(

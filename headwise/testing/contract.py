@@ -20,7 +20,15 @@ from torch import Tensor
 from headwise import testing
 from headwise.attention import KINDS, Attention, AttentionConfig, AttentionShape, Carry
 from headwise.attention.base import FEATURES
-from headwise.attention.observation import Margins, Observation, Parts, Scores, Unmeasured, Weights
+from headwise.attention.observation import (
+    Margins,
+    Observation,
+    Parts,
+    Scores,
+    Unmeasured,
+    Values,
+    Weights,
+)
 from headwise.config.run import Config, from_dict, load, to_yaml
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
@@ -115,7 +123,9 @@ def masks_for(kind: str) -> list[Tensor | None]:
     return found
 
 
-TESTED = list(KINDS) if testing.kinds is None else testing.kinds
+ASKED = list(KINDS) if testing.kinds is None else testing.kinds
+TESTED = [kind for kind in ASKED if KINDS[kind].unavailable("cpu") is None]
+"""Those that compute on a CPU, where the suite runs."""
 every_kind = pytest.mark.parametrize("kind", TESTED)
 
 
@@ -140,6 +150,16 @@ def config_of(kind: str, **model: Any) -> Config:
         kind=kind, dropout=model.pop("attention_dropout", 0.0), **model.pop("modifiers", {})
     )
     return Config(model=ModelConfig(attention=attention, **model))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ASKED if kind not in TESTED])
+def test_a_kind_that_cannot_compute_here_is_refused_with_the_reason(kind: str) -> None:
+    reason = KINDS[kind].unavailable("cpu")
+    assert reason is not None
+    assert len(reason.splitlines()) == 1
+    assert kind in reason
+    with pytest.raises(HeadwiseError, match=re.escape(reason)):
+        refuse_device(config_of(kind), torch.device("cpu"))
 
 
 REFUSALS: dict[str, tuple[type[Exception], Callable[[str], Any]]] = {
@@ -297,7 +317,8 @@ def test_one_mask_serves_the_whole_batch(kind: str) -> None:
 @torch.no_grad()
 def test_padding_before_a_text_does_not_change_it(kind: str) -> None:
     layer, pad = make(kind), 3
-    rope = rope_of(layer) if KINDS[kind].rotates_relatively else None
+    relative = KINDS[kind].shift_invariant(AttentionConfig(kind=kind).options())
+    rope = rope_of(layer) if relative else None
     x = inputs(layer)
     real = torch.arange(LENGTH) >= pad
     y = layer(x, attn_mask=real.expand(1, LENGTH, LENGTH), rope=rope, **form(kind))
@@ -453,7 +474,7 @@ def test_an_observer_sees_one_observation_per_forward_and_changes_nothing(kind: 
         layer.observer = seen.append
         assert torch.equal(layer(x, **kwargs), y)
         assert len(seen) == 1
-        assert isinstance(seen[0], Scores | Weights | Margins | Parts | Unmeasured)
+        assert isinstance(seen[0], Observation)
         layer.observer = None
         layer(x, **kwargs)
         assert len(seen) == 1

@@ -108,10 +108,12 @@ def refuse_device(config: Config, device: torch.device) -> None:
     """Refuse a kind that cannot be trained on this device.
 
     Raises:
-        HeadwiseError: it has no backward pass there.
+        HeadwiseError: it has no backward pass there, or needs another device or a package.
     """
-    kind = config.model.attention.kind
-    if device.type == "cpu" and "cpu_training" not in attention_kind(kind).supports:
+    kind, options = config.model.attention.kind, config.model.attention.options()
+    if reason := attention_kind(kind).unavailable(device.type):
+        raise HeadwiseError(reason)
+    if device.type == "cpu" and "cpu_training" not in attention_kind(kind).supported(options):
         raise HeadwiseError(
             f"attention kind {kind!r} cannot be trained on a CPU: it has no backward pass there; "
             "use --device cuda, or model.attention.kind=flash"

@@ -128,7 +128,7 @@ def test_every_measure_comes_from_the_observation_that_its_source_names() -> Non
         "query": Scores(q, k, 0.5),
         "taken": Scores(q, k, 0.5, taken=torch.rand(2, 1, 9, 9)),
         "margins": Margins(torch.rand(2, 4, 9)),
-        "layer": Values({name: torch.rand(2, 4, 9) for name in ("null_weight", "gate")}),
+        "layer": Values({name: torch.rand(2, 4, 9) for name in measures()}),
     }
     for name, known in measures().items():
         of["layer"] = Values({name: torch.rand(2, 4, 9)})

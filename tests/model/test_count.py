@@ -76,7 +76,7 @@ def test_flops_as_pytorch_counts_them(variant: dict[str, object]) -> None:
     assert total == tokens.numel() * training_flops_per_token(model, 5)
 
 
-COUNTABLE = ("differential", "flash", "mha", "selective", "tropical")
+COUNTABLE = ("differential", "flash", "holo", "linear", "mha", "selective", "tropical")
 """Kinds whose products PyTorch's counter sees, or whose own operators have formulas for it.
 
 It stops at FlexAttention, which is defined as `mha` is.
@@ -125,8 +125,9 @@ def test_flops_of_every_kind_as_pytorch_counts_them(kind: str, n_kv_heads: int) 
 
 
 def test_kinds_of_one_definition_cost_the_same() -> None:
+    # performer's directions have no gradient, and fla's layers are another package's
     built_in = {kind for kind in KINDS if KINDS[kind].__module__.startswith("headwise.")}
-    assert built_in == {*COUNTABLE, "flex"}
+    assert built_in == {*COUNTABLE, "flex", "performer", "fla"}
     costs = [
         forward_flops_by_part(model_with(AttentionConfig(kind=kind), 2), 5)
         for kind in ("flex", "mha", "flash")

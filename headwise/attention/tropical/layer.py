@@ -49,7 +49,6 @@ class TropicalAttention(Attention):
     supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", "cpu_training"})
     engine_family = "tropical"
     measures = (MARGIN, LEAST)
-    rotates_relatively = False
     flop_formulas: ClassVar[Mapping[Any, Callable[..., int]]] = FLOP_FORMULAS
     sections = ("headwise.attention.tropical.section:MARGINS",)
     benchmarks: ClassVar[Mapping[str, str]] = {"tropical": "headwise.attention.tropical.bench"}
@@ -135,6 +134,11 @@ class TropicalAttention(Attention):
             f"attention runs on tropical-plain, not tropical-fused: {reason}. A layer then makes "
             f"{2 * sums:.2g} sums in memory, some queries at a time, and takes many times as long as fused"
         )
+
+    @classmethod
+    def shift_invariant(cls, options: Any) -> bool:
+        """A maximum over channels sees the positions themselves: a rotation keeps sums over pairs alone."""
+        return False
 
     @classmethod
     def flops_per_token(cls, shape: AttentionShape, options: TropicalConfig | None, seq_len: int) -> int:
