@@ -1,6 +1,6 @@
 """Kinds of attention, exchangeable by name: those of this package, and those that other packages add."""
 
-from headwise.attention import flash, flex, mha, selective
+from headwise.attention import flash, flex, mha, selective, tt
 from headwise.attention.base import (
     Attention,
     AttentionShape,
@@ -16,5 +16,5 @@ load_installed()
 
 __all__ = [
     "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "NewHead", "Preserved",
-    "SoftmaxAttention", "attention_kind", "flash", "flex", "mha", "register", "selective",
+    "SoftmaxAttention", "attention_kind", "flash", "flex", "mha", "register", "selective", "tt",
 ]  # fmt: skip

@@ -51,6 +51,11 @@ class AttentionShape:
     n_layers: int = 1
 
 
+def dense_projections(shape: AttentionShape) -> int:
+    """Entries of the dense matrices from x to q, k and v and from all heads to y."""
+    return 2 * (shape.n_heads + shape.n_kv_heads) * shape.head_dim * shape.d_model
+
+
 @dataclass
 class Carry:
     """What the layers of one forward pass hand to the next layer and to the loss.
@@ -129,12 +134,22 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = shape
         self.scale = shape.head_dim**-0.5
-        heads = shape.n_heads + 2 * shape.n_kv_heads
-        self.qkv = nn.Linear(shape.d_model, heads * shape.head_dim, bias=shape.bias)
-        self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
+        self.qkv, self.out = self.make_projections(shape, options)
         self.observer: Observer | None = None
         self.engine: str | None = None
         """The engine that computed the last forward pass outside of compiled code."""
+
+    def make_projections(self, shape: AttentionShape, options: Any) -> tuple[nn.Module, nn.Module]:
+        """The modules from x to q, k and v side by side, and from all heads to y: dense matrices here.
+
+        Each is an `nn.Linear` or a `headwise.attention.projection.Projection`. Called while the layer is made, before
+        it has any other module.
+        """
+        heads = shape.n_heads + 2 * shape.n_kv_heads
+        return (
+            nn.Linear(shape.d_model, heads * shape.head_dim, bias=shape.bias),
+            nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias),
+        )
 
     def forward(
         self,
@@ -292,6 +307,24 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def check(cls, shape: AttentionShape, options: Any) -> None:
+        """Refuse options that a layer of these sizes cannot have; asked before anything is allocated.
+
+        Raises:
+            HeadwiseError: names the key, the value and what is possible.
+        """
+
+    @classmethod
+    def projection_parameters(cls, shape: AttentionShape, options: Any) -> int:
+        """Parameters of the projections of `make_projections`, without biases."""
+        return dense_projections(shape)
+
+    @classmethod
+    def heads_are_fixed(cls, options: Any) -> str | None:
+        """Why a head can neither be added nor be taken out; None where it can."""
+        return None
+
+    @classmethod
     def computes(cls, options: Any) -> str:
         """A name for what a head computes; two kinds with one name compute the same from the same weights."""
         return cls.kind if options is None else f"{cls.kind} {options}"
@@ -346,7 +379,7 @@ class Attention(nn.Module):
         """Forward FLOPs of the core for one token: its matrix products, two for each multiply-add.
 
         Scores and values are counted over all `seq_len` keys, masked or not. The layer's `nn.Linear`
-        matrices are counted apart, from their sizes; softmax, sums and other work on single numbers is not.
+        matrices and projections are counted apart, from their sizes; softmax, sums and other work on single numbers is not.
 
         Args:
             shape: the layer's, its index included.

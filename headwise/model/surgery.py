@@ -89,10 +89,11 @@ def refuse(config: ModelConfig, init: str, source: str) -> None:
     """Refuse an operation that cannot be.
 
     Raises:
-        HeadwiseError: an unknown init, key/value heads that several but not all heads share, or keys to
+        HeadwiseError: an unknown init, a kind whose heads are fixed, key/value heads that several but not all heads share, or keys to
             zero where the new head has none of its own.
     """
     one_of("--init", init, INITS)
+    refuse_fixed_heads(config, source)
     heads, kv_heads = config.n_heads, config.kv_heads()
     if kv_heads not in (1, heads):
         raise HeadwiseError(
@@ -104,6 +105,17 @@ def refuse(config: ModelConfig, init: str, source: str) -> None:
             f"--init {init}: the heads of {source} share one key/value head, and so will the new one: it has "
             "no key of its own to zero; use o_zero or zero"
         )
+
+
+def refuse_fixed_heads(config: ModelConfig, source: str) -> None:
+    """Refuse a model whose heads can neither be added nor be taken out.
+
+    Raises:
+        HeadwiseError: its kind says why.
+    """
+    attention = config.attention
+    if reason := attention_kind(attention.kind).heads_are_fixed(attention.options()):
+        raise HeadwiseError(f"{source}: no head can be added or taken out: {reason}")
 
 
 def grown(config: ModelConfig) -> ModelConfig:
