@@ -109,7 +109,7 @@ def _factors(what: str, size: int, d: int) -> Factors:
 def _arranged(
     out_features: int, in_features: int, rows: Factors, columns: Factors, rank: int, *, fixed: str = ""
 ) -> Sizes:
-    """The order of the factors whose contraction is cheapest; of several, that with the fewest parameters.
+    """The order of the factors that allows the rank at the least cost; of several, with the fewest parameters.
 
     Args:
         fixed: `rows` or `columns` whose first factor, the heads, stays first.
@@ -118,7 +118,8 @@ def _arranged(
     for m, n in itertools.product(_orders(rows, fixed == "rows"), _orders(columns, fixed == "columns")):
         maximal = maximal_ranks([a * b for a, b in zip(m, n, strict=True)])
         sizes = Sizes(out_features, in_features, m, n, tuple(min(rank, most) for most in maximal))
-        candidates.append((plan(m, n, sizes.ranks).products, sizes.parameters, sizes))
+        cost = plan(m, n, sizes.ranks).products
+        candidates.append((-math.prod(sizes.ranks), cost, sizes.parameters, sizes))
     return min(candidates)[-1]
 
 
@@ -147,7 +148,8 @@ class TensorTrainProjection(Projection):
             nn.ParameterList(torch.empty(shape) for shape in sizes.cores()) for sizes in matrices
         )
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
-        self._draw_random((3 * self.in_features) ** -0.5)  # as nn.Linear
+        nn.Linear(self.in_features, self.out_features, bias=bias)  # takes the random numbers that it would take here
+        self._draw_random((3 * self.in_features) ** -0.5)  # its spread
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, in_features)` to `(…, out_features)`; under autocast in its dtype."""
@@ -166,17 +168,21 @@ class TensorTrainProjection(Projection):
 
     @torch.no_grad()
     def draw(self, std: float) -> None:
-        """Draw the cores, by `init`; see `TensorTrainConfig.init`."""
+        """Draw the cores, by `init`; see `TensorTrainConfig.init`.
+
+        Takes as many random numbers as a dense projection, so that one seed gives the same model around it.
+        """
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if self.init == "random":
             self._draw_random(std)
-            return
         like = next(self.parameters())
         whole = torch.empty(self.out_features, self.in_features, dtype=like.dtype, device=like.device)
-        if whole.is_meta:
-            return
-        nn.init.normal_(whole, std=std)  # as a dense projection is drawn: all parts at once
+        nn.init.normal_(whole, std=std)
+        if self.init == "svd" and not whole.is_meta:
+            self._decompose(whole)
+
+    def _decompose(self, whole: Tensor) -> None:
         parts = whole.split([sizes.out_features for sizes in self.matrices])
         for part, train, sizes in zip(parts, self.trains, self.matrices, strict=True):
             cores = tensor_train_matrix(part, sizes.rows, sizes.columns, sizes.ranks)
@@ -188,11 +194,12 @@ class TensorTrainProjection(Projection):
 
     @torch.no_grad()
     def _draw_random(self, std: float) -> None:
-        for train, sizes in zip(self.trains, self.matrices, strict=True):
-            # an entry of W is a sum over all Π r_k paths through the ranks, each a product of d numbers
-            spread = (std**2 / math.prod(sizes.ranks)) ** (1 / (2 * len(sizes.rows)))
-            for parameter in train.parameters():
-                nn.init.normal_(parameter, std=spread)
+        with torch.random.fork_rng(devices=[]):
+            for train, sizes in zip(self.trains, self.matrices, strict=True):
+                # an entry of W is a sum over all Π r_k paths through the ranks, each a product of d numbers
+                spread = (std**2 / math.prod(sizes.ranks)) ** (1 / (2 * len(sizes.rows)))
+                for parameter in train.parameters():
+                    nn.init.normal_(parameter, std=spread)
 
     @torch.no_grad()
     def dense(self) -> Tensor:

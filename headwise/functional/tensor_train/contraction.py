@@ -45,6 +45,11 @@ class Step(NamedTuple):
         return self.left * self.summed * self.made * self.right
 
     @property
+    def entering(self) -> int:
+        """Numbers of the state before it, per token."""
+        return self.left * self.summed * self.right
+
+    @property
     def size(self) -> int:
         """Numbers of the state after it, per token."""
         return self.left * self.made * self.right
@@ -67,7 +72,7 @@ class Plan(NamedTuple):
 Factors = tuple[int, ...]
 
 
-@cache
+@torch.compiler.assume_constant_result
 def plan(rows: Factors, columns: Factors, ranks: Factors) -> Plan:
     """The order of least cost; of several, the one whose largest state is smallest.
 
@@ -78,6 +83,11 @@ def plan(rows: Factors, columns: Factors, ranks: Factors) -> Plan:
         rows, columns: m_k and n_k.
         ranks: r_1 to r_{d-1}.
     """
+    return _plan(rows, columns, ranks)
+
+
+@cache
+def _plan(rows: Factors, columns: Factors, ranks: Factors) -> Plan:
     d = len(rows)
     best: dict[frozenset[int], Plan] = {frozenset(): Plan((), 0, 0)}
     for count in range(d):
@@ -128,7 +138,7 @@ def tensor_train_linear(
         )
     order = order or plan(rows, columns, ranks)
     y: Tensor = _Contraction.apply(x.reshape(-1, x.shape[-1]), order, out_features, *cores)
-    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+    return y.view(*x.shape[:-1], out_features)
 
 
 def shape_of(cores: Sequence[Tensor]) -> tuple[Factors, Factors, Factors]:
@@ -174,7 +184,7 @@ class _Contraction(torch.autograd.Function):
             state = _padded(block, order)
             for step, matrix in zip(order.steps, matrices, strict=True):
                 state = _forward(state, matrix, step)
-            blocks.append(state.reshape(len(block), -1)[:, :out_features])
+            blocks.append(state.reshape(len(block), order.steps[-1].size)[:, :out_features])
         return torch.cat(blocks)
 
     @staticmethod
@@ -198,7 +208,7 @@ class _Contraction(torch.autograd.Function):
                 if at or ctx.needs_input_grad[0]:
                     gradient = _backward(gradient, matrix, step)
             if ctx.needs_input_grad[0]:
-                blocks.append(gradient.reshape(len(block), -1)[:, : x.shape[1]])
+                blocks.append(gradient.reshape(len(block), order.steps[0].entering)[:, : x.shape[1]])
         found: list[Tensor | None] = [None] * len(cores)
         for step, matrix_gradient in zip(order.steps, sums, strict=True):
             core = cores[step.core]
@@ -220,8 +230,7 @@ def _matrices(cores: Sequence[Tensor], order: Plan) -> list[Tensor]:
 
 def _padded(block: Tensor, order: Plan) -> Tensor:
     """The first state: `(tokens, Π n_k)`."""
-    first = order.steps[0]
-    return _zero_padded(block, first.left * first.summed * first.right)
+    return _zero_padded(block, order.steps[0].entering)
 
 
 def _zero_padded(block: Tensor, size: int) -> Tensor:
@@ -230,21 +239,26 @@ def _zero_padded(block: Tensor, size: int) -> Tensor:
 
 def _forward(state: Tensor, matrix: Tensor, step: Step) -> Tensor:
     if step.right == 1:
-        return state.reshape(-1, step.summed) @ matrix.T
-    state = state.reshape(-1, step.summed, step.right)
+        return _cut(state, step.summed) @ matrix.T
+    state = _cut(state, step.summed, step.right)
     return torch.bmm(matrix.expand(len(state), -1, -1), state)
 
 
 def _backward(gradient: Tensor, matrix: Tensor, step: Step) -> Tensor:
     if step.right == 1:
-        return gradient.reshape(-1, step.made) @ matrix
-    gradient = gradient.reshape(-1, step.made, step.right)
+        return _cut(gradient, step.made) @ matrix
+    gradient = _cut(gradient, step.made, step.right)
     return torch.bmm(matrix.T.expand(len(gradient), -1, -1), gradient)
 
 
 def _matrix_gradient(state: Tensor, gradient: Tensor, step: Step) -> Tensor:
     if step.right == 1:
-        return gradient.reshape(-1, step.made).T @ state.reshape(-1, step.summed)
-    state = state.reshape(-1, step.summed, step.right)
-    gradient = gradient.reshape(-1, step.made, step.right)
+        return _cut(gradient, step.made).T @ _cut(state, step.summed)
+    state = _cut(state, step.summed, step.right)
+    gradient = _cut(gradient, step.made, step.right)
     return torch.einsum("amc,akc->mk", gradient, state)
+
+
+def _cut(state: Tensor, *sizes: int) -> Tensor:
+    """`(…, *sizes)`, with all tokens and what is left of the core in one axis; also of no tokens."""
+    return state.reshape(state.numel() // math.prod(sizes), *sizes)
