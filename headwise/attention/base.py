@@ -142,8 +142,8 @@ class Attention(nn.Module):
     def make_projections(self, shape: AttentionShape, options: Any) -> tuple[nn.Module, nn.Module]:
         """The modules from x to q, k and v side by side, and from all heads to y: dense matrices here.
 
-        Each is an `nn.Linear` or a `headwise.attention.projection.Projection`. Called while the layer is made, before
-        it has any other module.
+        Each is an `nn.Linear` or a `headwise.attention.projection.Projection`. Called while the layer is
+        made, before it has any other module.
         """
         heads = shape.n_heads + 2 * shape.n_kv_heads
         return (
@@ -379,7 +379,8 @@ class Attention(nn.Module):
         """Forward FLOPs of the core for one token: its matrix products, two for each multiply-add.
 
         Scores and values are counted over all `seq_len` keys, masked or not. The layer's `nn.Linear`
-        matrices and projections are counted apart, from their sizes; softmax, sums and other work on single numbers is not.
+        matrices and projections are counted apart, from their sizes; softmax, sums and other work on single
+        numbers is not.
 
         Args:
             shape: the layer's, its index included.

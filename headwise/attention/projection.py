@@ -1,4 +1,4 @@
-"""A linear map that is not kept as one matrix: what a kind of attention may have in the place of `nn.Linear`."""
+"""A linear map that is not kept as one matrix: what a kind may have in the place of `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Projection(nn.Module):
     """`x (…, in_features)` to `W x + bias (…, out_features)`, with W made of other parameters.
 
-    `Attention.make_projections` returns two modules, each an `nn.Linear` or a `Projection`. The model initialises,
-    counts and exports a projection through what is declared here.
+    `Attention.make_projections` returns two modules, each an `nn.Linear` or a `Projection`. The model
+    initialises, counts and exports a projection through what is declared here.
 
     Attributes:
         in_features, out_features: sizes of W.

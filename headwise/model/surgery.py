@@ -89,8 +89,8 @@ def refuse(config: ModelConfig, init: str, source: str) -> None:
     """Refuse an operation that cannot be.
 
     Raises:
-        HeadwiseError: an unknown init, a kind whose heads are fixed, key/value heads that several but not all heads share, or keys to
-            zero where the new head has none of its own.
+        HeadwiseError: an unknown init, a kind whose heads are fixed, key/value heads that several but not
+            all heads share, or keys to zero where the new head has none of its own.
     """
     one_of("--init", init, INITS)
     refuse_fixed_heads(config, source)

@@ -299,7 +299,7 @@ class SelectiveAttention(FlashAttention):
         """Why the last pass was not on the fused engine."""
         shape = self.shape
         return fallback(
-            self.config, self.engine, cuda=self.out.weight.is_cuda, n_heads=shape.n_heads,
+            self.config, self.engine, cuda=next(self.out.parameters()).is_cuda, n_heads=shape.n_heads,
             head_dim=shape.head_dim, batch=batch, tokens=tokens,
         )  # fmt: skip
 

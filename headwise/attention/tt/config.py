@@ -18,12 +18,13 @@ class TensorTrainConfig:
     """Options of kind `tt`.
 
     Attributes:
-        rank: the inner ranks of every matrix; 16, or the largest possible, where not given. A place between two
-            cores that allows less takes its maximum, which loses nothing; a rank that no place allows is refused.
+        rank: the inner ranks of every matrix; 16, or the largest possible, where not given. A place between
+            two cores that allows less takes its maximum, which loses nothing; a rank that no place allows is
+            refused.
         n_factors: cores of a matrix, and factors of each of its dimensions: 2, 3 or 4.
         init: what the cores start as. `random`: normal, so that the entries of W have the variance of the
-            model's init; `svd`: TT-SVD of the very matrix that a dense model with the same seed starts from, whose
-            entries are smaller, because most of a random matrix is cut off.
+            model's init; `svd`: TT-SVD of the very matrix that a dense model with the same seed starts
+            from, whose entries are smaller, because most of a random matrix is cut off.
         share_cores: `none`: each of W_Q, W_K, W_V and W_O has its own cores, and its dimensions are split as
             evenly as possible. `heads`: the heads are one factor, so that each head has a slice of its own in
             the first core and the other cores serve all heads of the matrix. `qkv`: W_Q, W_K and W_V share

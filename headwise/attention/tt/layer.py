@@ -2,8 +2,8 @@
 
     W[(i_1 … i_d), (j_1 … j_d)] = G_1[i_1, j_1] G_2[i_2, j_2] … G_d[i_d, j_d]
 
-with a matrix `G_k[i_k, j_k]` of size `(r_{k-1}, r_k)`, for each of W_Q, W_K, W_V and W_O. Scores and values are
-those of `flash`, or of `mha`. The matrices are never formed in training.
+with a matrix `G_k[i_k, j_k]` of size `(r_{k-1}, r_k)`, for each of W_Q, W_K, W_V and W_O. Scores and values
+are those of `flash`, or of `mha`. The matrices are never formed in training.
 """
 
 from __future__ import annotations
@@ -61,5 +61,3 @@ class TensorTrainAttention(SoftmaxAttention):
     def heads_are_fixed(cls, options: Any) -> str | None:
         """A head has no rows of its own."""
         return "the projections of kind tt are tensor trains, in which all heads share cores"
-
-

@@ -82,8 +82,8 @@ def layer_sizes(shape: AttentionShape, options: TensorTrainConfig) -> LayerSizes
         own = exact_factors(width, d - 1)
         if own is None:
             raise HeadwiseError(
-                f"model.head_dim is {width}, which is no product of {d - 1} factors; set {SECTION}.n_factors=2, "
-                f"or {SECTION}.share_cores=none, which pads"
+                f"model.head_dim is {width}, which is no product of {d - 1} factors; "
+                f"set {SECTION}.n_factors=2, or {SECTION}.share_cores=none, which pads"
             )
         together = [heads + 2 * kv_heads] if options.share_cores == "qkv" else [heads, kv_heads, kv_heads]
         qkv = [_arranged(n * width, shape.d_model, (n, *own), model, rank, fixed="rows") for n in together]
@@ -109,7 +109,7 @@ def _factors(what: str, size: int, d: int) -> Factors:
 def _arranged(
     out_features: int, in_features: int, rows: Factors, columns: Factors, rank: int, *, fixed: str = ""
 ) -> Sizes:
-    """The order of the factors that allows the rank at the least cost; of several, with the fewest parameters.
+    """The order of factors that allows the rank at the least cost; of several, with the fewest parameters.
 
     Args:
         fixed: `rows` or `columns` whose first factor, the heads, stays first.
@@ -148,12 +148,13 @@ class TensorTrainProjection(Projection):
             nn.ParameterList(torch.empty(shape) for shape in sizes.cores()) for sizes in matrices
         )
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
-        nn.Linear(self.in_features, self.out_features, bias=bias)  # takes the random numbers that it would take here
-        self._draw_random((3 * self.in_features) ** -0.5)  # its spread
+        # takes the random numbers that it would take here, and gives the spread
+        nn.Linear(self.in_features, self.out_features, bias=bias)
+        self._draw_random((3 * self.in_features) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, in_features)` to `(…, out_features)`; under autocast in its dtype."""
-        trains = [list(train.parameters()) for train in self.trains]
+        trains: list[list[Tensor]] = [list(train.parameters()) for train in self.trains]
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # x once for all matrices, so that the backward pass keeps one copy

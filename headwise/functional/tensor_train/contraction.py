@@ -1,12 +1,13 @@
 """y = W x for a matrix W in tensor-train form, core by core: W is never made.
 
-The state starts as x with axes `(n_1, …, n_d)` and ends as y with axes `(m_1, …, m_d)`. Contracting core k puts m_k
-in the place of n_k; the rank r_k stands between places k and k+1 while one of the two cores is contracted and the
-other is not. So what a core is contracted with always lies side by side, and each step is one matrix product on
-`(left, summed, right)` without moving a number, whatever the order of the cores.
+The state starts as x with axes `(n_1, …, n_d)` and ends as y with axes `(m_1, …, m_d)`. Contracting core k
+puts m_k in the place of n_k; the rank r_k stands between places k and k+1 while one of the two cores is
+contracted and the other is not. So what a core is contracted with always lies side by side, and each step
+is one matrix product on `(left, summed, right)` without moving a number, whatever the order of the cores.
 
-The states between the cores can be larger than x: by r·m_1/n_1 after the first of two cores. They are not kept
-for the backward pass, which computes them again, and tokens are taken in blocks so that few of them exist at once.
+The states between the cores can be larger than x: by r·m_1/n_1 after the first of two cores. They are not
+kept for the backward pass, which computes them again, and tokens are taken in blocks so that few of them
+exist at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Step(NamedTuple):
     summed: int
     made: int
     right: int
-    axes: tuple[int, int, int, int]
+    axes: tuple[int, ...]
     """The core's axes `(r, m, n, r')` in the order (made, summed)."""
 
     @property
@@ -72,7 +73,7 @@ class Plan(NamedTuple):
 Factors = tuple[int, ...]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def plan(rows: Factors, columns: Factors, ranks: Factors) -> Plan:
     """The order of least cost; of several, the one whose largest state is smallest.
 
@@ -133,11 +134,12 @@ def tensor_train_linear(
     inputs, outputs = math.prod(columns), math.prod(rows)
     if x.shape[-1] > inputs or not 0 < out_features <= outputs:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and out_features is {out_features}; cores are of a {outputs} x {inputs} "
-            "matrix"
+            f"x has shape {tuple(x.shape)} and out_features is {out_features}; "
+            f"cores are of a {outputs} x {inputs} matrix"
         )
     order = order or plan(rows, columns, ranks)
-    y: Tensor = _Contraction.apply(x.reshape(-1, x.shape[-1]), order, out_features, *cores)
+    tokens = x.reshape(-1, x.shape[-1])
+    y: Tensor = _Contraction.apply(tokens, order, out_features, *cores)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -161,7 +163,7 @@ def _step(rows: Factors, columns: Factors, ranks: Factors, done: frozenset[int],
         open_bonds = [bonds[k + 1] for k in places if k + 1 in places and (k in done) != (k + 1 in done)]
         return math.prod([rows[k] if k in done else columns[k] for k in places] + open_bonds)
 
-    # a rank of the core is summed over where the neighbour that has it too is done, and is made where it is not
+    # a rank is summed over where the neighbour that has it too is done, and is made where it is not
     made = [*([] if before else [0]), 1, *([] if after else [3])]
     summed = [*([0] if before else []), 2, *([3] if after else [])]
     sizes = (bonds[core], rows[core], columns[core], bonds[core + 1])
@@ -188,7 +190,7 @@ class _Contraction(torch.autograd.Function):
         return torch.cat(blocks)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, *cores = ctx.saved_tensors
         order: Plan = ctx.order

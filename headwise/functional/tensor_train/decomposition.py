@@ -27,17 +27,17 @@ def maximal_ranks(sizes: Sequence[int]) -> list[int]:
 def tensor_train(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
     """Cores of a tensor train that is near to `tensor`: exact at the maximal ranks.
 
-    With ε_k the distance of the k-th unfolding `(n_1 … n_k, n_{k+1} … n_d)` from the nearest matrix of rank r_k
-    (`truncation_errors`), `‖A - Â‖² <= Σ ε_k²` in the Frobenius norm (Oseledets 2011, theorem 2.2), which is at
-    most d - 1 times the least error that these ranks allow.
+    With ε_k the distance of the k-th unfolding `(n_1 … n_k, n_{k+1} … n_d)` from the nearest matrix of rank
+    r_k (`truncation_errors`), `‖A - Â‖² <= Σ ε_k²` in the Frobenius norm (Oseledets 2011, theorem 2.2),
+    which is at most d - 1 times the least error that these ranks allow.
 
     Args:
         tensor: `(n_1, …, n_d)`, floating-point, not empty.
         ranks: r_1 to r_{d-1}; one number stands for all, and is lowered where less is maximal.
 
     Returns:
-        d cores, `(r_{k-1}, n_k, r_k)` with `r_0 = r_d = 1`; all but the last have orthonormal columns. A rank is
-        lowered without loss where it exceeds `r_{k-1} · n_k`.
+        d cores, `(r_{k-1}, n_k, r_k)` with `r_0 = r_d = 1`; all but the last have orthonormal columns. A
+        rank is lowered without loss where it exceeds `r_{k-1} · n_k`.
 
     Raises:
         ValueError: a rank below 1 or above the maximum of its place, another number of them, or no tensor.
@@ -49,7 +49,7 @@ def tensor_train(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
     cores, rest, rank = [], tensor, 1
     for size, following in zip(sizes, chosen, strict=False):
         u, s, v = torch.linalg.svd(rest.reshape(rank * size, -1), full_matrices=False)
-        following = min(following, len(s))  # less than was asked for where the rank before is small: exact there
+        following = min(following, len(s))  # where the rank before is small, fewer are exact
         cores.append(u[:, :following].reshape(rank, size, following))
         rest, rank = s[:following, None] * v[:following], following
     return [*cores, rest.reshape(rank, sizes[-1], 1)]
@@ -93,9 +93,7 @@ def tensor_train_matrix(
     pairs = apart.permute([axis for k in range(d) for axis in (k, d + k)])
     sizes = [m * n for m, n in zip(rows, columns, strict=True)]
     cores = tensor_train(pairs.reshape(sizes), ranks)
-    return [
-        core.reshape(len(core), m, n, -1) for core, m, n in zip(cores, rows, columns, strict=True)
-    ]
+    return [core.reshape(len(core), m, n, -1) for core, m, n in zip(cores, rows, columns, strict=True)]
 
 
 def reconstruct(cores: Sequence[Tensor]) -> Tensor:
@@ -130,15 +128,21 @@ def check_cores(cores: Sequence[Tensor]) -> None:
     """
     shapes = [tuple(core.shape) for core in cores]
     ranks = [1, *(shape[0] for shape in shapes[1:]), 1]
-    meet = all(shape[0] == a and shape[-1] == b for shape, a, b in zip(shapes, ranks, ranks[1:], strict=False))
+    meet = all(
+        shape[0] == a and shape[-1] == b for shape, a, b in zip(shapes, ranks, ranks[1:], strict=False)
+    )
     if not shapes or {len(shape) for shape in shapes} not in ({3}, {4}) or not meet:
-        raise ValueError(f"cores have shapes {shapes}; expected (r, n, r') or (r, m, n, r') each, 1 at both ends")
+        raise ValueError(
+            f"cores have shapes {shapes}; expected (r, n, r') or (r, m, n, r') each, 1 at both ends"
+        )
 
 
 def _checked(ranks: Ranks, maximal: list[int]) -> list[int]:
     chosen = [min(ranks, most) for most in maximal] if isinstance(ranks, int) else list(ranks)
     if len(chosen) != len(maximal):
-        raise ValueError(f"{len(chosen)} ranks for a tensor of {len(maximal) + 1} axes; expected {len(maximal)}")
+        raise ValueError(
+            f"{len(chosen)} ranks for a tensor of {len(maximal) + 1} axes; expected {len(maximal)}"
+        )
     if any(not 1 <= rank <= most for rank, most in zip(chosen, maximal, strict=True)):
         raise ValueError(f"ranks are {chosen}; expected at least 1 each and at most {maximal}")
     return chosen

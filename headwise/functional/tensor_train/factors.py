@@ -12,8 +12,8 @@ MOST_UNEVEN = 2
 def even_factors(size: int, n_factors: int) -> tuple[int, ...]:
     """Factors, ascending, of `size` or of the least number above it that has nearly equal ones.
 
-    Nearly equal are factors of which the largest is at most twice the smallest. 768 is 24 · 32. A size without
-    such factors is padded, as a prime must be: 769 becomes 770 = 22 · 35, 14 becomes 15 = 3 · 5.
+    Nearly equal are factors of which the largest is at most twice the smallest. 768 is 24 · 32. A size
+    without such factors is padded, as a prime must be: 769 becomes 770 = 22 · 35, 14 becomes 15 = 3 · 5.
 
     Args:
         size: at least `2**n_factors`, so that no factor is 1.
@@ -37,7 +37,7 @@ def even_factors(size: int, n_factors: int) -> tuple[int, ...]:
 
 @cache
 def exact_factors(size: int, n_factors: int) -> tuple[int, ...] | None:
-    """The `n_factors` factors of `size`, each at least 2, with the least sum, ascending; None if there are none."""
+    """The factors of `size`, each at least 2, with the least sum, ascending; None if there are none."""
     if n_factors == 1:
         return (size,) if size >= 2 else None
     best: tuple[int, ...] | None = None

@@ -205,7 +205,10 @@ def test_training_never_makes_a_dense_matrix(share: str) -> None:
     layer = layer_of(AttentionShape(64, 4, 4, 16), rank=2, share_cores=share).train()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
     kept: list[Tensor] = []
-    with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with (
+        Sizes() as sizes,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
         layer(torch.randn(1, 8, 64)).sum().backward()
         optimizer.step()
     assert max(sizes.seen) < 64 * 64
@@ -299,7 +302,8 @@ def test_refuses_values_by_name(values: dict[str, Any], message: str) -> None:
     keys = {f"model.attention.tt.{name}": value for name, value in values.items()}
     with pytest.raises(HeadwiseError, match=message):
         from_dict(
-            {"model.attention.kind": "tt", "model.d_model": 64, "model.n_heads": 4, "training.max_steps": 1} | keys
+            {"model.attention.kind": "tt", "model.d_model": 64, "model.n_heads": 4, "training.max_steps": 1}
+            | keys
         )
 
 

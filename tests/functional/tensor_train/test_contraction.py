@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from headwise.functional.tensor_train import plan, reconstruct, tensor_train_linear
-from headwise.functional.tensor_train import contraction
+from headwise.functional.tensor_train import contraction, plan, reconstruct, tensor_train_linear
 
 CASES: dict[str, dict[str, Any]] = {
     "one core": {"rows": (5,), "columns": (7,), "ranks": ()},
@@ -78,9 +77,8 @@ def test_strided_expanded_and_empty_inputs() -> None:
     cores = train(case)
     full = reconstruct(cores)
     base = torch.randn(24, 5, 4, dtype=torch.float64)
-    for x in (base.permute(2, 1, 0), base.permute(2, 1, 0)[::2], base[:, :1, 0].T.expand(6, 24), base[:0, 0, 0]):
-        if x.shape[-1] == 24:
-            torch.testing.assert_close(tensor_train_linear(x, cores, 24), x @ full.T)
+    for x in (base.permute(2, 1, 0), base.permute(2, 1, 0)[::2], base[:, :1, 0].T.expand(6, 24)):
+        torch.testing.assert_close(tensor_train_linear(x, cores, 24), x @ full.T)
     assert tensor_train_linear(torch.zeros(2, 0, 24, dtype=torch.float64), cores, 24).shape == (2, 0, 24)
     assert tensor_train_linear(torch.ones(24, dtype=torch.float64), cores, 24).shape == (24,)
 
@@ -123,7 +121,9 @@ def counted(case: dict[str, Any], order: contraction.Plan | None) -> int:
     """Multiply-adds of a token, as PyTorch counts them while it runs."""
     cores = [core.detach() for core in train(case)]
     with FlopCounterMode(display=False) as counter:
-        tensor_train_linear(torch.randn(2, math.prod(case["columns"]), dtype=torch.float64), cores, 1, order=order)
+        tensor_train_linear(
+            torch.randn(2, math.prod(case["columns"]), dtype=torch.float64), cores, 1, order=order
+        )
     return counter.get_total_flops() // 4
 
 
@@ -209,7 +209,9 @@ def test_states_are_bounded_by_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_compiled_code_gives_the_same() -> None:
     cores = train(CASES["two"])
     x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
-    whole = torch.compile(lambda x, *cores: tensor_train_linear(x, cores, 24), backend="aot_eager", fullgraph=True)
+    whole = torch.compile(
+        lambda x, *cores: tensor_train_linear(x, cores, 24), backend="aot_eager", fullgraph=True
+    )
     compiled, plain = whole(x, *cores), tensor_train_linear(x, cores, 24)
     torch.testing.assert_close(compiled, plain)
     ours, theirs = (torch.autograd.grad(y.square().sum(), [x, *cores]) for y in (compiled, plain))
