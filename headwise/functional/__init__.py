@@ -13,8 +13,9 @@ from headwise.functional.selective import (
     selective_attention,
 )
 from headwise.functional.selective.scan import attack_and_protect
+from headwise.functional.tensor_train import reconstruct, tensor_train
 
 __all__ = [
-    "HeadStats", "attack_and_protect", "head_stats", "own_mask_attention", "selection",
-    "selection_logits", "selection_mask", "selective_attention", "weights_stats",
+    "HeadStats", "attack_and_protect", "head_stats", "own_mask_attention", "reconstruct", "selection",
+    "selection_logits", "selection_mask", "selective_attention", "tensor_train", "weights_stats",
 ]  # fmt: skip

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from headwise.attention import KINDS, AttentionConfig, AttentionShape
 from headwise.attention.tt import TensorTrainAttention, TensorTrainConfig
 from headwise.attention.tt.trains import TensorTrainProjection, layer_sizes
-from headwise.config.run import from_dict
+from headwise.config.run import Config, from_dict, load
 from headwise.config.training import TrainingConfig
 from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
@@ -25,6 +27,8 @@ from headwise.model.decoder import Decoder
 from headwise.model.rope import Rope
 from headwise.model.surgery import refuse
 from headwise.questions.geometry.projections import read_weights
+from headwise.questions.surgery.operate import with_new_head
+from headwise.runs.weights import Source, initialise_from
 from headwise.training.optim import make_optimizer
 
 SHAPES = {
@@ -327,3 +331,40 @@ def test_the_arrangement_of_factors_is_the_cheapest() -> None:
     assert (q.rows, q.columns) in {((24, 32), (32, 24)), ((32, 24), (24, 32))}
     assert q.parameters == 2 * 24 * 32 * 16
     assert math.prod(q.rows) == 768
+
+
+def test_a_model_exports_with_its_matrices_written_out(tmp_path: Path) -> None:
+    from headwise.model.export import export
+
+    model = model_of(rank=4, share_cores="heads")
+    assert export(model, tmp_path / "out", "the run") < 1e-4  # read back by transformers
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    dense = model.attentions()[0].qkv.dense()
+    torch.testing.assert_close(weights["model.layers.0.self_attn.k_proj.weight"], dense[32:64])
+
+
+@pytest.mark.parametrize(("source", "target"), [("tt", "flash"), ("flash", "tt")])
+def test_weights_of_another_kind_are_refused(source: str, target: str) -> None:
+    weights = {name: value.detach() for name, value in model_of(source).named_parameters()}
+    with pytest.raises(HeadwiseError, match=r"the run .*attention\.(qkv|out)"):
+        initialise_from(Source("the run", weights), model_of(target))
+
+
+def test_a_head_is_refused_where_the_new_run_is_of_this_kind() -> None:
+    before = model_of("flash").config
+    after = Config(
+        model=replace(before, attention=AttentionConfig("tt")), training=TrainingConfig(max_steps=1)
+    )
+    with pytest.raises(HeadwiseError, match="run: no head can be added"):
+        with_new_head(after, before, "run")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[3] / "configs").glob("*.tt*.yaml")), ids=lambda path: path.name
+)
+def test_presets_are_those_of_flash_with_other_projections(path: Path) -> None:
+    ours = load(path)
+    theirs = load(path.with_name(f"{path.name.partition('.tt')[0]}.flash.yaml"))
+    assert ours.model.attention.kind == "tt"
+    assert ours.model.attention.tt.rank in (8, 16, 32)
+    assert replace(ours, model=replace(ours.model, attention=theirs.model.attention)) == theirs

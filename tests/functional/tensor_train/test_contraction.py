@@ -206,18 +206,6 @@ def test_states_are_bounded_by_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(sizes.seen) <= max(5000, x.numel())
 
 
-def test_compiled_code_gives_the_same() -> None:
-    cores = train(CASES["two"])
-    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
-    whole = torch.compile(
-        lambda x, *cores: tensor_train_linear(x, cores, 24), backend="aot_eager", fullgraph=True
-    )
-    compiled, plain = whole(x, *cores), tensor_train_linear(x, cores, 24)
-    torch.testing.assert_close(compiled, plain)
-    ours, theirs = (torch.autograd.grad(y.square().sum(), [x, *cores]) for y in (compiled, plain))
-    torch.testing.assert_close(ours, theirs)
-
-
 # --- refusals
 
 
