@@ -11,6 +11,7 @@ from headwise.attention import (
     performer,
     selective,
     tropical,
+    tt,
 )
 from headwise.attention.base import (
     Attention,
@@ -28,5 +29,5 @@ load_installed()
 __all__ = [
     "KINDS", "Attention", "AttentionConfig", "AttentionShape", "Carry", "NewHead", "Preserved",
     "SoftmaxAttention", "attention_kind", "differential", "fla", "flash", "flex", "holo", "linear", "mha",
-    "performer", "register", "selective", "tropical",
+    "performer", "register", "selective", "tropical", "tt",
 ]  # fmt: skip

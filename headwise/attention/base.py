@@ -135,10 +135,7 @@ class Attention(nn.Module):
         """What this layer takes: `supported` of its options."""
         self.scale = shape.head_dim**-0.5
         if self.projects:
-            rows = shape.n_heads * self.query_width(shape.head_dim, options)
-            rows += 2 * shape.n_kv_heads * shape.head_dim
-            self.qkv = nn.Linear(shape.d_model, rows, bias=shape.bias)
-            self.out = nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias)
+            self.qkv, self.out = self.make_projections(shape, options)
         modifiers = shape.modifiers.present()
         for name in modifiers:
             if reason := self.why_not(name, options):
@@ -148,6 +145,19 @@ class Attention(nn.Module):
         self.observer: Observer | None = None
         self.engine: str | None = None
         """The engine that computed the last forward pass outside of compiled code."""
+
+    def make_projections(self, shape: AttentionShape, options: Any) -> tuple[nn.Module, nn.Module]:
+        """The modules from x to q, k and v side by side, and from all heads to y: dense matrices here.
+
+        Each is an `nn.Linear` or a `headwise.attention.projection.Projection`. Called while the layer is
+        made, before it has any other module.
+        """
+        rows = shape.n_heads * self.query_width(shape.head_dim, options)
+        rows += 2 * shape.n_kv_heads * shape.head_dim
+        return (
+            nn.Linear(shape.d_model, rows, bias=shape.bias),
+            nn.Linear(shape.n_heads * shape.head_dim, shape.d_model, bias=shape.bias),
+        )
 
     def forward(
         self,
@@ -387,6 +397,32 @@ class Attention(nn.Module):
         return head_dim
 
     @classmethod
+    def check(cls, shape: AttentionShape, options: Any) -> None:
+        """Refuse options that a layer of these sizes cannot have; asked before anything is allocated.
+
+        Raises:
+            HeadwiseError: names the key, the value and what is possible.
+        """
+
+    @classmethod
+    def dense_parameters(cls, shape: AttentionShape, options: Any) -> int:
+        """Entries of the dense matrices from x to q, k and v and from all heads to y."""
+        own = shape.n_heads * (cls.query_width(shape.head_dim, options) + shape.head_dim)
+        return (own + 2 * shape.n_kv_heads * shape.head_dim) * shape.d_model if cls.projects else 0
+
+    @classmethod
+    def projection_parameters(cls, shape: AttentionShape, options: Any) -> int:
+        """Parameters of the projections of `make_projections`, without biases."""
+        return cls.dense_parameters(shape, options)
+
+    @classmethod
+    def heads_are_fixed(cls, options: Any) -> str | None:
+        """Why a head can neither be added nor be taken out; None where it can."""
+        if cls.projects:
+            return None
+        return f"the layers of kind {cls.kind} are another package's, and have no heads to add or to cut"
+
+    @classmethod
     def computes(cls, options: Any) -> str:
         """A name for what a head computes; two kinds with one name compute the same from the same weights."""
         return cls.kind if options is None else f"{cls.kind} {options}"
@@ -442,8 +478,8 @@ class Attention(nn.Module):
 
         Where a kind has another pair of operations in their place, such as a sum and a maximum, it counts two
         for each as well. Scores and values are counted over all `seq_len` keys, masked or not, or over the
-        layer's window. The layer's `nn.Linear` matrices are counted apart, from their sizes; softmax, sums
-        and other work on single numbers is not.
+        layer's window. The layer's `nn.Linear` matrices and projections are counted apart, from their sizes;
+        softmax, sums and other work on single numbers is not.
 
         Args:
             shape: the layer's, its index included.

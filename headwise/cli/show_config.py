@@ -163,9 +163,13 @@ def _shape(model: str) -> dict[str, str]:
     folder = local(model)
     if (folder / "config.yaml").is_file():
         from headwise.config.run import load
+        from headwise.model.count import attention_block
 
         own = load(folder / "config.yaml").model
-        return {"layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head())}
+        return {
+            "layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head()),
+            "attention block": attention_block(own),
+        }  # fmt: skip
     try:
         config = reading.read_json(folder / "config.json", dict[str, Any])
     except reading.Missing:

@@ -14,10 +14,11 @@ from headwise.functional.selective import (
     selective_attention,
 )
 from headwise.functional.selective.scan import attack_and_protect
+from headwise.functional.tensor_train import reconstruct, tensor_train
 from headwise.functional.tropical import tropical_attention
 
 __all__ = [
     "HeadStats", "attack_and_protect", "differential_attention", "head_stats", "own_mask_attention",
-    "selection", "selection_logits", "selection_mask", "selective_attention", "tropical_attention",
-    "weights_stats",
+    "reconstruct", "selection", "selection_logits", "selection_mask", "selective_attention",
+    "tensor_train", "tropical_attention", "weights_stats",
 ]  # fmt: skip

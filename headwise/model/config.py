@@ -98,12 +98,13 @@ class ModelConfig:
             )
 
     def least_parameters(self) -> int:
-        """Parameters that a model of these sizes has at least: its matrices, whichever the attention."""
-        heads, own = self.n_heads + self.kv_heads(), self.width_of_head() * self.d_model
+        """Parameters that a model of these sizes has at least: its embeddings and matrices."""
+        attention = attention_kind(self.attention.kind)
+        projections = attention.projection_parameters(self.attention_shape(0), self.attention.options())
         mlp = (3 if self.mlp == "swiglu" else 2) * self.d_model * self.width_of_mlp()
         words = (self.vocab_size or 0) * self.d_model * (1 if self.tie_embeddings else 2)
         table = (self.max_seq_len or 0) * self.d_model if self.position == "learned" else 0
-        return words + table + self.n_layers * (2 * heads * own + mlp)
+        return words + table + self.n_layers * (projections + mlp)
 
     def attention_shape(self, layer: int) -> AttentionShape:
         """The sizes of the attention in `layer`."""
@@ -147,6 +148,11 @@ class ModelConfig:
                 f"model.head_dim is {self.width_of_head()}, and RoPE rotates pairs: "
                 "make it even, or choose another model.position"
             )
+        self.attention.validate(
+            n_heads=self.n_heads, n_kv_heads=self.kv_heads(), head_dim=self.width_of_head()
+        )
+        kind = attention_kind(self.attention.kind)
+        kind.check(self.attention_shape(0), self.attention.options())
         if self.least_parameters() > MOST_PARAMETERS:
             raise HeadwiseError(
                 f"model.d_model {self.d_model}, model.n_layers {self.n_layers} and the other sizes make "
@@ -154,9 +160,6 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise HeadwiseError(f"model.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
-        self.attention.validate(
-            n_heads=self.n_heads, n_kv_heads=self.kv_heads(), head_dim=self.width_of_head()
-        )
         if self.attention.value_residual and self.n_layers == 1:
             raise HeadwiseError(
                 "model.attention.value_residual mixes the first layer's values into later layers, and "

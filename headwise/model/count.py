@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
+from headwise.attention import attention_kind
+from headwise.attention.projection import projections
+from headwise.model.config import ModelConfig
 from headwise.model.decoder import Block, Decoder
 
 PARTS = ("embedding", "attention", "mlp", "norm", "head")
@@ -25,15 +29,25 @@ def parameters_by_part(model: Decoder) -> dict[str, int]:
     return count
 
 
+def attention_block(config: ModelConfig) -> str:
+    """The parameters of one layer's attention, and what they would be with dense projections."""
+    shape, options = config.attention_shape(0), config.attention.options()
+    kind = attention_kind(config.attention.kind)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in kind(shape, options).parameters())
+    spared = kind.dense_parameters(shape, options) - kind.projection_parameters(shape, options)
+    return f"{count:,} parameters" + (f", dense would be {count + spared:,}" if spared else "")
+
+
 def forward_flops_by_part(model: Decoder, seq_len: int) -> dict[str, int]:
     """Forward FLOPs per token of each part, in sequences of `seq_len`."""
     options = model.config.attention.options()
     flops = {"attention_projections": 0, "attention_core": 0, "mlp": 0, "head": 0}
     for block in model.blocks:
         assert isinstance(block, Block)
-        flops["attention_projections"] += 2 * _matrix_elements(block.attention, block.attention.idle())
+        flops["attention_projections"] += 2 * _products(block.attention, block.attention.idle())
         flops["attention_core"] += block.attention.flops_per_token(block.attention.shape, options, seq_len)
-        flops["mlp"] += 2 * _matrix_elements(block.mlp)
+        flops["mlp"] += 2 * _products(block.mlp)
     flops["head"] += 2 * model.head.weight.numel()
     return flops
 
@@ -60,6 +74,8 @@ def _part(name: str) -> str:
     return "mlp" if ".mlp." in name else "norm"
 
 
-def _matrix_elements(module: nn.Module, idle: Sequence[nn.Module] = ()) -> int:
+def _products(module: nn.Module, idle: Sequence[nn.Module] = ()) -> int:
+    """Multiply-adds of all matrices for one token."""
     matrices = (m for m in module.modules() if isinstance(m, nn.Linear) and m not in idle)
-    return sum(m.weight.numel() for m in matrices)
+    products = sum(part.products_per_token() for _, part in projections(module))
+    return products + sum(m.weight.numel() for m in matrices)

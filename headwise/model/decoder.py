@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headwise.attention import Attention, Carry, attention_kind
+from headwise.attention.projection import projections
 from headwise.model.config import ModelConfig
 from headwise.model.rope import Rope
 
@@ -89,20 +90,27 @@ class Decoder(nn.Module):
 
     def initialise(self) -> None:
         """Draw the weights as GPT-2: normal(0, init_std), less by √(2·n_layers) where a branch ends."""
-        std = self.config.init_std
+        own = dict(projections(self))
+        drawn = set()
         # last what a kind of attention adds: one seed gives the same projections whatever the kind
         for name, parameter in sorted(self.named_parameters(), key=lambda item: _is_added(item[0])):
-            if parameter.dim() < 2:
-                continue
-            ends_branch = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            spread = std / math.sqrt(2 * self.config.n_layers) if ends_branch else std
-            nn.init.normal_(parameter, std=spread)
+            at = next((stem for stem in own if name.startswith(f"{stem}.")), None)
+            if at is not None and at not in drawn:
+                own[at].draw(self._spread(at))
+                drawn.add(at)
+            elif at is None and parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=self._spread(name.removesuffix(".weight")))
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for attention in self.attentions():
             attention.initialise()
             attention.initialise_modifiers()
+
+    def _spread(self, name: str) -> float:
+        """The standard deviation that the matrix of that name starts with."""
+        ends_branch = name.endswith(("attention.out", "mlp.down"))
+        return self.config.init_std / (math.sqrt(2 * self.config.n_layers) if ends_branch else 1)
 
     def forward(
         self,

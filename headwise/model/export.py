@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from headwise.attention import KINDS, Attention, AttentionConfig
+from headwise.attention import KINDS, Attention
+from headwise.attention.projection import projections
 from headwise.errors import HeadwiseError
 from headwise.files import local, replacing
 from headwise.model.config import ModelConfig
@@ -209,8 +211,21 @@ def _gpt2_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parameters(model: Decoder) -> Iterator[tuple[str, str, str, Tensor]]:
-    """Layer ("" outside of the blocks), part, weight or bias, and value; a tied output layer is left out."""
-    for name, value in model.named_parameters():
+    """Layer ("" outside of the blocks), part, weight or bias, and value; a tied output layer is left out.
+
+    What stands in the place of a matrix is given as the matrix.
+    """
+    own = dict(projections(model))
+    whole = {
+        f"{stem}.{leaf}": value
+        for stem, part in own.items()
+        for leaf, value in (("weight", part.dense()), ("bias", part.bias)) if value is not None
+    }  # fmt: skip
+    given = {
+        name: value for name, value in model.named_parameters()
+        if not any(name.startswith(f"{stem}.") for stem in own)
+    }  # fmt: skip
+    for name, value in (given | whole).items():
         stem, _, leaf = name.rpartition(".")
         layer, part = stem.split(".", 2)[1:] if stem.startswith("blocks.") else ("", stem)
         yield layer, part, leaf, value

@@ -95,28 +95,15 @@ class Operation:
         return attention_kind(attention.kind).head_ranges(leaf, self.index, attention.options())
 
 
-def refuse_foreign(config: ModelConfig, source: str) -> None:
-    """Refuse a kind whose projections are another package's.
-
-    Raises:
-        HeadwiseError: names the kind.
-    """
-    kind = config.attention.kind
-    if not attention_kind(kind).projects:
-        raise HeadwiseError(
-            f"{source} has attention of kind {kind!r}, whose layers have no heads to add or to cut"
-        )
-
-
 def refuse(config: ModelConfig, init: str, source: str) -> None:
     """Refuse an operation that cannot be.
 
     Raises:
-        HeadwiseError: an unknown init, key/value heads that several but not all heads share, or keys to
-            zero where the new head has none of its own.
+        HeadwiseError: an unknown init, a kind whose heads are fixed, key/value heads that several but not
+            all heads share, or keys to zero where the new head has none of its own.
     """
     one_of("--init", init, INITS)
-    refuse_foreign(config, source)
+    refuse_fixed_heads(config, source)
     heads, kv_heads = config.n_heads, config.kv_heads()
     if kv_heads not in (1, heads):
         raise HeadwiseError(
@@ -128,6 +115,17 @@ def refuse(config: ModelConfig, init: str, source: str) -> None:
             f"--init {init}: the heads of {source} share one key/value head, and so will the new one: it has "
             "no key of its own to zero; use o_zero or zero"
         )
+
+
+def refuse_fixed_heads(config: ModelConfig, source: str) -> None:
+    """Refuse a model whose heads can neither be added nor be taken out.
+
+    Raises:
+        HeadwiseError: its kind says why.
+    """
+    attention = config.attention
+    if reason := attention_kind(attention.kind).heads_are_fixed(attention.options()):
+        raise HeadwiseError(f"{source}: no head can be added or taken out: {reason}")
 
 
 def grown(config: ModelConfig) -> ModelConfig:

@@ -38,7 +38,7 @@ from headwise.model.decoder import Decoder
 from headwise.model.generate import make_cache, read
 from headwise.model.preservation import preserved
 from headwise.model.rope import Rope
-from headwise.model.surgery import PLACES, Operation, grow, grown, initial, shrink
+from headwise.model.surgery import PLACES, Operation, grow, grown, initial, refuse, shrink
 from headwise.training.run import refuse_device
 
 BATCH, LENGTH = 3, 9
@@ -553,6 +553,10 @@ def test_a_share_of_the_context_is_what_a_cache_of_its_size_gives(kind: str, sha
 @torch.no_grad()
 def test_a_head_can_be_added_and_taken_out_again(kind: str, place: str, init: str) -> None:
     model = model_of(kind)
+    if KINDS[kind].heads_are_fixed(model.config.attention.options()):
+        with pytest.raises(HeadwiseError, match="no head can be added"):
+            refuse(model.config, init, "the model")
+        return
     operation = Operation(model.config, grown(model.config), place, init)
     larger = Decoder(operation.after, LENGTH).eval()
     weights = dict(model.named_parameters())

@@ -23,7 +23,7 @@ from headwise.data import open_data
 from headwise.data.base import Data
 from headwise.errors import HeadwiseError
 from headwise.files import sweep, write_json
-from headwise.model.count import forward_flops_by_part, parameters_by_part
+from headwise.model.count import attention_block, forward_flops_by_part, parameters_by_part
 from headwise.model.decoder import Decoder
 from headwise.runs import checkpoint
 from headwise.runs import operation as new_head
@@ -360,6 +360,7 @@ def _start_log(trainer: Trainer, saved: checkpoint.Checkpoint | None) -> None:
         f"{sum(parts.values()):,} parameters {parts}, {trainer.flops_per_token:,} FLOPs a token, "
         f"{trainer.max_steps} steps of {trainer.telemetry.tokens_per_step} tokens"
     )
+    trainer.folder.say(f"attention block: {attention_block(trainer.config.model)}")
 
 
 @torch.no_grad()

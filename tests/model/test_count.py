@@ -125,9 +125,9 @@ def test_flops_of_every_kind_as_pytorch_counts_them(kind: str, n_kv_heads: int) 
 
 
 def test_kinds_of_one_definition_cost_the_same() -> None:
-    # performer's directions have no gradient, and fla's layers are another package's
+    # performer's directions have no gradient, fla's layers are another package's; tt: tests/attention/tt
     built_in = {kind for kind in KINDS if KINDS[kind].__module__.startswith("headwise.")}
-    assert built_in == {*COUNTABLE, "flex", "performer", "fla"}
+    assert built_in == {*COUNTABLE, "flex", "performer", "fla", "tt"}
     costs = [
         forward_flops_by_part(model_with(AttentionConfig(kind=kind), 2), 5)
         for kind in ("flex", "mha", "flash")

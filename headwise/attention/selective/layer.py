@@ -82,9 +82,7 @@ class SelectiveAttention(FlashAttention):
 
     def __init__(self, shape: AttentionShape, options: SelectiveConfig | None = None) -> None:
         super().__init__(shape, options)
-        chosen = options or SelectiveConfig()
-        chosen.refuse_beyond(shape.n_layers)
-        self.config = chosen.at(shape.layer)
+        self.config = (options or SelectiveConfig()).at(shape.layer)
         inherited = set(self.parameters())
         with torch.random.fork_rng(devices=[]):  # what the kind adds shifts no other draw of a model
             self._add_parameters()
@@ -239,6 +237,11 @@ class SelectiveAttention(FlashAttention):
         return cache(self, batch, slots, length, like)
 
     @classmethod
+    def check(cls, shape: AttentionShape, options: SelectiveConfig) -> None:
+        """Refuse `layers` that the model does not have."""
+        options.refuse_beyond(shape.n_layers)
+
+    @classmethod
     def heads_interact(cls, options: SelectiveConfig) -> bool:
         """Heads mask keys for one another."""
         return options.enabled
@@ -312,7 +315,7 @@ class SelectiveAttention(FlashAttention):
         """Why the last pass was not on the fused engine."""
         shape = self.shape
         return fallback(
-            self.config, self.engine, cuda=self.out.weight.is_cuda, n_heads=shape.n_heads,
+            self.config, self.engine, cuda=next(self.out.parameters()).is_cuda, n_heads=shape.n_heads,
             head_dim=shape.head_dim, batch=batch, tokens=tokens,
         )  # fmt: skip
 

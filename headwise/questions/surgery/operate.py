@@ -22,7 +22,7 @@ from headwise.model.config import ModelConfig
 from headwise.model.convert import shape_of_nanogpt
 from headwise.model.decoder import Decoder
 from headwise.model.preservation import learns, preserved
-from headwise.model.surgery import Operation, grow, grown, initial, refuse_foreign
+from headwise.model.surgery import Operation, grow, grown, initial, refuse_fixed_heads
 from headwise.runs import checkpoint
 from headwise.runs import operation as new_head
 from headwise.runs.environment import environment
@@ -113,7 +113,7 @@ def with_new_head(config: Config, before: ModelConfig, source: str) -> Config:
     sizes = {key: getattr(after, key) for key in ("n_heads", "n_kv_heads", "head_dim")}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     config.validate()
-    refuse_foreign(config.model, "the new run")
+    refuse_fixed_heads(config.model, source)
     return config
 
 

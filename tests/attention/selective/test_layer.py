@@ -134,7 +134,7 @@ def test_logits_are_mixed_into_layers_behind_the_first_that_selects() -> None:
 
 def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(HeadwiseError, match=r"layers is \[0, 2\]: the model has layers 0 to 1"):
-        make(layers=[0, 2])
+        SelectiveAttention.check(shape(), SelectiveConfig(layers=[0, 2]))
 
 
 def test_switched_off_it_trains_nothing_but_flash() -> None:
