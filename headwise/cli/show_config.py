@@ -139,7 +139,9 @@ def _table(args: argparse.Namespace, config: Any, shape: dict[str, str]) -> list
     )
     lines = [("rows", row)]
     if {"layers", "heads"} <= shape.keys():
-        count = int(shape["layers"]) * int(shape["heads"]) * config.n_samples
+        by_layer = [int(heads) for heads in shape["heads"].split()]
+        heads = sum(by_layer) if len(by_layer) > 1 else int(shape["layers"]) * by_layer[0]
+        count = heads * config.n_samples
         count *= 1 if config.aggregate else config.context_length
         size = count * len(config.measures) * (2 if config.table_dtype == "float16" else 4)
         lines.append(("size", f"{count:,} rows, at most {size / 1e6:,.0f} MB of measures before compression"))
@@ -165,7 +167,10 @@ def _shape(model: str) -> dict[str, str]:
         from headwise.config.run import load
 
         own = load(folder / "config.yaml").model
-        return {"layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head())}
+        heads = own.heads_by_layer or [own.n_heads]
+        return {
+            "layers": str(own.n_layers), "heads": " ".join(map(str, heads)), "head_dim": str(own.width_of_head())
+        }  # fmt: skip
     try:
         config = reading.read_json(folder / "config.json", dict[str, Any])
     except reading.Missing:

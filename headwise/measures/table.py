@@ -17,7 +17,7 @@ import numpy as np
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
-from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, measures
+from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, WINDOW_MEASURES, measures
 
 __all__ = ["KEYS", "MEASURES", "read", "read_columns", "write_part"]
 
@@ -45,7 +45,7 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    known = measures()
+    known = measures() | WINDOW_MEASURES
     unknown = set(columns) - set(KEYS) - set(known)
     if unknown:
         raise ValueError(f"head table has no column {sorted(unknown)[0]!r}")
@@ -169,7 +169,7 @@ def check_part(path: Path) -> dict[str, str]:
     """
     keys = {key: _KINDS[name] for key, name in KEYS.items()}
     columns = reading.parquet_columns(path, keys, accept=partial(refuse_newer, path))
-    for name in (*measures(), *FORMER_NAMES):
+    for name in (*measures(), *WINDOW_MEASURES, *FORMER_NAMES):
         if columns.get(name, "float") != "float":
             raise reading.Unreadable(path, f"its column {name!r} is {columns[name]}, not float")
     return columns
