@@ -144,7 +144,11 @@ class EntanglementConfig:
         for name, least, most in (("window", 2, 4096), ("n_windows", 1, 4096), ("every", 1, MOST_STEPS)):
             in_range(f"measure.entanglement.{name}", getattr(self, name), least, most)
         in_range(
-            "measure.entanglement.n_regions", self.n_regions, 1, self.window, what="a region has a query at least"
+            "measure.entanglement.n_regions",
+            self.n_regions,
+            1,
+            self.window,
+            what="a region has a query at least",
         )
 
 

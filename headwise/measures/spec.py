@@ -132,7 +132,11 @@ def register_measure(measure: Measure) -> Measure:
     name, known = measure.name, MEASURES.get(measure.name)
     if known is not None and known != measure:
         raise HeadwiseError(f"measure {name!r} is registered already with another definition; rename one")
-    if not _NAME.fullmatch(name) or _OTHER_COLUMNS.fullmatch(name) or name in (*KEYS, *FORMER_NAMES, *WINDOW_MEASURES):
+    if (
+        not _NAME.fullmatch(name)
+        or _OTHER_COLUMNS.fullmatch(name)
+        or name in (*KEYS, *FORMER_NAMES, *WINDOW_MEASURES)
+    ):
         raise HeadwiseError(
             f"measure {name!r} cannot be a column: a name has lower-case letters, digits and underscores, "
             f"does not begin with pearson_, spearman_ or uniform_, and is none of "

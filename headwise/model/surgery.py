@@ -181,9 +181,7 @@ def shrink(weights: Mapping[str, Tensor], operation: Operation) -> dict[str, Ten
     return without(weights, lambda layer, leaf: operation.inserted(leaf))
 
 
-def without(
-    weights: Mapping[str, Tensor], places: Callable[[int, str], Inserted]
-) -> dict[str, Tensor]:
+def without(weights: Mapping[str, Tensor], places: Callable[[int, str], Inserted]) -> dict[str, Tensor]:
     """`weights` less what `places` gives for a layer and a parameter of its attention."""
     result = {}
     for name, value in weights.items():

@@ -289,7 +289,9 @@ class RunFolder:
         sweep(self.path)
         if self.metrics.exists():
             self._rewrite(rows)
-        tables = [part for folder in (self.heads, self.entanglement) for part in folder.glob("step_*.parquet")]
+        tables = [
+            part for folder in (self.heads, self.entanglement) for part in folder.glob("step_*.parquet")
+        ]
         for part in [*tables, *self.maps.glob("step_*.npz")]:
             number = re.match(r"step_([0-9]+)", part.name)
             if number and int(number[1]) > step:

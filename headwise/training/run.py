@@ -189,9 +189,18 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     )
     if config.measure.importance:
         trainer.on_evaluation.append(importance)
-    entanglement = EntanglementRecorder(
-        config, trainer.model, recorder.tokens, trainer.max_steps, folder, lambda: trainer.telemetry.trained_s
-    ) if config.measure.entanglement.enabled else None
+    entanglement = (
+        EntanglementRecorder(
+            config,
+            trainer.model,
+            recorder.tokens,
+            trainer.max_steps,
+            folder,
+            lambda: trainer.telemetry.trained_s,
+        )
+        if config.measure.entanglement.enabled
+        else None
+    )
     if entanglement is not None and world.leads:
         trainer.on_evaluation.append(entanglement)
     try:

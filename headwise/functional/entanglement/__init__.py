@@ -55,7 +55,9 @@ def regional_entropy(weights: Tensor, n_regions: int) -> Tensor:
     """
     if weights.dim() < 2 or not 1 <= n_regions <= weights.shape[-2]:
         shape = tuple(weights.shape)
-        raise ValueError(f"n_regions is {n_regions} for weights of shape {shape}; expected 1 to the number of rows")
+        raise ValueError(
+            f"n_regions is {n_regions} for weights of shape {shape}; expected 1 to the number of rows"
+        )
     regions = weights.tensor_split(n_regions, dim=-2)
     return torch.stack([entanglement_entropy(region) for region in regions], -1)
 
