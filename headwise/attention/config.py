@@ -21,8 +21,8 @@ class AttentionConfig:
     Attributes:
         kind: a registered kind, of this package or of another; `headwise train --help` lists them.
         dropout: share of attention weights dropped in training.
-        head_dropout: probability with which each head's output is dropped for a sequence in training; the others
-            are scaled by 1 / (1 - head_dropout).
+        head_dropout: probability with which each head's output is dropped for a sequence in training; the
+            others are scaled by 1 / (1 - head_dropout).
     """
 
     kind: str = "flash"
@@ -54,7 +54,8 @@ class AttentionConfig:
             raise HeadwiseError(f"model.attention.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
         if not 0 <= self.head_dropout < 1:
             raise HeadwiseError(
-                f"model.attention.head_dropout is {self.head_dropout}; it is a probability, 0 <= head_dropout < 1"
+                f"model.attention.head_dropout is {self.head_dropout}; it is a probability, 0 <= "
+                "head_dropout < 1"
             )
         if self.dropout and "dropout" not in supports:
             raise HeadwiseError(

@@ -63,9 +63,12 @@ def _report(found: Pruned, out: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwise prune",
-        description="Remove a share of the heads, ranked by a measure, for good: smaller matrices, in layers that "
-        "may then differ in heads. Loss, perplexity and speed before and after, random removals as the control, and "
-        "whether the measure predicts the loss without each head. Where several query heads share one of several "
+        description="Remove a share of the heads, ranked by a measure, for good: smaller matrices, in layers "
+        "that "
+        "may then differ in heads. Loss, perplexity and speed before and after, random removals as the "
+        "control, and "
+        "whether the measure predicts the loss without each head. Where several query heads share one of "
+        "several "
         "key/value heads, they leave together.",
     )
     add = parser.add_argument
@@ -73,15 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--mode", required=True, help="low (lowest values go), high, mixed (by turns), or random")
     add("--fraction", type=float, required=True, metavar="SHARE", help="of the heads, above 0 and below 1")
     add("--by", default="entropy", metavar="MEASURE",
-        help="entropy, entanglement, max_weight, importance (the loss without each head) or any other measure of "
+        help="entropy, entanglement, max_weight, importance (the loss without each head) or any other "
+        "measure of "
         "`headwise show-config --list-measures` (%(default)s)")  # fmt: skip
     add("--per-layer", action="store_true", help="rank within each layer; default over all layers")
     add("--zero", action="store_true", help="leave the heads in place and set their outputs to 0")
     add("--last", type=int, default=3, metavar="N",
-        help="evaluations of a run's head table to average; 0 measures the heads now (%(default)s)")  # fmt: skip
+        help="evaluations of a run's head table to average; 0 measures the heads now "
+        "(%(default)s)")  # fmt: skip
     add("--draws", type=int, default=5, metavar="N", help="random removals as the control (%(default)s)")
     add("--sequences", type=int, default=32, metavar="N",
-        help="sequences that tell the loss; as many others rank what is measured now (%(default)s)")  # fmt: skip
+        help="sequences that tell the loss; as many others rank what is measured now "
+        "(%(default)s)")  # fmt: skip
     add("--context-length", type=int, metavar="T", help="tokens of each; default a run's own, or 512")
     add("--batch-size", type=int, default=8, help="sequences of a pass (%(default)s)")
     add("--seed", type=int, default=0, help="of random removals and of resampling (%(default)s)")

@@ -167,10 +167,8 @@ def _shape(model: str) -> dict[str, str]:
         from headwise.config.run import load
 
         own = load(folder / "config.yaml").model
-        heads = own.heads_by_layer or [own.n_heads]
-        return {
-            "layers": str(own.n_layers), "heads": " ".join(map(str, heads)), "head_dim": str(own.width_of_head())
-        }  # fmt: skip
+        heads = " ".join(map(str, own.heads_by_layer or [own.n_heads]))
+        return {"layers": str(own.n_layers), "heads": heads, "head_dim": str(own.width_of_head())}
     try:
         config = reading.read_json(folder / "config.json", dict[str, Any])
     except reading.Missing:

@@ -76,7 +76,8 @@ class Config:
         entanglement = self.measure.entanglement
         if entanglement.enabled and entanglement.window > self.data.seq_len:
             raise HeadwiseError(
-                f"measure.entanglement.window is {entanglement.window} and data.seq_len is {self.data.seq_len}; "
+                f"measure.entanglement.window is {entanglement.window} and data.seq_len is "
+                f"{self.data.seq_len}; "
                 "a window lies within a sequence: lower it"
             )
         if not 0 <= self.seed < 2**63:

@@ -29,8 +29,9 @@ class ModelConfig:
         n_layers: number of blocks.
         n_heads: query heads per layer, H.
         n_kv_heads: key/value heads per layer, K; H where not given. H % K == 0.
-        heads_by_layer: query heads of each layer where layers differ, as after pruning; n_heads in every layer
-            where not given. A key/value head serves H / K query heads in every layer, or all where K is 1.
+        heads_by_layer: query heads of each layer where layers differ, as after pruning; n_heads in every
+            layer where not given. A key/value head serves as many query heads in every layer, or all where
+            there is one.
         head_dim: width of a head, D; d_model / n_heads where not given, and free of it where given.
         d_ff: width of the MLP's hidden layer; 4·d_model, or for swiglu 8/3·d_model (rounded up to a
             multiple of 32), where not given.
@@ -167,6 +168,7 @@ class ModelConfig:
             in_range(f"model.heads_by_layer[{layer}]", heads, 1, COUNTS["n_heads"])
             if self.kv_heads() > 1 and heads % self.heads_that_share():
                 raise HeadwiseError(
-                    f"model.heads_by_layer[{layer}] is {heads}, not a multiple of the {self.heads_that_share()} "
+                    f"model.heads_by_layer[{layer}] is {heads}, not a multiple of the "
+                    f"{self.heads_that_share()} "
                     "query heads that each key/value head serves"
                 )

@@ -1,15 +1,14 @@
 """Heads taken out of a trained model: smaller matrices, and layers that may then differ in heads.
 
-What leaves together is a unit. Where each query head has a key/value head of its own, or all share one, a unit
-is a query head (with its own key/value head where it has one). Where several share one of several, a unit is a
-key/value head with all query heads that it serves, so that every key/value head serves as many as before.
+What leaves together is a unit. Where each query head has a key/value head of its own, or all share one, a
+unit is a query head (with its own key/value head where it has one). Where several share one of several, a
+unit is a key/value head with all query heads that it serves: the others serve as many as before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -36,8 +35,10 @@ def refuse(config: ModelConfig, source: str) -> None:
     attention = config.attention
     if attention_kind(attention.kind).heads_interact(attention.options()):
         raise HeadwiseError(
-            f"{source} has attention kind {attention.kind!r}, whose heads act on one another: without a head the "
-            "others would compute something else; pass --zero, which leaves the head in place and takes its output"
+            f"{source} has attention kind {attention.kind!r}, whose heads act on one another: without a head "
+            "the "
+            "others would compute something else; pass --zero, which leaves the head in place and takes its "
+            "output"
         )
 
 
@@ -54,7 +55,7 @@ def pruned(config: ModelConfig, removed: Removed) -> ModelConfig:
 
 
 def prune(weights: Mapping[str, Tensor], config: ModelConfig, removed: Removed) -> dict[str, Tensor]:
-    """`weights` of a model of `config` without the heads of `removed`: what `pruned(config, removed)` holds."""
+    """`weights` of a model of `config` without the heads of `removed`: those of `pruned(config, removed)`."""
     return without(weights, lambda layer, leaf: _places(config, layer, removed.get(layer, ()), leaf))
 
 
@@ -79,7 +80,8 @@ def zero(weights: Mapping[str, Tensor], config: ModelConfig, removed: Removed) -
 def no_slices(config: ModelConfig) -> HeadwiseError:
     """The error for a kind whose parameters have no part for each head."""
     return HeadwiseError(
-        f"attention kind {config.attention.kind!r} keeps no separate weights for each head, so a head cannot be "
+        f"attention kind {config.attention.kind!r} keeps no separate weights for each head, so a head cannot "
+        "be "
         "removed from them"
     )
 

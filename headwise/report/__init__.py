@@ -33,7 +33,8 @@ def build(
         sections: what is added to the report; `headwise.questions.sections` gives those there are.
 
     Returns:
-        the paths written: `markdown`, `html`, `json`, `figures`, a folder, and what sections export by its name.
+        the paths written: `markdown`, `html`, `json`, `figures`, a folder, and by their names the files that
+        sections export.
 
     Raises:
         HeadwiseError: there is no such folder, no run or no such variant in it, `out` is a file, or the

@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves behind, found and read without a server or a registry.
 
-config.yaml env.json metrics.csv heads/ entanglement/ maps/ checkpoints/step_<n>/ status.json summary.json log.txt
+config.yaml env.json metrics.csv heads/ entanglement/ maps/ checkpoints/step_<n>/ status.json summary.json
+log.txt
 
 status.json and summary.json carry the number of the format; a folder without one is of format 0. Older
 formats are read whole and resumed: a column of metrics.csv that did not exist is empty. Newer ones are left

@@ -57,8 +57,8 @@ class Windows(Collector):
 def sparsity(weights: Tensor) -> Tensor:
     """`1 - k_eff_i / i`, the mean over the queries i > 1 of a window.
 
-    k_eff is the fewest keys whose largest weights, as absolute values, sum to 0.9 of all; i counts the keys up
-    to the query, or all W where a weight lies on a later key.
+    k_eff is the fewest keys whose largest weights, as absolute values, sum to 0.9 of all; i counts the keys
+    up to the query, or all W where a weight lies on a later key.
 
     Args:
         weights: `(B, H, W, W)`.

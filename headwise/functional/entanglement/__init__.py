@@ -5,7 +5,7 @@
 
 A_r A_rᵀ has the eigenvalues λ² of A_r, so the Schmidt form is the regional one with a single region. Both
 lie in [0, ln n] for a matrix whose smaller side is n: 0 where all rows are multiples of one row, ln n where
-all singular values are equal, as those of the identity. They are those of the variant study (docs/sources.md).
+all singular values are equal, as those of the identity. Both are the variant study's (docs/sources.md).
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def collect(among: Found) -> list[dict[str, Any]]:
     """What each variant's heads show; empty where no run has an entropy.
 
     Returns:
-        per variant: measures, by name `{lines, last}`, of which lines holds of each run the seed, the steps and
-        the mean over heads by step and layer, and last by layer the values of all heads at the last evaluation;
-        pairs, for what is correlated; points, heads' entanglement and sparsity; cost, of measuring.
+        per variant: measures, by name `{lines, last}`: lines are the seed, the steps and the mean over heads
+        by step and layer of each run, and last the values of all heads at the last evaluation, by layer;
+        pairs, what is correlated; points, entanglement and sparsity of heads; cost, of measuring.
     """
     found = []
     for name, entries in among.grids.items():

@@ -1,4 +1,4 @@
-"""The model without the chosen heads, and that it computes what it should: the model with their outputs at 0."""
+"""The model without the chosen heads, held against the model with their outputs at 0."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def check(before: Speaker, after: Speaker, layers: Sequence[Layer], chosen: Remo
     low = before_dtype(before) in (torch.bfloat16, torch.float16)
     if not apart <= (50 * ROUNDING if low else ROUNDING):
         raise HeadwiseError(
-            f"{before.loaded.name} without the heads computes something else than with their outputs at 0 (logits "
+            f"{before.loaded.name} without the heads computes something else than with their outputs at 0 "
+            "(logits "
             f"differ by {apart:.2g} of the largest): its heads act on one another, so none can be removed"
         )
     return apart
@@ -118,7 +119,8 @@ def _kv_heads(layer: Layer, speaker: Speaker) -> int:
     parts = [getattr(layer.module, name, None) for name in PROJECTIONS]
     if not all(isinstance(part, nn.Linear) for part in parts):
         raise HeadwiseError(
-            f"{type(speaker.loaded.model).__name__} does not keep {', '.join(PROJECTIONS)} apart, so heads cannot "
+            f"{type(speaker.loaded.model).__name__} does not keep {', '.join(PROJECTIONS)} apart, so heads "
+            "cannot "
             "be taken out of it safely; pass --zero"
         )
     q, k = parts[0], parts[1]
@@ -151,7 +153,8 @@ def _output_of(layer: Layer, speaker: Speaker) -> str:
                 return name
     raise HeadwiseError(
         f"{type(speaker.loaded.model).__name__} keeps the matrix that reads its heads elsewhere than in its "
-        "attention, so its heads cannot be removed here; `headwise intervene --remove` measures the loss without them"
+        "attention, so its heads cannot be removed here; `headwise intervene --remove` measures the loss "
+        "without them"
     )
 
 
@@ -161,13 +164,14 @@ def _reads_rows(module: nn.Module) -> bool:
 
 
 def _smaller_pretrained(speaker: Speaker, layers: Sequence[Layer], chosen: Removed) -> nn.Module:
-    """A model of the same class with fewer heads, the same number in every layer, for a configuration has one."""
+    """A model of the same class with fewer heads, as many in every layer: its configuration has one number."""
     before: Any = speaker.loaded.model
     counts = {layer.number: len(chosen.get(layer.number, ())) for layer in layers}
     left = {layer.n_heads - counts[layer.number] for layer in layers}
     if len(left) > 1:
         raise HeadwiseError(
-            f"the configuration of {type(before).__name__} has one number of heads for all layers; pass --per-layer, "
+            f"the configuration of {type(before).__name__} has one number of heads for all layers; pass "
+            "--per-layer, "
             "which takes as many out of each, or --zero"
         )
     heads = left.pop()

@@ -131,8 +131,9 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 COLUMNS = (
-    "model", "mode", "by", "fraction", "per_layer", "zeroed", "heads", "heads_removed", "loss_before", "loss_after",
-    "delta", "delta_ci95", "ppl_before", "ppl_after", "tokens_per_sec_before", "tokens_per_sec_after", "seed",
+    "model", "mode", "by", "fraction", "per_layer", "zeroed", "heads", "heads_removed", "loss_before",
+    "loss_after", "delta", "delta_ci95", "ppl_before", "ppl_after", "tokens_per_sec_before", "tokens_per_sec_after",
+    "seed",
     "draw", "removed",
 )  # fmt: skip
 
@@ -161,5 +162,6 @@ def _row(record: dict[str, Any], change: dict[str, Any], removed: Any) -> dict[s
         "heads": record["n_heads"], "heads_removed": len(removed),
         "loss_before": change["before"], "loss_after": change["after"], "delta": change["delta"]["mean"],
         "delta_ci95": change["delta"]["ci95"], "ppl_before": change["perplexity_before"],
-        "ppl_after": change["perplexity_after"], "removed": " ".join(f"{layer}.{head}" for layer, head in removed),
+        "ppl_after": change["perplexity_after"],
+        "removed": " ".join(f"{layer}.{head}" for layer, head in removed),
     }  # fmt: skip

@@ -39,7 +39,7 @@ def refuse_unknown(by: str) -> None:
 def recorded(folder: Path, last: int) -> dict[str, Heads]:
     """Every measure of a run's heads, the mean over the last evaluations up to its checkpoint.
 
-    The measures of the head table and of windows, each over its own last `last` evaluations, and the importance
+    The measures of the head table and of windows, each over its own last `last` evaluations, and importance
     where the run measured it.
 
     Raises:
@@ -115,7 +115,8 @@ def must_be_known(found: Heads, by: str, layers: Sequence[Layer], name: str) -> 
         for head in range(layer.n_heads):
             if not np.isfinite(found.get((layer.number, head), np.nan)):
                 raise HeadwiseError(
-                    f"head {head} of layer {layer.number} of {name} has no {by}; rank by another measure with --by"
+                    f"head {head} of layer {layer.number} of {name} has no {by}; rank by another measure "
+                    "with --by"
                 )
     extra = set(found) - {(layer.number, head) for layer in layers for head in range(layer.n_heads)}
     if extra:

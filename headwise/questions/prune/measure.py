@@ -1,30 +1,27 @@
 """Remove a share of the heads by a measure, and see what it costs against removing as many at random.
 
 The loss is the mean over sequences of the mean cross entropy of their tokens; differences are paired sequence
-by sequence. What ranks heads and is measured here (importance, or any measure of a model without a head table)
-is measured on other sequences than those that tell the loss.
+by sequence. What ranks heads and is measured here (importance, or any measure of a model without a head
+table) is measured on other sequences than those that tell the loss.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from headwise.analysis.association import Ranked, spearman
-from headwise.analysis.statistics import Summary, holm, summarize
 from headwise.errors import HeadwiseError, in_range, one_of
 from headwise.model.count import forward_flops_by_part
 from headwise.model.decoder import Decoder
-from headwise.questions.prune import after as pruned_model
+from headwise.questions.prune.after import check, unit_sizes, without_heads
 from headwise.questions.prune.choose import MODES, Unit, choose, refuse_fraction, units_of
+from headwise.questions.prune.files import FORMAT
 from headwise.questions.prune.heads import (
     IMPORTANCE,
     Heads,
@@ -33,16 +30,14 @@ from headwise.questions.prune.heads import (
     recorded,
     refuse_unknown,
 )
+from headwise.questions.prune.numbers import against_random, laws, paired
+from headwise.questions.prune.speed import compared
 from headwise.questions.prune.text import Sequences, losses, open_sequences
 from headwise.watch.effect import Speaker, load_speaker
 from headwise.watch.hooks import Layer, attention_layers
 from headwise.watch.load import is_run
 from headwise.watch.removal import leave_one_out, removed
 from headwise.watch.samples import Source
-
-ROUNDS = 3
-"""Times that each batch is timed with each model, by turns."""
-
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -131,14 +126,7 @@ def prune(
         HeadwiseError: whatever makes it impossible, before anything is measured where that can be.
     """
     options.validate()
-    known = recorded(Path(name), options.last) if is_run(name) and options.last else {}
-    needs = options.mode != "random" and options.by != IMPORTANCE
-    if needs and is_run(name) and options.last and options.by not in known:
-        there = ", ".join(known) or "no table of heads at all"
-        raise HeadwiseError(
-            f"{name} has not recorded {options.by}, it has {there}; choose another --by, train with measure.heads "
-            "(or measure.entanglement.enabled), or pass --last 0 to measure the heads now"
-        )
+    known = _recorded(name, options)
     trust = options.source.trust_remote_code
     speaker = load_speaker(name, dtype=dtype, device=device, trust_remote_code=trust)
     if not speaker.predicts_next:
@@ -147,75 +135,113 @@ def prune(
         options.source, speaker.loaded, options.sequences, options.context_length
     )
     layers = attention_layers(speaker.loaded.model, speaker, evaluated.inputs[:1])
-    sizes = pruned_model.unit_sizes(speaker, layers, zeroed=options.zero)
+    sizes = unit_sizes(speaker, layers, zeroed=options.zero)
     units = units_of({layer.number: layer.n_heads for layer in layers}, sizes)
-    now = options.by not in known
-    rankable = _rankable(speaker, options, layers, ranking, known)
+    evaluations = options.last if options.by in known and options.by != IMPORTANCE else None
+    if values := _values(speaker, options, layers, ranking, known):
+        known = known | {options.by: values}
     rng = np.random.default_rng(options.seed)
-    chosen = _choose(units, rankable, options, options.mode, rng)
-    n_heads = sum(layer.n_heads for layer in layers)
-    by_layer = _by_layer(chosen)
-    after = pruned_model.without_heads(speaker, layers, by_layer, zeroed=options.zero)
-    apart = pruned_model.check(speaker, after, layers, by_layer, evaluated.inputs[:2])
-    with progress("losses without heads", 3 + n_heads + options.draws) as advance:
-
-        def measured(model: Speaker) -> np.ndarray:
-            found = losses(model, evaluated, options.batch_size)
-            advance(1)
-            return found
-
-        before_losses, after_losses = measured(speaker), measured(after)
-        importance = _left_out(layers, lambda: float(measured(speaker).mean()))
-        drawn = []
-        for _ in range(options.draws):
-            some = _choose(units, rankable, options, "random", rng)
-            with removed(_as_heads(layers, some)):
-                drawn.append((some, measured(speaker)))
-    times = _times(speaker, after, evaluated, options.batch_size)
-    known = known | {options.by: rankable} if rankable else known
+    chosen = _choose(units, values, options, options.mode, rng)
+    after = without_heads(speaker, layers, by_layer(chosen), zeroed=options.zero)
+    apart = check(speaker, after, layers, by_layer(chosen), evaluated.inputs[:2])
+    random = [_choose(units, values, options, "random", rng) for _ in range(options.draws)]
+    found = _losses(speaker, after, layers, evaluated, random, options.batch_size, progress)
+    heads = {layer.number: layer.n_heads for layer in layers}
     record = {
-        "format": 1, "model": name, "mode": options.mode, "by": options.by, "fraction": options.fraction,
+        "format": FORMAT, "model": name, "mode": options.mode, "by": options.by, "fraction": options.fraction,
         "per_layer": options.per_layer, "zeroed": options.zero, "seed": options.seed,
-        "evaluations": None if now else options.last, "data": identity, "checksum": evaluated.checksum,
+        "evaluations": evaluations, "data": identity, "checksum": evaluated.checksum,
         "n_sequences": len(evaluated), "context_length": int(evaluated.inputs.shape[1]),
-        "n_heads": n_heads, "unit": max(sizes.values()),
-        "removed": [[unit.layer, head] for unit in chosen for head in unit.heads],
-        "heads_by_layer": [[layer.n_heads, layer.n_heads - len(by_layer.get(layer.number, ()))] for layer in layers],
-        "logit_change": apart,
-        "loss": _paired(before_losses, after_losses), "speed": _speed(times, min(options.batch_size, len(evaluated)) * evaluated.inputs.shape[1]),
+        "n_heads": sum(heads.values()), "unit": max(sizes.values()), "removed": _places(chosen),
+        "heads_by_layer": [[n, n - len(by_layer(chosen).get(layer, ()))] for layer, n in heads.items()],
+        "logit_change": apart, "loss": paired(found.before, found.after),
+        "speed": compared(speaker, after, evaluated, options.batch_size),
         "params": [_parameters(model) for model in (speaker, after)],
         "flops_per_token": [_flops(model, evaluated) for model in (speaker, after)],
         "draws": [
-            {"removed": [[u.layer, h] for u in some for h in u.heads], **_paired(before_losses, found)}
-            for some, found in drawn
+            {"removed": _places(some)} | paired(found.before, losses)
+            for some, losses in zip(random, found.random, strict=True)
         ],
-        "against_random": _against(before_losses, after_losses, [found for _, found in drawn], options.mode),
-        "law": laws(known, importance, options.by, options.seed),
+        "against_random": against_random(found.before, found.after, found.random, options.mode),
+        "law": laws(known, found.importance, options.by, options.seed),
         "heads": [
-            {"layer": at[0], "head": at[1], "value": rankable.get(at), "importance": rise}
-            for at, rise in importance.items()
+            {"layer": at[0], "head": at[1], "value": values.get(at), "importance": rise}
+            for at, rise in found.importance.items()
         ],
     }  # fmt: skip
     return Pruned(after, record)
 
 
-def _rankable(
+def _recorded(name: str, options: Options) -> dict[str, Heads]:
+    """What the folder of a run tells of its heads; empty for a model that is measured now.
+
+    Raises:
+        HeadwiseError: it lacks the measure that heads are to be ranked by.
+    """
+    if not (is_run(name) and options.last):
+        return {}
+    known = recorded(Path(name), options.last)
+    if options.by not in (*known, IMPORTANCE) and options.mode != "random":
+        there = ", ".join(known) or "no table of heads at all"
+        raise HeadwiseError(
+            f"{name} has not recorded {options.by}, it has {there}; choose another --by, train with "
+            "measure.heads (or measure.entanglement.enabled), or pass --last 0 to measure the heads now"
+        )
+    return known
+
+
+def _values(
     speaker: Speaker, options: Options, layers: Sequence[Layer], ranking: Sequences, known: dict[str, Heads]
 ) -> Heads:
     """The measure of every head; empty where heads are drawn at random and it is not known."""
-    by, name = options.by, speaker.loaded.name
-    found: Heads
+    by, size = options.by, options.batch_size
+    if by not in known and options.mode == "random":
+        return {}
     if by in known:
         found = known[by]
-    elif options.mode == "random":
-        return {}
     elif by == IMPORTANCE:
-        size = options.batch_size
         found = _left_out(layers, lambda: float(losses(speaker, ranking, size).mean()))
     else:
-        found = measured_now(speaker, by, ranking, options.batch_size, options.seed)
-    must_be_known(found, by, layers, name)
+        found = measured_now(speaker, by, ranking, size, options.seed)
+    must_be_known(found, by, layers, speaker.loaded.name)
     return found
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Losses by sequence `(N,)` with all heads, without the chosen, and without each random choice."""
+
+    before: np.ndarray
+    after: np.ndarray
+    importance: Heads
+    random: list[np.ndarray]
+
+
+def _losses(
+    speaker: Speaker,
+    after: Speaker,
+    layers: Sequence[Layer],
+    evaluated: Sequences,
+    random: Sequence[Sequence[Unit]],
+    batch_size: int,
+    progress: Progress,
+) -> _Losses:
+    by_number = {layer.number: layer for layer in layers}
+    total = 3 + sum(layer.n_heads for layer in layers) + len(random)
+    with progress("losses without heads", total) as advance:
+
+        def measured(model: Speaker) -> np.ndarray:
+            found = losses(model, evaluated, batch_size)
+            advance(1)
+            return found
+
+        before, without = measured(speaker), measured(after)
+        importance = _left_out(layers, lambda: float(measured(speaker).mean()))
+        drawn = []
+        for some in random:
+            with removed([(by_number[unit.layer], head) for unit in some for head in unit.heads]):
+                drawn.append(measured(speaker))
+    return _Losses(before, without, importance, drawn)
 
 
 def _left_out(layers: Sequence[Layer], loss: Callable[[], float]) -> Heads:
@@ -232,108 +258,16 @@ def _choose(
     return choose(units, means, mode=mode, fraction=options.fraction, per_layer=options.per_layer, rng=rng)
 
 
-def _by_layer(units: Sequence[Unit]) -> dict[int, list[int]]:
+def by_layer(units: Sequence[Unit]) -> dict[int, list[int]]:
+    """Query heads by layer."""
     found: dict[int, list[int]] = {}
     for unit in units:
         found.setdefault(unit.layer, []).extend(unit.heads)
     return found
 
 
-def _as_heads(layers: Sequence[Layer], units: Sequence[Unit]) -> list[tuple[Layer, int]]:
-    by_number = {layer.number: layer for layer in layers}
-    return [(by_number[unit.layer], head) for unit in units for head in unit.heads]
-
-
-def laws(known: dict[str, Heads], importance: Heads, by: str, seed: int) -> list[dict[str, Any]]:
-    """For every measure at hand its rank correlation with importance over the heads, `by` first.
-
-    The p-values are Holm's over all of them, beside their own.
-    """
-    names = [by, *(name for name in known if name not in (by, IMPORTANCE))] if by in known else list(known)
-    heads = list(importance)
-    found: list[tuple[str, Ranked]] = []
-    for name in names:
-        values = [known[name].get(at, math.nan) for at in heads]
-        found.append((name, spearman(values, [importance[at] for at in heads], seed=seed)))
-    corrected = holm([one.p for _, one in found])
-    return [
-        {"measure": name} | asdict(one) | {"p_holm": p}
-        for (name, one), p in zip(found, corrected, strict=True)
-    ]
-
-
-def _paired(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """Losses in nats, their paired difference over sequences, and perplexities."""
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise HeadwiseError("a loss is not finite, so nothing can be said of the heads; is the model sound?")
-    difference = summarize(after - before)
-    return {
-        "before": float(before.mean()), "after": float(after.mean()), "delta": _summary(difference),
-        "perplexity_before": math.exp(min(before.mean(), 700.0)),
-        "perplexity_after": math.exp(min(after.mean(), 700.0)),
-    }  # fmt: skip
-
-
-def _summary(found: Summary) -> dict[str, Any]:
-    return {"mean": found.mean, "ci95": found.ci95, "n": found.n}
-
-
-def _against(
-    before: np.ndarray, after: np.ndarray, drawn: Sequence[np.ndarray], mode: str
-) -> dict[str, Any] | None:
-    """The difference to the random removals, over draws and over sequences; None without a control.
-
-    `verdict` is better or worse where both intervals exclude 0 on the same side, and undecided otherwise.
-    """
-    if not drawn:
-        return None
-    over_draws = summarize(float(after.mean() - one.mean()) for one in drawn)
-    over_sequences = summarize(after - np.mean(drawn, axis=0))
-    ends = [(one.low, one.high) for one in (over_draws, over_sequences)]
-    verdict = "undecided"
-    if all(high is not None and high < 0 for _, high in ends):
-        verdict = "better"
-    elif all(low is not None and low > 0 for low, _ in ends):
-        verdict = "worse"
-    return {
-        "delta": _summary(summarize(float((one - before).mean()) for one in drawn)),
-        "over_draws": _summary(over_draws), "over_sequences": _summary(over_sequences),
-        "verdict": "control" if mode == "random" else verdict,
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def _times(before: Speaker, after: Speaker, sequences: Sequences, batch_size: int) -> np.ndarray:
-    """Seconds of a pass, `(passes, 2)`, of full batches, both models by turns after a pass to warm up."""
-    batches = [inputs for inputs, _ in sequences.batches(batch_size)]
-    batches = [inputs for inputs in batches if len(inputs) == len(batches[0])]
-    for model in (before, after):
-        _timed(model, batches[0])
-    rows = [[_timed(model, inputs) for model in (before, after)] for _ in range(ROUNDS) for inputs in batches]
-    return np.array(rows)
-
-
-def _timed(model: Speaker, inputs: torch.Tensor) -> float:
-    device = next(model.loaded.model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    model(inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def _speed(times: np.ndarray, tokens: int) -> dict[str, Any]:
-    """Tokens per second of forward passes, and the speed-up with its interval over paired passes."""
-    ratios = summarize(np.log(times[:, 0] / times[:, 1]))
-    assert ratios.mean is not None
-    ends = (
-        None if ratios.low is None or ratios.high is None else [math.exp(ratios.low), math.exp(ratios.high)]
-    )
-    before, after = (tokens / float(seconds) for seconds in np.median(times, axis=0))
-    return {"tokens_per_sec_before": before, "tokens_per_sec_after": after, "speedup": math.exp(ratios.mean),
-            "interval": ends, "passes": len(times)}  # fmt: skip
+def _places(units: Sequence[Unit]) -> list[list[int]]:
+    return [[unit.layer, head] for unit in units for head in unit.heads]
 
 
 def _parameters(model: Speaker) -> int:
@@ -341,6 +275,7 @@ def _parameters(model: Speaker) -> int:
 
 
 def _flops(model: Speaker, sequences: Sequences) -> int | None:
+    """Forward FLOPs a token; None for a model of transformers."""
     if model.loaded.run is None:
         return None
     decoder = cast(Decoder, model.loaded.model)

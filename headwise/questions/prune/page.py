@@ -1,4 +1,4 @@
-"""What a pruning says: its conclusions, tables and figures, for the terminal, `prune.md` and a study's report."""
+"""The conclusions, tables and figures of a pruning: for the terminal, `prune.md` and a study's report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHOSEN = {"low": "lowest", "high": "highest", "mixed": "lowest and highest"}
 
 
 def statements(record: dict[str, Any]) -> list[str]:
-    """Whether the measure predicts importance, whether removing by it is better than random, what it saves."""
+    """Whether the measure predicts importance, whether removing by it beats random, and what it saves."""
     return [_law(record), *_against(record), _saves(record)]
 
 
@@ -32,9 +32,9 @@ def _law(record: dict[str, Any]) -> str:
         else "importance on other sequences"
     )
     if law is None:
-        return "Heads were drawn at random, and no measure of them is recorded that could predict their importance."
+        return "Heads were drawn at random, and no measure of them is known that could predict importance."
     if law["rho"] is None:
-        return f"Whether {name} predicts importance is not defined: {law['n']} heads, or a value that does not vary."
+        return f"Whether {name} predicts importance is not defined: {law['n']} heads, or values do not vary."
     numbers = (
         f"Spearman's ρ {law['rho']:+.2f} (95% {law['low']:+.2f} to {law['high']:+.2f}, permutation p "
         f"{law['p']:.3g}, {law['n']} heads)"
@@ -43,7 +43,7 @@ def _law(record: dict[str, Any]) -> str:
     if not holds:
         return f"{_upper(name)} does not show that it predicts which heads matter: {numbers}."
     which = "high" if law["rho"] > 0 else "low"
-    return f"{_upper(name)} predicts which heads matter: {numbers}; heads with a {which} value cost more to remove."
+    return f"{_upper(name)} predicts which heads matter: {numbers}; those with a {which} value cost more."
 
 
 def _against(record: dict[str, Any]) -> list[str]:
@@ -72,7 +72,8 @@ def _saves(record: dict[str, Any]) -> str:
     interval = f" (95% {ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
     how = "zeroed, and still computed" if record["zeroed"] else f"parameters {before:,} → {after:,}"
     return (
-        f"{len(record['removed'])} of {record['n_heads']} heads {'are' if record['zeroed'] else 'are gone:'} {how}; "
+        f"{len(record['removed'])} of {record['n_heads']} heads {'are' if record['zeroed'] else 'are gone:'} "
+        f"{how}; "
         f"perplexity {loss['perplexity_before']:.3f} → {loss['perplexity_after']:.3f}; "
         f"{speed['tokens_per_sec_before']:,.0f} → {speed['tokens_per_sec_after']:,.0f} tokens/s, "
         f"{speed['speedup']:.2f} times as fast{interval}."
@@ -87,7 +88,8 @@ def notes(record: dict[str, Any]) -> list[str]:
     ]
     if record["unit"] > 1:
         found.append(
-            f"Each key/value head serves {record['unit']} query heads, which leave with it; such a group ranks by "
+            f"Each key/value head serves {record['unit']} query heads, which leave with it; such a group "
+            "ranks by "
             "the mean of its heads."
         )
     if record["evaluations"] is not None and record["mode"] != "random":
@@ -112,8 +114,9 @@ def before_and_after(record: dict[str, Any]) -> Table:
 
 
 def _row(name: str, change: dict[str, Any], removed: list[Any]) -> list[str]:
-    return [name, str(len(removed)), f"{change['before']:.4f}", f"{change['after']:.4f}", _signed(change["delta"]),
-            f"{change['perplexity_before']:.3f}", f"{change['perplexity_after']:.3f}"]  # fmt: skip
+    losses = [f"{change['before']:.4f}", f"{change['after']:.4f}", _signed(change["delta"])]
+    perplexities = [f"{change[f'perplexity_{when}']:.3f}" for when in ("before", "after")]
+    return [name, str(len(removed)), *losses, *perplexities]
 
 
 def laws(record: dict[str, Any]) -> Table:
@@ -125,7 +128,8 @@ def laws(record: dict[str, Any]) -> Table:
         for law in record["law"]
     ]  # fmt: skip
     note = (
-        "Spearman's rank correlation with the rise of the loss without each head alone; interval by bootstrap over "
+        "Spearman's rank correlation with the rise of the loss without each head alone; interval by "
+        "bootstrap over "
         "heads, p by permutation, and Holm's over all rows. Heads of one model depend on each other."
     )
     return Table(["measure", "heads", "ρ", "95%", "p", "p, Holm"], rows, note)
@@ -139,7 +143,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"# {record['model']} without {_share(record)} of its heads",
         "\n".join(f"- {line}" for line in statements(record)),
         "![Impact of pruning](prune.png)", "## Loss", _table(before_and_after(record)),
-        "## Does a measure predict importance?", _table(laws(record)) if record["law"] else "No measure is known.",
+        "## Does a measure predict importance?",
+        _table(laws(record)) if record["law"] else "No measure is known.",
         "## Heads", f"Removed (layer.head): {removed}", f"Heads by layer: {by_layer}",
         "## Notes", "\n".join(f"- {note}" for note in notes(record)),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pruning in a study's report: what removing heads cost, against random, and whether a measure foretells it."""
+"""Pruning in a study's report: the cost of removing heads against random, and whether a measure tells it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def table(found: list[dict[str, Any]]) -> Table:
         ])  # fmt: skip
     headers = ["variant", "seed", "removal", "heads", "loss before", "difference", "random", "against random",
                "ρ with importance", "speed-up"]  # fmt: skip
-    note = "Nats per token, ± half of the 95% interval; ρ is Spearman's over the heads, of the measure ranked by."
+    note = "Nats per token, ± half of the 95% interval; ρ is Spearman's over heads, of the measure ranked by."
     return Table(headers, rows, note)
 
 

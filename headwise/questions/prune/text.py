@@ -1,4 +1,4 @@
-"""What a pruned model is measured on: sequences that decide what is removed, and others that tell the loss."""
+"""What a pruned model is measured on: sequences that rank heads, and others that tell the loss."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def open_sequences(
 ) -> tuple[Sequences, Sequences, dict[str, Any]]:
     """Twice `n` sequences: those that tell the loss, those that rank heads, and what data they are.
 
+    The first half ranks heads: a run fills its head table, and measures importance, on its first sequences.
+
     A run without `source.data` gives its own validation data at its own length, with the targets that its
     training counts.
 
@@ -65,7 +67,7 @@ def open_sequences(
         raise HeadwiseError(f"the data has {len(inputs)} whole sequences; pruning needs two at least")
     half = len(inputs) // 2
     first, second = (Sequences(inputs[part], targets[part]) for part in (slice(half), slice(half, 2 * half)))
-    return first, second, identity
+    return second, first, identity
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +92,7 @@ def _write_pretrained(pruned: Pruned, draft: Path, trust: bool) -> None:
     model.config.use_cache = True
     model.save_pretrained(draft)
     model.config.use_cache = False
-    try:
+    with suppress(
+        Exception
+    ):  # transformers raises errors of many libraries for a tokenizer that is not there
         load_tokenizer(pruned.after.loaded.name, trust=trust).save_pretrained(draft)
-    except Exception:  # transformers raises errors of many libraries for a tokenizer that is not there
-        pass
