@@ -64,12 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwise prune",
         description="Remove a share of the heads, ranked by a measure, for good: smaller matrices, in layers "
-        "that "
-        "may then differ in heads. Loss, perplexity and speed before and after, random removals as the "
-        "control, and "
-        "whether the measure predicts the loss without each head. Where several query heads share one of "
-        "several "
-        "key/value heads, they leave together.",
+        "that may then differ in heads. Loss, perplexity and speed before and after, random removals as the "
+        "control, and whether the measure predicts the loss without each head. Where several query heads "
+        "share one of several key/value heads, they leave together.",
     )
     add = parser.add_argument
     add("model", metavar="RUN|MODEL", help="headwise run, folder of a Hugging Face model, or its name")
@@ -77,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--fraction", type=float, required=True, metavar="SHARE", help="of the heads, above 0 and below 1")
     add("--by", default="entropy", metavar="MEASURE",
         help="entropy, entanglement, max_weight, importance (the loss without each head) or any other "
-        "measure of "
-        "`headwise show-config --list-measures` (%(default)s)")  # fmt: skip
+        "measure of `headwise show-config --list-measures` (%(default)s)")  # fmt: skip
     add("--per-layer", action="store_true", help="rank within each layer; default over all layers")
     add("--zero", action="store_true", help="leave the heads in place and set their outputs to 0")
     add("--last", type=int, default=3, metavar="N",

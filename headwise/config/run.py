@@ -77,8 +77,7 @@ class Config:
         if entanglement.enabled and entanglement.window > self.data.seq_len:
             raise HeadwiseError(
                 f"measure.entanglement.window is {entanglement.window} and data.seq_len is "
-                f"{self.data.seq_len}; "
-                "a window lies within a sequence: lower it"
+                f"{self.data.seq_len}; a window lies within a sequence: lower it"
             )
         if not 0 <= self.seed < 2**63:
             raise HeadwiseError(f"seed is {self.seed}; it must be at least 0 and less than 2**63")

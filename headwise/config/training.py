@@ -148,7 +148,7 @@ class EntanglementConfig:
             self.n_regions,
             1,
             self.window,
-            what="a region has a query at least",
+            what="a region has at least one query",
         )
 
 

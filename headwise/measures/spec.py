@@ -109,8 +109,7 @@ WINDOW_MEASURES: dict[str, Measure] = {
         Measure(
             "sparsity", "Sparsity",
             "mean over queries i > 1 of a window of 1 - k_eff_i / i: the share of the keys up to the query "
-            "that "
-            "0.9 of the weight does without",
+            "that 0.9 of the weight does without",
         ),
     )
 }  # fmt: skip

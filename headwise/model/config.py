@@ -169,6 +169,5 @@ class ModelConfig:
             if self.kv_heads() > 1 and heads % self.heads_that_share():
                 raise HeadwiseError(
                     f"model.heads_by_layer[{layer}] is {heads}, not a multiple of the "
-                    f"{self.heads_that_share()} "
-                    "query heads that each key/value head serves"
+                    f"{self.heads_that_share()} query heads that each key/value head serves"
                 )

@@ -36,9 +36,8 @@ def refuse(config: ModelConfig, source: str) -> None:
     if attention_kind(attention.kind).heads_interact(attention.options()):
         raise HeadwiseError(
             f"{source} has attention kind {attention.kind!r}, whose heads act on one another: without a head "
-            "the "
-            "others would compute something else; pass --zero, which leaves the head in place and takes its "
-            "output"
+            "the others would compute something else; pass --zero, which leaves the head in place and takes "
+            "its output"
         )
 
 
@@ -81,8 +80,7 @@ def no_slices(config: ModelConfig) -> HeadwiseError:
     """The error for a kind whose parameters have no part for each head."""
     return HeadwiseError(
         f"attention kind {config.attention.kind!r} keeps no separate weights for each head, so a head cannot "
-        "be "
-        "removed from them"
+        "be removed from them"
     )
 
 

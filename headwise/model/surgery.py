@@ -97,8 +97,7 @@ def refuse(config: ModelConfig, init: str, source: str) -> None:
     if config.heads_by_layer is not None:
         raise HeadwiseError(
             f"the layers of {source} have {', '.join(map(str, config.heads_by_layer))} heads; a head can be "
-            "added "
-            "where all layers have the same number"
+            "added where all layers have the same number"
         )
     if kv_heads not in (1, heads):
         raise HeadwiseError(

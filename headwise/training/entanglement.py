@@ -89,10 +89,8 @@ class EntanglementRecorder:
         each = self.seconds / max(1, self.evaluations)
         share = "" if cost["share"] is None else f", {cost['share']:.1%} of the time of training"
         return (
-            f"measure.entanglement: {self.evaluations} measurements, one every {self.options.every} "
-            "evaluations "
-            f"of {self.eval_every} steps, of {self.options.n_windows} windows of {self.options.window} "
-            "tokens; "
+            f"measure.entanglement: {self.evaluations} measurements, one at 1 in {self.options.every} "
+            f"evaluations, of {self.options.n_windows} windows of {self.options.window} tokens; "
             f"{each:.3f} s each{share}"
         )
 

@@ -21,11 +21,9 @@ MOST = 8
 
 PAIRS_NOTE = (
     "Pearson's r with its 95% interval by Fisher's z. The heads of a run, and its evaluations, depend on "
-    "each "
-    "other, so the interval of a single run is too narrow; runs with other seeds do not, and the last "
-    "columns "
-    "test the mean of Fisher's z over them. Over evaluations r mostly tells that both numbers change with "
-    "training. A run with under four pairs has no interval."
+    "each other, so the interval of a single run is too narrow; runs with other seeds do not, and the last "
+    "columns test the mean of Fisher's z over them. Over evaluations r mostly tells that both numbers change "
+    "with training. A run with under four pairs has no interval."
 )
 
 

@@ -97,8 +97,8 @@ def check(before: Speaker, after: Speaker, layers: Sequence[Layer], chosen: Remo
     if not apart <= (50 * ROUNDING if low else ROUNDING):
         raise HeadwiseError(
             f"{before.loaded.name} without the heads computes something else than with their outputs at 0 "
-            "(logits "
-            f"differ by {apart:.2g} of the largest): its heads act on one another, so none can be removed"
+            f"(logits differ by {apart:.2g} of the largest): its heads act on one another, so none can be "
+            "removed"
         )
     return apart
 
@@ -120,8 +120,7 @@ def _kv_heads(layer: Layer, speaker: Speaker) -> int:
     if not all(isinstance(part, nn.Linear) for part in parts):
         raise HeadwiseError(
             f"{type(speaker.loaded.model).__name__} does not keep {', '.join(PROJECTIONS)} apart, so heads "
-            "cannot "
-            "be taken out of it safely; pass --zero"
+            "cannot be taken out of it safely; pass --zero"
         )
     q, k = parts[0], parts[1]
     assert isinstance(q, nn.Linear)
@@ -135,12 +134,12 @@ def _zeroed_pretrained(speaker: Speaker, layers: Sequence[Layer], chosen: Remove
     for layer in layers:
         if heads := chosen.get(layer.number):
             place = _output_of(layer, speaker)
-            matrix = model.get_submodule(f"{names[layer.module]}.{place}").weight
-            matrix = matrix.T if _reads_rows(layer.module.get_submodule(place)) else matrix
+            reads = model.get_submodule(f"{names[layer.module]}.{place}")
+            weight = cast(Tensor, reads.weight).detach()
+            matrix = weight.T if _reads_rows(reads) else weight
             width = matrix.shape[1] // layer.n_heads
-            with torch.no_grad():
-                for head in heads:
-                    matrix[:, head * width : (head + 1) * width] = 0  # type: ignore[index]
+            for head in heads:
+                matrix[:, head * width : (head + 1) * width] = 0
     return model
 
 
@@ -164,15 +163,14 @@ def _reads_rows(module: nn.Module) -> bool:
 
 
 def _smaller_pretrained(speaker: Speaker, layers: Sequence[Layer], chosen: Removed) -> nn.Module:
-    """A model of the same class with fewer heads, as many in every layer: its configuration has one number."""
+    """A model of the same class with as many heads less in every layer: its configuration has one number."""
     before: Any = speaker.loaded.model
     counts = {layer.number: len(chosen.get(layer.number, ())) for layer in layers}
     left = {layer.n_heads - counts[layer.number] for layer in layers}
     if len(left) > 1:
         raise HeadwiseError(
             f"the configuration of {type(before).__name__} has one number of heads for all layers; pass "
-            "--per-layer, "
-            "which takes as many out of each, or --zero"
+            "--per-layer, which takes as many out of each, or --zero"
         )
     heads = left.pop()
     kv_heads = {heads * _kv_heads(layer, speaker) // layer.n_heads for layer in layers}

@@ -120,8 +120,7 @@ def _drawn(
     if counts[0] > len(every) - len(layers):
         raise HeadwiseError(
             f"{counts[0]} of {len(every)} removable heads are more than leave one in each of {len(layers)} "
-            "layers; "
-            "give a smaller --fraction"
+            "layers; give a smaller --fraction"
         )
     for _ in range(1000):
         drawn = rng.permutation(every)[: counts[0]].tolist()

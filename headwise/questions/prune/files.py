@@ -131,10 +131,9 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 COLUMNS = (
-    "model", "mode", "by", "fraction", "per_layer", "zeroed", "heads", "heads_removed", "loss_before",
-    "loss_after", "delta", "delta_ci95", "ppl_before", "ppl_after", "tokens_per_sec_before", "tokens_per_sec_after",
-    "seed",
-    "draw", "removed",
+    "model", "mode", "by", "fraction", "per_layer", "zeroed", "heads", "heads_removed",
+    "loss_before", "loss_after", "delta", "delta_ci95", "ppl_before", "ppl_after",
+    "tokens_per_sec_before", "tokens_per_sec_after", "seed", "draw", "removed",
 )  # fmt: skip
 
 

@@ -73,8 +73,7 @@ def _saves(record: dict[str, Any]) -> str:
     how = "zeroed, and still computed" if record["zeroed"] else f"parameters {before:,} → {after:,}"
     return (
         f"{len(record['removed'])} of {record['n_heads']} heads {'are' if record['zeroed'] else 'are gone:'} "
-        f"{how}; "
-        f"perplexity {loss['perplexity_before']:.3f} → {loss['perplexity_after']:.3f}; "
+        f"{how}; perplexity {loss['perplexity_before']:.3f} → {loss['perplexity_after']:.3f}; "
         f"{speed['tokens_per_sec_before']:,.0f} → {speed['tokens_per_sec_after']:,.0f} tokens/s, "
         f"{speed['speedup']:.2f} times as fast{interval}."
     )
@@ -89,8 +88,7 @@ def notes(record: dict[str, Any]) -> list[str]:
     if record["unit"] > 1:
         found.append(
             f"Each key/value head serves {record['unit']} query heads, which leave with it; such a group "
-            "ranks by "
-            "the mean of its heads."
+            "ranks by the mean of its heads."
         )
     if record["evaluations"] is not None and record["mode"] != "random":
         found.append(
@@ -129,8 +127,8 @@ def laws(record: dict[str, Any]) -> Table:
     ]  # fmt: skip
     note = (
         "Spearman's rank correlation with the rise of the loss without each head alone; interval by "
-        "bootstrap over "
-        "heads, p by permutation, and Holm's over all rows. Heads of one model depend on each other."
+        "bootstrap over heads, p by permutation, and Holm's over all rows. Heads of one model depend on each "
+        "other."
     )
     return Table(["measure", "heads", "ρ", "95%", "p", "p, Holm"], rows, note)
 

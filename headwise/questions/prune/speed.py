@@ -14,8 +14,8 @@ from headwise.analysis.statistics import summarize
 from headwise.questions.prune.text import Sequences
 from headwise.watch.effect import Speaker
 
-ROUNDS = 3
-"""Times that each batch is timed with each model."""
+PASSES = 12
+"""Timed passes of each model, at least; each batch is timed equally often."""
 
 
 @torch.no_grad()
@@ -30,7 +30,8 @@ def compared(before: Speaker, after: Speaker, sequences: Sequences, batch_size: 
     batches = [inputs for inputs in batches if len(inputs) == len(batches[0])]
     for model in (before, after):
         _timed(model, batches[0])
-    seconds = np.array([[_timed(m, x) for m in (before, after)] for _ in range(ROUNDS) for x in batches])
+    rounds = -(-PASSES // len(batches))
+    seconds = np.array([[_timed(m, x) for m in (before, after)] for _ in range(rounds) for x in batches])
     ratios = summarize(np.log(seconds[:, 0] / seconds[:, 1]))
     assert ratios.mean is not None
     ends = None

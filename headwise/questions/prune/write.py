@@ -92,6 +92,9 @@ def _write_pretrained(pruned: Pruned, draft: Path, trust: bool) -> None:
     model.config.use_cache = True
     model.save_pretrained(draft)
     model.config.use_cache = False
+    source = local(pruned.after.loaded.name)
+    if source.is_dir() and not any(source.glob("*token*")):
+        return  # transformers would make one up
     with suppress(
         Exception
     ):  # transformers raises errors of many libraries for a tokenizer that is not there
