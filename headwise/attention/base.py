@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from headwise.attention.cache import KeyValueCache, LayerCache
 from headwise.attention.carry import Carry
@@ -41,6 +42,7 @@ class AttentionShape:
         head_dim: D; H·D need not equal d_model.
         bias: whether projections have biases.
         dropout: share of attention weights dropped in training.
+        head_dropout: share of heads whose whole output is dropped in training.
         layer: index of the layer, from 0.
         n_layers: layers of the model.
         modifiers: what the layer does besides its kind's attention.
@@ -52,6 +54,7 @@ class AttentionShape:
     head_dim: int
     bias: bool = False
     dropout: float = 0.0
+    head_dropout: float = 0.0
     layer: int = 0
     n_layers: int = 1
     modifiers: Modifiers = Modifiers()
@@ -194,7 +197,7 @@ class Attention(nn.Module):
             self.observer(self._observed(x, q, k, v, q_pre, k_pre, mask=attn_mask, causal=causal))
         if self.modifiers is not None:
             y = self.modifiers.outputs(x, y)
-        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(self.drop_heads(y).transpose(1, 2).flatten(2))
         return out
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -453,6 +456,13 @@ class Attention(nn.Module):
     def dropout(self) -> float:
         """The share of weights to drop now: none outside of training."""
         return self.shape.dropout if self.training else 0.0
+
+    def drop_heads(self, y: Tensor) -> Tensor:
+        """Heads' outputs `y (B, H, T, D)`; in training each head of each sequence is dropped with probability
+        p = `head_dropout`, and the others are scaled by 1 / (1 - p)."""
+        if not (self.training and self.shape.head_dropout):
+            return y
+        return y * functional.dropout(y.new_ones(*y.shape[:2], 1, 1), self.shape.head_dropout)
 
     def record_engine(self, name: str) -> None:
         """Remember which engine computed; skipped inside compiled code, where it would be a side effect."""

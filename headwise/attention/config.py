@@ -23,6 +23,8 @@ class AttentionConfig:
     Attributes:
         kind: a registered kind, of this package or of another; `headwise train --help` lists them.
         dropout: share of attention weights dropped in training.
+        head_dropout: probability with which each head's output is dropped for a sequence in training; the
+            others are scaled by 1 / (1 - head_dropout).
         qk_norm: whether each head's queries and keys are normalised before their rotation.
         sink: one more logit in the softmax's denominator: none, zero, or learned by each head.
         output_gate: heads' outputs times a sigmoid of the layer's input: none, one number a head, or one
@@ -34,6 +36,7 @@ class AttentionConfig:
 
     kind: str = "flash"
     dropout: float = 0.0
+    head_dropout: float = 0.0
     qk_norm: bool = False
     sink: str = "none"
     output_gate: str = "none"
@@ -79,6 +82,11 @@ class AttentionConfig:
                 options.validate_values()
         if not 0 <= self.dropout < 1:
             raise HeadwiseError(f"model.attention.dropout is {self.dropout}; it is a share, 0 <= dropout < 1")
+        if not 0 <= self.head_dropout < 1:
+            raise HeadwiseError(
+                f"model.attention.head_dropout is {self.head_dropout}; it is a probability, 0 <= "
+                "head_dropout < 1"
+            )
         if self.dropout and "dropout" not in supports:
             raise HeadwiseError(
                 f"model.attention.dropout is {self.dropout}, but kind {self.kind!r} cannot drop weights; "

@@ -22,6 +22,7 @@ VERBS = {
     "intervene": "scale a head's query or remove a head, and measure what it causes",
     "budget": "loss against the share of the context that is kept, with the point of parity",
     "masks": "see which token of a prompt was masked by whom and when",
+    "prune": "remove heads by a measure, and see whether it tells which heads are needed",
     "surgery": "add a head to every layer of a trained model, then train on",
     "generate": "write text with a cache that drops masked keys and frees their memory",
     "export": "write a run as a folder that Hugging Face transformers loads",

@@ -139,7 +139,9 @@ def _table(args: argparse.Namespace, config: Any, shape: dict[str, str]) -> list
     )
     lines = [("rows", row)]
     if {"layers", "heads"} <= shape.keys():
-        count = int(shape["layers"]) * int(shape["heads"]) * config.n_samples
+        by_layer = [int(heads) for heads in shape["heads"].split()]
+        heads = sum(by_layer) if len(by_layer) > 1 else int(shape["layers"]) * by_layer[0]
+        count = heads * config.n_samples
         count *= 1 if config.aggregate else config.context_length
         size = count * len(config.measures) * (2 if config.table_dtype == "float16" else 4)
         lines.append(("size", f"{count:,} rows, at most {size / 1e6:,.0f} MB of measures before compression"))
@@ -166,8 +168,9 @@ def _shape(model: str) -> dict[str, str]:
         from headwise.model.count import attention_block
 
         own = load(folder / "config.yaml").model
+        heads = " ".join(map(str, own.heads_by_layer or [own.n_heads]))
         return {
-            "layers": str(own.n_layers), "heads": str(own.n_heads), "head_dim": str(own.width_of_head()),
+            "layers": str(own.n_layers), "heads": heads, "head_dim": str(own.width_of_head()),
             "attention block": attention_block(own),
         }  # fmt: skip
     try:

@@ -73,6 +73,12 @@ class Config:
                 f"training.total_batch_tokens is {tokens}, no multiple of the {per_pass} tokens of one pass "
                 f"(data.batch_size {self.data.batch_size} x data.seq_len {self.data.seq_len})"
             )
+        entanglement = self.measure.entanglement
+        if entanglement.enabled and entanglement.window > self.data.seq_len:
+            raise HeadwiseError(
+                f"measure.entanglement.window is {entanglement.window} and data.seq_len is "
+                f"{self.data.seq_len}; a window lies within a sequence: lower it"
+            )
         if not 0 <= self.seed < 2**63:
             raise HeadwiseError(f"seed is {self.seed}; it must be at least 0 and less than 2**63")
         if self.model.position == "learned":

@@ -115,6 +115,44 @@ class TrainingConfig:
 
 
 @dataclass
+class EntanglementConfig:
+    """The entanglement entropy of every head's weights on windows of tokens, which is off by default.
+
+    A window is a run of consecutive validation tokens that the model reads alone. The windows are drawn once,
+    from the seed, and are the same at every evaluation.
+
+    Attributes:
+        enabled: measure it.
+        window: tokens W of a window; the weights of a head are a W x W matrix, whose eigenvalues cost O(W³).
+        n_windows: windows that are averaged.
+        n_regions: regions that the queries of a window are split into, for the regional form.
+        every: evaluations from one measurement to the next; the last evaluation is always measured.
+    """
+
+    enabled: bool = False
+    window: int = 64
+    n_windows: int = 8
+    n_regions: int = 4
+    every: int = 1
+
+    def validate(self) -> None:
+        """Refuse what cannot be measured, whether it is enabled or not.
+
+        Raises:
+            HeadwiseError: one line with the value received and what to do.
+        """
+        for name, least, most in (("window", 2, 4096), ("n_windows", 1, 4096), ("every", 1, MOST_STEPS)):
+            in_range(f"measure.entanglement.{name}", getattr(self, name), least, most)
+        in_range(
+            "measure.entanglement.n_regions",
+            self.n_regions,
+            1,
+            self.window,
+            what="a region has at least one query",
+        )
+
+
+@dataclass
 class MeasureConfig:
     """What is measured of every head at each evaluation.
 
@@ -129,6 +167,7 @@ class MeasureConfig:
         prompts: texts for the maps; the first validation sequences where empty.
         importance: at the last evaluation, measure the loss without each head on the fixed batch: one pass
             a head.
+        entanglement: entanglement entropy over training.
         sums: for a kind with running sums, log how far they and their gradients are off float64.
     """
 
@@ -141,6 +180,7 @@ class MeasureConfig:
     map_tokens: int = 48
     prompts: list[str] = field(default_factory=list)
     importance: bool = False
+    entanglement: EntanglementConfig = field(default_factory=EntanglementConfig)
     sums: bool = False
 
     def validate(self) -> None:
@@ -154,3 +194,4 @@ class MeasureConfig:
             ("sequences", 1, 2**20), ("map_tokens", 1, 2**16), ("ignore_first", 0, 2**24), ("maps", 0, 2**12),
         ):  # fmt: skip
             in_range(f"measure.{name}", getattr(self, name), least, most)
+        self.entanglement.validate()

@@ -109,6 +109,26 @@ CORRELATED_WITH = "query_norm"
 MEASURES: dict[str, Measure] = {}
 """Built-in and registered measures, in the order of the table's columns."""
 
+WINDOW_MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        Measure(
+            "entanglement", "Entanglement entropy",
+            "-Σ p ln p with p = λ²/Σλ² of the singular values λ of the W x W weights of a window", "nats",
+        ),
+        Measure(
+            "regional_entanglement", "Regional entanglement",
+            "mean over regions r of the window's queries of -tr ρ ln ρ with ρ = A_r A_rᵀ / tr", "nats",
+        ),
+        Measure(
+            "sparsity", "Sparsity",
+            "mean over queries i > 1 of a window of 1 - k_eff_i / i: the share of the keys up to the query "
+            "that 0.9 of the weight does without",
+        ),
+    )
+}  # fmt: skip
+"""What is measured of a whole window of tokens and not of a query: `measure.entanglement`."""
+
 FORMER_NAMES = {"memory": "kept_context"}
 """Columns of older tables under another name than today's."""
 
@@ -126,11 +146,15 @@ def register_measure(measure: Measure) -> Measure:
     name, known = measure.name, MEASURES.get(measure.name)
     if known is not None and known != measure:
         raise HeadwiseError(f"measure {name!r} is registered already with another definition; rename one")
-    if not _NAME.fullmatch(name) or _OTHER_COLUMNS.fullmatch(name) or name in (*KEYS, *FORMER_NAMES):
+    if (
+        not _NAME.fullmatch(name)
+        or _OTHER_COLUMNS.fullmatch(name)
+        or name in (*KEYS, *FORMER_NAMES, *WINDOW_MEASURES)
+    ):
         raise HeadwiseError(
             f"measure {name!r} cannot be a column: a name has lower-case letters, digits and underscores, "
             f"does not begin with pearson_, spearman_ or uniform_, and is none of "
-            f"{', '.join((*KEYS, *FORMER_NAMES))}"
+            f"{', '.join((*KEYS, *FORMER_NAMES, *WINDOW_MEASURES))}"
         )
     one_of(f"source of measure {name!r}", measure.source, SOURCES)
     if measure.absent is not None and math.isfinite(measure.absent):
@@ -148,8 +172,8 @@ def measures() -> dict[str, Measure]:
 
 def measure_of(name: str) -> Measure:
     """The measure of a column; of a column that nothing here knows, one that is named like it."""
-    if name in MEASURES:
-        return MEASURES[name]
+    if name in MEASURES or name in WINDOW_MEASURES:
+        return MEASURES.get(name) or WINDOW_MEASURES[name]
     return Measure(name, name, "not defined by what is loaded here", source="layer", absent=math.inf)
 
 

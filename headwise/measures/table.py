@@ -17,7 +17,7 @@ import numpy as np
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
-from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, PART, measures
+from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, PART, WINDOW_MEASURES, measures
 
 __all__ = ["KEYS", "MEASURES", "read", "read_columns", "write_part"]
 
@@ -46,7 +46,7 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    known = measures()
+    known = measures() | WINDOW_MEASURES
     unknown = set(columns) - set(KEYS) - set(known)
     if unknown:
         raise ValueError(f"head table has no column {sorted(unknown)[0]!r}")
@@ -179,7 +179,7 @@ def check_part(path: Path) -> dict[str, str]:
     columns = reading.parquet_columns(path, keys, accept=partial(refuse_newer, path))
     if columns.get("part", "text") != "text":
         raise reading.Unreadable(path, f"its column 'part' is {columns['part']}, not text")
-    for name in (*measures(), *FORMER_NAMES):
+    for name in (*measures(), *WINDOW_MEASURES, *FORMER_NAMES):
         if columns.get(name, "float") != "float":
             raise reading.Unreadable(path, f"its column {name!r} is {columns[name]}, not float")
     return columns

@@ -30,6 +30,9 @@ class ModelConfig:
         n_layers: number of blocks.
         n_heads: query heads per layer, H.
         n_kv_heads: key/value heads per layer, K; H where not given. H % K == 0.
+        heads_by_layer: query heads of each layer where layers differ, as after pruning; n_heads in every
+            layer where not given. A key/value head serves as many query heads in every layer, or all where
+            there is one.
         head_dim: width of a head, D; d_model / n_heads where not given, and free of it where given.
         d_ff: width of the MLP's hidden layer; 4·d_model, or for swiglu 8/3·d_model (rounded up to a
             multiple of 32), where not given, less what a kind of attention adds to the parameters of softmax
@@ -51,6 +54,7 @@ class ModelConfig:
     n_layers: int = 2
     n_heads: int = 4
     n_kv_heads: int | None = None
+    heads_by_layer: list[int] | None = None
     head_dim: int | None = None
     d_ff: int | None = None
     vocab_size: int | None = None
@@ -68,6 +72,17 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """K, as given or H."""
         return self.n_kv_heads or self.n_heads
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """H and K of one layer."""
+        if self.heads_by_layer is None:
+            return self.n_heads, self.kv_heads()
+        heads = self.heads_by_layer[layer]
+        return heads, heads // self.heads_that_share() if self.kv_heads() > 1 else 1
+
+    def heads_that_share(self) -> int:
+        """Query heads that one key/value head serves where there are several; H / K."""
+        return self.n_heads // self.kv_heads()
 
     def width_of_head(self) -> int:
         """D, as given or d_model / n_heads."""
@@ -99,22 +114,25 @@ class ModelConfig:
 
     def least_parameters(self) -> int:
         """Parameters that a model of these sizes has at least: its embeddings and matrices."""
-        attention = attention_kind(self.attention.kind)
-        projections = attention.projection_parameters(self.attention_shape(0), self.attention.options())
+        attention, options = attention_kind(self.attention.kind), self.attention.options()
+        shapes = (self.attention_shape(layer) for layer in range(self.n_layers))
+        projections = sum(attention.projection_parameters(shape, options) for shape in shapes)
         mlp = (3 if self.mlp == "swiglu" else 2) * self.d_model * self.width_of_mlp()
         words = (self.vocab_size or 0) * self.d_model * (1 if self.tie_embeddings else 2)
         table = (self.max_seq_len or 0) * self.d_model if self.position == "learned" else 0
-        return words + table + self.n_layers * (projections + mlp)
+        return words + table + projections + self.n_layers * mlp
 
     def attention_shape(self, layer: int) -> AttentionShape:
         """The sizes of the attention in `layer`."""
+        heads, kv_heads = self.heads_of(layer)
         return AttentionShape(
             d_model=self.d_model,
-            n_heads=self.n_heads,
-            n_kv_heads=self.kv_heads(),
+            n_heads=heads,
+            n_kv_heads=kv_heads,
             head_dim=self.width_of_head(),
             bias=self.bias,
             dropout=self.attention.dropout,
+            head_dropout=self.attention.head_dropout,
             layer=layer,
             n_layers=self.n_layers,
             modifiers=self.attention.modifiers(layer),
@@ -138,6 +156,7 @@ class ModelConfig:
                 f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.kv_heads()}: "
                 "each key/value head serves the same number of query heads"
             )
+        self._check_layers()
         if self.head_dim is None and self.d_model % self.n_heads:
             raise HeadwiseError(
                 f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}; "
@@ -148,11 +167,11 @@ class ModelConfig:
                 f"model.head_dim is {self.width_of_head()}, and RoPE rotates pairs: "
                 "make it even, or choose another model.position"
             )
-        self.attention.validate(
-            n_heads=self.n_heads, n_kv_heads=self.kv_heads(), head_dim=self.width_of_head()
-        )
         kind = attention_kind(self.attention.kind)
-        kind.check(self.attention_shape(0), self.attention.options())
+        for layer in {self.heads_of(layer): layer for layer in range(self.n_layers)}.values():
+            heads, kv_heads = self.heads_of(layer)
+            self.attention.validate(n_heads=heads, n_kv_heads=kv_heads, head_dim=self.width_of_head())
+            kind.check(self.attention_shape(layer), self.attention.options())
         if self.least_parameters() > MOST_PARAMETERS:
             raise HeadwiseError(
                 f"model.d_model {self.d_model}, model.n_layers {self.n_layers} and the other sizes make "
@@ -166,3 +185,20 @@ class ModelConfig:
                 "model.n_layers is 1; set more layers, or turn it off"
             )
         self._refuse_odd_rotation()
+
+    def _check_layers(self) -> None:
+        """Refuse heads by layer that are not one number a layer, or that key/value heads cannot serve."""
+        if self.heads_by_layer is None:
+            return
+        if len(self.heads_by_layer) != self.n_layers:
+            raise HeadwiseError(
+                f"model.heads_by_layer has {len(self.heads_by_layer)} numbers for {self.n_layers} layers; "
+                "give one for each"
+            )
+        for layer, heads in enumerate(self.heads_by_layer):
+            in_range(f"model.heads_by_layer[{layer}]", heads, 1, COUNTS["n_heads"])
+            if self.kv_heads() > 1 and heads % self.heads_that_share():
+                raise HeadwiseError(
+                    f"model.heads_by_layer[{layer}] is {heads}, not a multiple of the "
+                    f"{self.heads_that_share()} query heads that each key/value head serves"
+                )

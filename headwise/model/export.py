@@ -120,6 +120,8 @@ def _obstacles(config: ModelConfig, family: str) -> list[tuple[str, Any, Any]]:
     for key, values in NEEDS[family].items():
         if (value := getattr(config, key)) not in values:
             found.append((key, value, values[0]))
+    if config.heads_by_layer is not None:
+        found.append(("heads_by_layer", config.heads_by_layer, "null"))
     heads, width = config.n_heads, config.width_of_head()
     if family == "GPT-2":
         off = AttentionConfig()

@@ -17,7 +17,7 @@ share one, the new one shares it too. In between no single head can be added.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,11 @@ def refuse(config: ModelConfig, init: str, source: str) -> None:
     one_of("--init", init, INITS)
     refuse_fixed_heads(config, source)
     heads, kv_heads = config.n_heads, config.kv_heads()
+    if config.heads_by_layer is not None:
+        raise HeadwiseError(
+            f"the layers of {source} have {', '.join(map(str, config.heads_by_layer))} heads; a head can be "
+            "added where all layers have the same number"
+        )
     if kv_heads not in (1, heads):
         raise HeadwiseError(
             f"{source} has {heads} query heads on {kv_heads} key/value heads: {heads + 1} query heads cannot "
@@ -195,10 +200,16 @@ def shrink(weights: Mapping[str, Tensor], operation: Operation) -> dict[str, Ten
     Args:
         weights: by parameter of the model after.
     """
+    return without(weights, lambda layer, leaf: operation.inserted(leaf))
+
+
+def without(weights: Mapping[str, Tensor], places: Callable[[int, str], Inserted]) -> dict[str, Tensor]:
+    """`weights` less what `places` gives for a layer and a parameter of its attention."""
     result = {}
     for name, value in weights.items():
-        inserted = operation.inserted(name.rpartition(".attention.")[2]) if ".attention." in name else {}
-        for axis, ranges in inserted.items():
+        stem, attends, leaf = name.rpartition(".attention.")
+        taken = places(int(stem.rpartition(".")[2]), leaf) if attends else {}
+        for axis, ranges in taken.items():
             value = value.index_select(axis, _others(value.shape[axis], ranges).to(value.device))
         result[name] = value
     return result

@@ -33,7 +33,8 @@ def build(
         sections: what is added to the report; `headwise.questions.sections` gives those there are.
 
     Returns:
-        the paths written: `markdown`, `html`, `json`, and `figures`, a folder.
+        the paths written: `markdown`, `html`, `json`, `figures`, a folder, and by their names the files that
+        sections export.
 
     Raises:
         HeadwiseError: there is no such folder, no run or no such variant in it, `out` is a file, or the
@@ -55,6 +56,10 @@ def build(
     with replacing(paths["figures"]) as draft:
         drawn = figures.draw(data, prompts, draft, sections)
     write_text(paths["json"], json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
+    for section in sections:
+        for name, text in section.exports(study.runs).items():
+            paths[name] = root / name
+            write_text(paths[name], text)
     pictures = {title: f"figures/{name}" for title, name in drawn.items()}
     write_text(paths["markdown"], markdown.render(data, pictures, sections))
     write_text(paths["html"], html.render(data, maps.pack(prompts), sections))

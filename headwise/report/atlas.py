@@ -26,11 +26,13 @@ def grid(run: Run) -> dict[str, Any] | None:
     measure; otherwise there is no `columns`. None where the run wrote no table. Raises `Unreadable` where it
     is damaged.
     """
+    return None if run.heads is None else grid_of(run.heads)
+
+
+def grid_of(frame: polars.DataFrame) -> dict[str, Any] | None:
+    """The same of any table in the form of the head table."""
     import polars as pl
 
-    frame = run.heads
-    if frame is None:
-        return None
     measures = in_order(name for name in frame.columns if name not in KEYS)
     try:
         means = [_known(pl.col(m).cast(pl.Float64), m).mean() for m in measures]

@@ -62,6 +62,7 @@ class Section:
         tables: of that data.
         figures: of that data and the names of all variants, which decide the colours.
         note: a sentence below the page's plots.
+        exports: of all runs, files of text that lie beside the report, by name; none where there is nothing.
         script: file of JavaScript that draws the plots; it reads the data at `report.NAME`.
     """
 
@@ -72,4 +73,5 @@ class Section:
     tables: Callable[[Any], list[Titled]]
     figures: Callable[[Any, list[str]], list[Drawn]] = lambda data, variants: []
     note: str = ""
+    exports: Callable[[list[Run]], dict[str, str]] = lambda runs: {}
     script: Path | None = None

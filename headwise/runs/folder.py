@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves behind, found and read without a server or a registry.
 
-config.yaml env.json metrics.csv heads/ maps/ checkpoints/step_<n>/ status.json summary.json log.txt
+config.yaml env.json metrics.csv heads/ entanglement/ maps/ checkpoints/step_<n>/ status.json summary.json
+log.txt
 
 status.json and summary.json carry the number of the format; a folder without one is of format 0. Older
 formats are read whole and resumed: a column of metrics.csv that did not exist is empty. Newer ones are left
@@ -80,6 +81,11 @@ class RunFolder:
     def heads(self) -> Path:
         """The head table's parts."""
         return self.path / "heads"
+
+    @property
+    def entanglement(self) -> Path:
+        """Parts of measures of windows, in the head table's form."""
+        return self.path / "entanglement"
 
     @property
     def maps(self) -> Path:
@@ -284,7 +290,10 @@ class RunFolder:
         sweep(self.path)
         if self.metrics.exists():
             self._rewrite(rows)
-        for part in [*self.heads.glob("step_*.parquet"), *self.maps.glob("step_*.npz")]:
+        tables = [
+            part for folder in (self.heads, self.entanglement) for part in folder.glob("step_*.parquet")
+        ]
+        for part in [*tables, *self.maps.glob("step_*.npz")]:
             number = re.match(r"step_([0-9]+)", part.name)
             if number and int(number[1]) > step:
                 part.unlink()

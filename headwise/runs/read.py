@@ -79,15 +79,23 @@ class Run:
     @cached_property
     def heads(self) -> polars.DataFrame | None:
         """The head table; None where the run wrote none. Raises `Unreadable`."""
+        return self._table("heads")
+
+    @cached_property
+    def entanglement(self) -> polars.DataFrame | None:
+        """Measures of windows (`measure.entanglement`); None where the run has none. Raises `Unreadable`."""
+        return self._table("entanglement")
+
+    def _table(self, name: str) -> polars.DataFrame | None:
         from headwise.measures import table as head_table
 
-        folder = self.path / "heads"
+        folder = self.path / name
         if not any(folder.glob("*.parquet")):
             return None
         try:
             return head_table.read(folder)
         except HeadwiseError as error:
-            raise Unreadable(f"unreadable heads: {error}") from error
+            raise Unreadable(f"unreadable {name}: {error}") from error
 
     @cached_property
     def problem(self) -> str | None:

@@ -43,6 +43,18 @@ class Importance(TypedDict):
     tokens: Count
 
 
+class Entanglement(TypedDict):
+    """What `measure.entanglement` was and cost; `share` of the time of training."""
+
+    window: Size
+    n_windows: Size
+    n_regions: Size
+    every: Size
+    evaluations: Count
+    seconds: float
+    share: float | None
+
+
 class Summary(TypedDict, total=False):
     """`summary.json`."""
 
@@ -84,11 +96,13 @@ class Summary(TypedDict, total=False):
     n_layers: Size | None
     n_heads: Size | None
     n_kv_heads: Size | None
+    heads_by_layer: list[Size] | None
     head_dim: Size | None
     d_model: Size | None
     seq_len: Size | None
     batch_size: Size | None
     importance: Importance | None
+    entanglement: Entanglement | None
 
 
 class DataFacts(TypedDict, total=False):

@@ -490,6 +490,22 @@ def test_the_engine_that_ran_is_of_the_declared_family(kind: str) -> None:
     assert layer.engine.partition("-")[0] == KINDS[kind].engine_family
 
 
+@kinds_with("cpu_training")
+def test_head_dropout_drops_whole_heads_in_training_alone(kind: str) -> None:
+    plain, dropping = make(kind, bias=True), make(kind, bias=True, head_dropout=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    x = inputs(plain, batch=16)
+    with torch.no_grad():
+        whole, expected = entering_output(plain, x, **form(kind))
+        assert torch.equal(dropping(x, **form(kind)), expected)
+        found, _ = entering_output(dropping.train(), x, **form(kind))
+    whole, found = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (whole, found))  # (B, H, T, D)
+    dropped = (found == 0).all(-1).all(-1)
+    assert 0 < dropped.sum() < dropped.numel()
+    kept = ~dropped[:, :, None, None]
+    torch.testing.assert_close(found, 2 * whole * kept, **CLOSE)
+
+
 # --- in a model
 
 

@@ -72,7 +72,10 @@ class HeadRecorder:
         for index, (tokens, labels) in enumerate(self.prompts):
             maps = attention_maps(self.model, tokens)
             if maps is None:
-                self._say_once("no attention maps: a layer has no weights to show, or several for each head")
+                self._say_once(
+                    "no attention maps: a layer has no weights to show, or several for each head, or layers "
+                    "differ in heads"
+                )
                 return
             arrays |= {f"weights_{index}": maps, f"tokens_{index}": np.array(labels)}
         with replacing(self.folder.maps / f"step_{step:08d}.npz") as draft:

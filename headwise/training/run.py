@@ -31,6 +31,7 @@ from headwise.runs.environment import environment
 from headwise.runs.folder import RunFolder, state_of
 from headwise.runs.weights import initialise_from
 from headwise.training import distributed
+from headwise.training.entanglement import EntanglementRecorder
 from headwise.training.heads import HeadRecorder
 from headwise.training.importance import ImportanceRecorder
 from headwise.training.progress import Progress, Silent
@@ -190,6 +191,20 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     )
     if config.measure.importance:
         trainer.on_evaluation.append(importance)
+    entanglement = (
+        EntanglementRecorder(
+            config,
+            trainer.model,
+            recorder.tokens,
+            trainer.max_steps,
+            folder,
+            lambda: trainer.telemetry.trained_s,
+        )
+        if config.measure.entanglement.enabled
+        else None
+    )
+    if entanglement is not None and world.leads:
+        trainer.on_evaluation.append(entanglement)
     try:
         if world.leads:
             trainer.trackers = open_trackers(config.training.trackers, folder.path, to_dict(config))
@@ -217,6 +232,11 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     summary = summarise(trainer, state, reason, about) | {"measure_s": recorder.seconds + importance.seconds}
     if config.measure.importance:
         summary["importance"] = importance.found
+    if entanglement is not None:
+        summary["measure_s"] += entanglement.seconds
+        summary["entanglement"] = entanglement.cost()
+        if world.leads:
+            folder.say(entanglement.line())
     if world.leads:
         if state != "interrupted":
             folder.write_summary(summary)
@@ -289,6 +309,7 @@ def summarise(trainer: Trainer, state: str, reason: str, about: dict[str, Any]) 
         "n_layers": config.model.n_layers,
         "n_heads": config.model.n_heads,
         "n_kv_heads": config.model.kv_heads(),
+        "heads_by_layer": config.model.heads_by_layer,
         "head_dim": config.model.width_of_head(),
         "d_model": config.model.d_model,
         "seq_len": config.data.seq_len,

@@ -19,7 +19,7 @@ def attention_maps(model: Decoder, tokens: Tensor) -> np.ndarray | None:
         tokens: `(1, T)` int64, short: the result holds L·H·T² numbers.
 
     Returns:
-        `(L, H, T, T)` float16, or None where a layer has no weights to show.
+        `(L, H, T, T)` float16, or None where a layer has no weights to show, or layers differ in heads.
     """
     maps: list[Tensor | None] = []
 
@@ -36,7 +36,8 @@ def attention_maps(model: Decoder, tokens: Tensor) -> np.ndarray | None:
         for layer, observer in zip(layers, before, strict=True):
             layer.observer = observer
     found = [one[0].half().cpu().numpy() for one in maps if one is not None]
-    return np.stack(found) if len(found) == len(layers) else None
+    alike = len({one.shape for one in found}) == 1
+    return np.stack(found) if alike and len(found) == len(layers) else None
 
 
 def weights_of(observation: Observation) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""Remove heads by a measure, and see whether the measure tells which heads are needed."""
