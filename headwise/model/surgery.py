@@ -89,9 +89,7 @@ class Operation:
         attention = self.after.attention
         if leaf.startswith("modifiers."):
             own = leaf.removeprefix("modifiers.")
-            return modifiers.head_ranges(
-                own, self.index, attention.modifiers(0), self.after.width_of_head()
-            )
+            return modifiers.head_ranges(own, self.index, attention.modifiers(0), self.after.width_of_head())
         return attention_kind(attention.kind).head_ranges(leaf, self.index, attention.options())
 
 

@@ -13,12 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from headwise.analysis.honesty import Flag, RunFacts, check, mark_repeats
+from headwise.analysis.honesty import Flag, RunFacts, check, different_data, mark_repeats
 from headwise.analysis.statistics import Summary, summarize
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
+from headwise.report.best import appendix, best_runs
 from headwise.report.compare import Material, comparisons, most, number
 from headwise.report.conclusions import conclude_all
 from headwise.report.curves import curves, gap
+from headwise.report.exports import fit_of, option
 from headwise.report.section import Found, Section
 from headwise.runs.read import Run, Study, Unreadable
 
@@ -40,13 +42,14 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
     used = material.used
     grids, damaged = _grids(by_variant, used)
     reference = _reference(study, by_variant)
+    others = _references(study, by_variant, reference)
     flags = sorted(
-        [*check(list(facts.values()), reference), *damaged],
+        [*check(list(facts.values()), reference, others), *damaged],
         key=lambda flag: ("error", "warning", "note").index(flag.severity),
     )
     plan = study.plan
     lines = {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))}
-    _add_gaps(lines, material, reference)
+    _add_gaps(lines, material, others)
     among = Found(study.runs, grids, lines)
     return finite({
         "run_id": study.name,
@@ -59,6 +62,7 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
         "seeds": sorted({run.seed for run in study.runs if run.seed is not None}),
         "budget": plan.get("budget") or _budget(study.runs),
         "baseline": reference,
+        "against": _against(others, reference),
         "command": plan.get("command"),
         "timeout_s": plan.get("timeout_s"),
         "flags": [asdict(flag) for flag in flags],
@@ -66,9 +70,13 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
             _variant(name, study.variants.get(name) or {}, runs, used, grids.get(name, []))
             for name, runs in by_variant.items()
         ],
-        "comparisons": comparisons(material, reference),
-        **conclude_all(material, reference, plan, flags, grids),
+        "comparisons": comparisons(material, others),
+        **conclude_all(material, others, plan, flags, grids),
         "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
+        "best": best_runs(material),
+        "appendix": appendix(by_variant),
+        "chosen": _chosen(study),
+        "different_data": different_data(list(facts.values()), others),
         "curves": lines,
         **{section.name: section.collect(among) for section in sections},
         "chance_loss": most(run.get("chance_loss") for run in study.runs),
@@ -106,7 +114,8 @@ def _facts(run: Run) -> RunFacts:
         params_total=None if params is None else int(params), step=None if step is None else int(step),
         data_wait=number(run, "data_wait"), nonfinite_share=number(run, "nonfinite_share"),
         spike_share=number(run, "spike_share"), device=device if started else None,
-        version=version or None, **_when(run),
+        version=version or None, **_when(run), batch_size=option(run, "data", "batch_size"),
+        wanted_batch=fit_of(run).get("wanted"),
     )  # fmt: skip
 
 
@@ -131,6 +140,32 @@ def _reference(study: Study, by_variant: dict[str, list[Run]]) -> str | None:
     return baseline if baseline in by_variant else next(iter(by_variant), None)
 
 
+def _references(study: Study, by_variant: dict[str, list[Run]], baseline: str | None) -> dict[str, str]:
+    """What each variant is compared with: what its plan names, else the baseline."""
+    found = {}
+    for name in by_variant:
+        own = (study.variants.get(name) or {}).get("against")
+        found[name] = str(own if own in by_variant else baseline)
+    return found
+
+
+def _chosen(study: Study) -> list[dict[str, str]]:
+    """What each stage took and why, or why it has not run."""
+    found = []
+    for name, plan in study.variants.items():
+        if text := ((plan or {}).get("chosen") or {}).get("text"):
+            found.append({"variant": name, "text": f"takes the best of what it waited for: {text}"})
+        elif (plan or {}).get("waits"):
+            found.append({"variant": name, "text": plan["waits"]})
+    return found
+
+
+def _against(references: dict[str, str], baseline: str | None) -> str | None:
+    """The one baseline by name, or words for several."""
+    different = {reference for name, reference in references.items() if reference != name}
+    return baseline if different <= {baseline} else "its baseline"
+
+
 def _grids(by_variant: dict[str, list[Run]], used: set[int]) -> tuple[dict[str, list], list[Flag]]:
     grids: dict[str, list] = {}
     damaged = []
@@ -147,12 +182,13 @@ def _grids(by_variant: dict[str, list[Run]], used: set[int]) -> tuple[dict[str, 
     return grids, damaged
 
 
-def _add_gaps(lines: dict[str, Any], material: Material, reference: str | None) -> None:
-    """Beside the validation loss of each variant how far it is from the baseline's, seed by seed."""
-    base = lines.get(str(reference), {}).get("val")
+def _add_gaps(lines: dict[str, Any], material: Material, references: dict[str, str]) -> None:
+    """Beside the validation loss of each variant how far it is from its baseline's, seed by seed."""
     for name, found in lines.items():
+        reference = references[name]
+        base = lines.get(reference, {}).get("val")
         if base and name != reference and "val" in found:
-            paired, _ = material.pair(str(reference), name, "val_loss")
+            paired, _ = material.pair(reference, name, "val_loss")
             if found_gap := gap(base, found["val"], paired):
                 found["gap"] = found_gap
 

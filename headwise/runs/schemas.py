@@ -33,6 +33,23 @@ class Status(TypedDict, total=False):
     step_time_ms: float | None
     flops_per_sec: float | None
     data_wait: float | None
+    fit: Fit
+
+
+class Tried(TypedDict):
+    """A batch that memory did not suffice for."""
+
+    batch_size: Size
+    peak_mb: float | None
+
+
+class Fit(TypedDict):
+    """`fit` of `status.json`: how a batch was shrunk, or that none fits."""
+
+    wanted: Size
+    tried: list[Tried]
+    measured_by: str
+    limit_mb: float | None
 
 
 class Importance(TypedDict):
@@ -141,6 +158,7 @@ class _Model(TypedDict, total=False):
 
 class _Data(TypedDict, total=False):
     seq_len: Size
+    batch_size: Size
 
 
 class RunConfig(TypedDict, total=False):
@@ -154,11 +172,23 @@ class RunConfig(TypedDict, total=False):
     init_from: str | None
 
 
+class Chosen(TypedDict, total=False):
+    """Which variant a stage of a study took."""
+
+    best: str | None
+    by: str
+    values: dict[str, float]
+    text: str
+
+
 class PlannedVariant(TypedDict, total=False):
     """A variant in `study.yaml`."""
 
     label: str | None
     kind: str | None
+    against: str | None
+    waits: str
+    chosen: Chosen
     expected_engine: str | None
     params_total: Count | None
     overrides: dict[str, Any] | None
@@ -187,6 +217,7 @@ class StudyPlan(TypedDict, total=False):
     criteria: list[str]
     timeout_s: float | None
     device: str | None
+    size: str | None
     command: str | None
 
 
@@ -279,3 +310,34 @@ class Operation(_Operation, total=False):
     why: str | None
     learns: bool | None
     operated_in: str | None
+
+
+class TriedLength(TypedDict):
+    """A length that a search tried."""
+
+    seq_len: Size
+    peak_mb: float | None
+    fits: bool
+
+
+class _Length(TypedDict):
+    variant: str
+    kind: str
+    limit_mb: float
+    until: Size
+
+
+class Length(_Length, total=False):
+    """The longest trainable sequence of one variant."""
+
+    max_seq_len: Count
+    capped: bool
+    measured_by: str
+    tried: list[TriedLength]
+    problem: str
+
+
+class Lengths(TypedDict):
+    """`max_lengths.json` of a study."""
+
+    rows: list[Length]

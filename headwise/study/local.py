@@ -20,11 +20,8 @@ from typing import Any
 
 from headwise.config.run import to_yaml
 from headwise.errors import HeadwiseError
-from headwise.runs.folder import state_of
+from headwise.runs.folder import RESULTS, state_of
 from headwise.study.plan import PlannedRun
-
-ENDED = ("finished", "timed_out", "diverged")
-"""States that are results: such a run is not run again."""
 
 GRACE_S = 60.0
 POLL_S = 0.2
@@ -40,13 +37,18 @@ class _Worker:
 
 
 def run_all(
-    runs: Sequence[PlannedRun], *, workers: int, show: Callable[[Sequence[PlannedRun]], None]
+    runs: Sequence[PlannedRun],
+    *,
+    workers: int,
+    show: Callable[[Sequence[PlannedRun]], None],
+    on_end: Callable[[], None] = lambda: None,
 ) -> bool:
     """Run what has not ended yet; a run that fails does not stop the others.
 
     Args:
         workers: processes at a time.
         show: called a few times a second with all runs, to draw progress from their folders.
+        on_end: called after runs have ended.
 
     Returns:
         False when stopped by Ctrl-C before all had their turn.
@@ -63,7 +65,10 @@ def run_all(
                 taken = [worker.gpu for worker in active]
                 gpu = min(gpus, key=taken.count) if gpus else None
                 active.append(_start(context, run, threads, gpu))
-            active = [worker for worker in active if not _ended(worker)]
+            still = [worker for worker in active if not _ended(worker)]
+            if len(still) < len(active):
+                on_end()
+            active = still
             show(runs)
             if active:
                 active[0].process.join(POLL_S)
@@ -93,7 +98,7 @@ def _next(waiting: list[PlannedRun]) -> PlannedRun | None:
         now = state(run)
         if now != "running":
             waiting.remove(run)
-            if now not in ENDED:
+            if now not in RESULTS:
                 return run
     return None
 
@@ -104,7 +109,7 @@ def state(run: PlannedRun) -> str:
 
 
 def _settled(run: PlannedRun) -> bool:
-    if state(run) in ENDED:  # also a run that could not start here, but ended where it could
+    if state(run) in RESULTS:  # also a run that could not start here, but ended where it could
         return True
     if run.skip is None:
         return False
@@ -143,10 +148,10 @@ def _ended(worker: _Worker) -> bool:
     worker.process.join()
     worker.pipe.close()
     code, now = worker.process.exitcode or 0, state(worker.run)
-    if code < 0 and now not in ENDED:
+    if code < 0 and now not in RESULTS:
         reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
         worker.run.folder.write_status("interrupted", reason=reason)
-    elif now not in (*ENDED, "failed", "interrupted"):
+    elif now not in (*RESULTS, "failed", "interrupted"):
         worker.run.folder.write_status("failed", reason=f"its process ended with {code}")
     return True
 
@@ -158,7 +163,7 @@ def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> N
     import torch
 
     from headwise.attention.kinds import load_plugins
-    from headwise.training.run import train
+    from headwise.study.fit import train_to_fit
 
     load_plugins(run.config.plugins)
 
@@ -167,7 +172,7 @@ def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> N
     torch.set_num_threads(threads)
     folder = run.folder
     try:
-        train(run.config, resume=folder.holds_run())
+        train_to_fit(run)
     except HeadwiseError as error:
         folder.write_status("failed", reason=str(error))
     except Exception as error:

@@ -85,7 +85,11 @@ WITH_MODIFIERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "learned sinks": ("gpt_oss", {"sink": "learned"}, {"n_kv_heads": 2, "bias": True}),
     "zero sinks and windows": ("gpt_oss", {"sink": "zero", "windows": [5, "full"]}, {"d_ff": 40}),
     "gate by element": ("qwen3_next", {"qk_norm": True, "output_gate": "element"}, {}),
-    "gate by head": ("qwen3_next", {"qk_norm": True, "output_gate": "head"}, {"head_dim": 20, "n_kv_heads": 1}),
+    "gate by head": (
+        "qwen3_next",
+        {"qk_norm": True, "output_gate": "head"},
+        {"head_dim": 20, "n_kv_heads": 1},
+    ),
 }
 
 
@@ -150,7 +154,10 @@ def test_an_exported_model_generates_what_the_run_would(tmp_path: Path) -> None:
         (GPT2 | {"head_dim": 10}, "model.d_model is 32, .*--model.d_model=40"),
         (LLAMA | {"n_heads": 3, "head_dim": 8, "bias": True}, "model.bias is true .*--model.bias=false"),
         ({"mlp": "gelu", "position": "sinusoidal"}, "mlp is gelu and model.position is sinusoidal.*=rope$"),
-        (LLAMA | {"attention": AttentionConfig(value_residual=True)}, "value_residual=True; Mistral has windows"),
+        (
+            LLAMA | {"attention": AttentionConfig(value_residual=True)},
+            "value_residual=True; Mistral has windows",
+        ),
         (
             LLAMA | {"attention": AttentionConfig(qk_norm=True, sink="learned")},
             "qk_norm=True and model.attention.sink=learned together",

@@ -127,9 +127,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ..
     q, k, v, bias, sink, y, lse = ctx.saved_tensors
     if grad is None:
         return (None,) * 8
-    dq, dk, dv, own = attention_backward(
-        grad, q, k, v, bias, sink, y, lse, ctx.causal, ctx.window, ctx.scale
-    )
+    dq, dk, dv, own = attention_backward(grad, q, k, v, bias, sink, y, lse, ctx.causal, ctx.window, ctx.scale)
     return dq, dk, dv, None, None if sink is None else own.to(sink.dtype), None, None, None
 
 

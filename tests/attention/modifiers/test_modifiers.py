@@ -102,9 +102,7 @@ def test_windows_repeat_over_the_layers_and_bound_the_cache() -> None:
     assert [attention.shape.modifiers.window for attention in model.attentions()] == [4, None, 4]
     cache = make_cache(model, 1, 12)
     assert [layer.k.shape[-2] for layer in cache.layers] == [4, 12, 4]
-    narrow, full = (
-        forward_flops_by_part(m, 12)["attention_core"] for m in (model, model_of())
-    )
+    narrow, full = (forward_flops_by_part(m, 12)["attention_core"] for m in (model, model_of()))
     assert narrow * 9 == full * 5  # 4 + 12 + 4 keys of 3 · 12
 
 

@@ -34,9 +34,13 @@ def test_the_definition_is_a_softmax_with_one_more_logit_whose_value_is_zero() -
 def test_the_definition_within_a_window_sees_the_last_keys() -> None:
     q, k, v, _ = inputs(7)
     y = softmax_attention(q, k, v, window=3)
-    torch.testing.assert_close(y[:, :, 6:], softmax_attention(q[:, :, 6:], k[:, :, 4:], v[:, :, 4:], causal=False))
+    torch.testing.assert_close(
+        y[:, :, 6:], softmax_attention(q[:, :, 6:], k[:, :, 4:], v[:, :, 4:], causal=False)
+    )
     both = softmax_attention(q, k, v, causal=False, window=2)
-    torch.testing.assert_close(both[:, :, 3:4], softmax_attention(q[:, :, 3:4], k[:, :, 2:5], v[:, :, 2:5], causal=False))
+    torch.testing.assert_close(
+        both[:, :, 3:4], softmax_attention(q[:, :, 3:4], k[:, :, 2:5], v[:, :, 2:5], causal=False)
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -99,7 +103,9 @@ def test_tensors_may_lie_in_memory_in_any_way(layout: str) -> None:
     y = fused_attention(q, k, v, causal=True, scale=0.4, sink=sink)
     expected = softmax_attention(q, k, v, scale=0.4, sink=sink)
     for one in (y, expected):
-        upstream = torch.ones((), dtype=one.dtype).expand_as(one) if layout == "repeated gradient" else one.cos()
+        upstream = (
+            torch.ones((), dtype=one.dtype).expand_as(one) if layout == "repeated gradient" else one.cos()
+        )
         one.backward(upstream, retain_graph=True)
         gradients = [x.grad.clone() for x in leaves if x.grad is not None]
         for x in leaves:
@@ -130,7 +136,9 @@ def test_the_operator_is_registered_as_torch_asks() -> None:
     from headwise.functional.fused_attention.backends import attention
 
     q, k, v, sink = inputs(5)
-    torch.library.opcheck(attention, (q, k, v, None, sink, True, 0, 0.4), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        attention, (q, k, v, None, sink, True, 0, 0.4), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_what_no_kernel_takes_is_known_beforehand() -> None:
