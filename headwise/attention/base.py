@@ -26,6 +26,7 @@ from headwise.functional.budget import keys_of_share
 from headwise.functional.softmax_attention import windowed
 from headwise.measures.spec import Measure
 
+NONE = Modifiers()
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 FEATURES = ("causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training", *MODIFIERS)
@@ -57,7 +58,7 @@ class AttentionShape:
     head_dropout: float = 0.0
     layer: int = 0
     n_layers: int = 1
-    modifiers: Modifiers = Modifiers()
+    modifiers: Modifiers = NONE
 
 
 @dataclass(frozen=True)

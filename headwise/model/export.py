@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from headwise.attention import KINDS, Attention, AttentionConfig
-from headwise.attention import KINDS, Attention
 from headwise.attention.projection import projections
 from headwise.errors import HeadwiseError
 from headwise.files import local, replacing

@@ -21,13 +21,7 @@ from headwise import testing
 from headwise.attention import KINDS, Attention, AttentionConfig, AttentionShape, Carry
 from headwise.attention.base import FEATURES
 from headwise.attention.observation import (
-    Margins,
     Observation,
-    Parts,
-    Scores,
-    Unmeasured,
-    Values,
-    Weights,
 )
 from headwise.config.run import Config, from_dict, load, to_yaml
 from headwise.errors import HeadwiseError
