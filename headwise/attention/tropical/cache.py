@@ -25,6 +25,6 @@ class TropicalCache(KeyValueCache):
         y = slot_attention(*layer.prepared(q, k, v), f == GONE, centre=layer.config.centre)
         return layer.finished(y)
 
-    def read(self, q: Tensor, f: Tensor | None) -> Tensor:
+    def read(self, q: Tensor, f: Tensor | None, x: Tensor | None = None) -> Tensor:
         """Attention of q `(B, H, 1, D)` to the slots, projected."""
-        return self.attention.finished(super().read(q, f))
+        return self.attention.finished(super().read(q, f, x))
