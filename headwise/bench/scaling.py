@@ -26,8 +26,14 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 BASELINE = "flash"
 HEADS, WIDTH = 12, 64
 LENGTHS = {"cuda": [1024, 2048, 4096, 8192, 16384, 32768], "cpu": [128, 256, 512]}
-LIMITS = {torch.bfloat16: 0.03, torch.float32: 1e-3}
-"""Largest relative error of y and of gradients (norms), by the dtype of q, k and v."""
+LIMITS = {torch.bfloat16: 0.03, torch.float32: 5e-3}
+"""Largest relative error of y and of gradients (norms), by the dtype of q, k and v.
+
+Spectra of modulus 1 have gradients that grow as 1 over the modulus: a few entries decide their error.
+"""
+
+SMALL = {torch.bfloat16: 0.05, torch.float32: 1e-3}
+"""Root mean square below which a gradient is but rounding, as that of a softmax over one key."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,14 +65,14 @@ def check(name: str, way: Way, exact: Way, device: torch.device) -> list[dict[st
             inputs = leaves(device, tokens, dtype, 2)
             true = both_ways(exact, [x.detach().double().requires_grad_() for x in inputs])
             ours = both_ways(way, inputs)
-            found = [_relative(a, b) for a, b in zip(ours, true, strict=True)]
+            found = [_relative(a, b, SMALL[dtype]) for a, b in zip(ours, true, strict=True)]
             row = {"case": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
             rows.append(row | {"largest_error": max(found), "passed": max(found) <= limit})
     return rows
 
 
-def _relative(ours: Tensor, true: Tensor) -> float:
-    size = max(true.norm().item(), 1e-3 * true.numel() ** 0.5)
+def _relative(ours: Tensor, true: Tensor, small: float) -> float:
+    size = max(true.norm().item(), small * true.numel() ** 0.5)
     return float((ours.double() - true).norm().item()) / size
 
 
