@@ -7,7 +7,7 @@ be averaged is decided here too, so that a table and a flag never disagree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -23,7 +23,7 @@ SHORT = {
     "at_a_time": "runs side by side", "nonfinite": "non-finite steps", "spikes": "gradient spikes",
     "untrained": "learned nothing", "nonfinite_loss": "non-finite loss",
 }  # fmt: skip
-CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error",
+CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error", "out_of_memory": "warning",
              "interrupted": "warning", "running": "warning",
              "skipped": "note", "planned": "note"}  # fmt: skip
 
@@ -32,6 +32,7 @@ CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error",
 class RunFacts:
     """What the checks need of one run; None = not recorded.
 
+    `batch_size` is that of a pass, and `wanted_batch` the planned one, where memory did not suffice for it.
     `loss` is the final one, `start_loss` the same measured before the first step; `time` is when it
     began and ended, in seconds. `repeats`: an earlier run of this variant has its seed, and is usable.
     """
@@ -56,6 +57,8 @@ class RunFacts:
     host: str | None = None
     time: tuple[float, float] | None = None
     repeats: bool = False
+    batch_size: int | None = None
+    wanted_batch: int | None = None
 
     @property
     def usable(self) -> bool:
@@ -125,14 +128,23 @@ def mark_repeats(runs: Sequence[RunFacts]) -> list[RunFacts]:
     return marked
 
 
-def check(runs: Sequence[RunFacts], baseline: str | None = None) -> list[Flag]:
-    """All flags of a set of runs, the gravest first."""
+def check(
+    runs: Sequence[RunFacts], baseline: str | None = None, references: Mapping[str, str] | None = None
+) -> list[Flag]:
+    """All flags of a set of runs, the gravest first.
+
+    Args:
+        baseline: of the study.
+        references: variant -> what it is compared with, where that is not always the baseline.
+    """
+    against = {run.variant: str(baseline) for run in runs} | dict(references or {})
     flags = [
         *_each_variant(runs),
         *_identical_variants(runs),
-        *_different_data(runs),
-        *_parameters(runs, baseline),
-        *_other_seeds(runs, baseline),
+        *_shrunk(runs),
+        *_different_data(runs, against if baseline else {}),
+        *_parameters(runs, against),
+        *_other_seeds(runs, against),
         *_different_machines(runs),
         *_at_a_time(runs),
     ]
@@ -233,14 +245,15 @@ def _few_seeds(name: str, runs: list[RunFacts]) -> Iterable[Flag]:
         yield Flag("error", "no_usable_run", f"{name}: no run may be averaged (n = 0).", name)
 
 
-def _other_seeds(runs: Sequence[RunFacts], baseline: str | None) -> Iterable[Flag]:
-    """Variants whose averages are over other seeds than the baseline's."""
+def _other_seeds(runs: Sequence[RunFacts], against: Mapping[str, str]) -> Iterable[Flag]:
+    """Variants whose averages are over other seeds than their baseline's."""
     averaged: dict[str, set[int | None]] = {}
     for run in runs:
         if run.usable and run.seed is not None:
             averaged.setdefault(run.variant, set()).add(run.seed)
-    names = [name for name, seeds in averaged.items() if seeds != averaged.get(str(baseline), seeds)]
-    if names:
+    apart = [name for name, seeds in averaged.items() if seeds != averaged.get(against[name], seeds)]
+    for baseline in dict.fromkeys(against[name] for name in apart):
+        names = [name for name in apart if against[name] == baseline]
         yield Flag(
             "note", "other_seeds",
             f"{', '.join(names)} and {baseline} were not averaged over the same seeds: compare them by their "
@@ -299,28 +312,52 @@ def _identical_variants(runs: Sequence[RunFacts]) -> Iterable[Flag]:
             )  # fmt: skip
 
 
-def _different_data(runs: Sequence[RunFacts]) -> Iterable[Flag]:
+def different_data(runs: Sequence[RunFacts], against: Mapping[str, str]) -> list[str]:
+    """The variants whose runs read other data than those of their baseline."""
+    read: dict[str, set[str]] = {}
+    for run in runs:
+        if run.data_checksum:
+            read.setdefault(run.variant, set()).add(run.data_checksum)
+    return [name for name, data in read.items() if data != read.get(against.get(name, name), data)]
+
+
+def _shrunk(runs: Sequence[RunFacts]) -> Iterable[Flag]:
+    for name in dict.fromkeys(run.variant for run in runs):
+        mine = [run for run in runs if run.variant == name and run.wanted_batch and run.batch_size]
+        changed = [run for run in mine if run.state == "finished" and run.batch_size != run.wanted_batch]
+        if changed:
+            first = changed[0]
+            yield Flag(
+                "note", "batch_shrunk",
+                f"{name} ({_seeds(changed)}): the batch of {first.wanted_batch} sequences did not fit into "
+                f"memory, so that a pass had {first.batch_size}; a step had as many tokens as planned.", name,
+            )  # fmt: skip
+
+
+def _different_data(runs: Sequence[RunFacts], against: Mapping[str, str]) -> Iterable[Flag]:
+    apart = different_data(runs, against)
     checksums: dict[str, list[str]] = {}
     for run in runs:
         if run.data_checksum:
             names = checksums.setdefault(run.data_checksum, [])
             if run.variant not in names:
                 names.append(run.variant)
-    if len(checksums) > 1:
+    if len(checksums) > 1 and (apart or not against):
         listed = "; ".join(f"{key[:12]}: {', '.join(names)}" for key, names in checksums.items())
         yield Flag(
             "error", "different_data",
             f"The runs read {len(checksums)} different data sets (checksums {listed}); "
-            "only runs on the same data are compared.",
+            "only runs on the same data are compared.", variants=tuple(apart),
         )  # fmt: skip
 
 
-def _parameters(runs: Sequence[RunFacts], baseline: str | None) -> Iterable[Flag]:
+def _parameters(runs: Sequence[RunFacts], against: Mapping[str, str]) -> Iterable[Flag]:
     sizes = {run.variant: run.params_total for run in runs if run.params_total}
-    reference = sizes.get(baseline or "")
-    if not reference:
-        return
     for name, size in sizes.items():
+        baseline = against[name]
+        reference = sizes.get(baseline)
+        if not reference:
+            continue
         ratio = size / reference - 1
         if abs(ratio) > PARAMETER_MARGIN:
             yield Flag(

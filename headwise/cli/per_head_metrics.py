@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
 def make_study(arguments: argparse.Namespace, command: str):  # type: ignore[no-untyped-def]
     """The suite as a study."""
     from headwise.names import folder_name
-    from headwise.study.plan import Study, Variant, supported_variants
+    from headwise.study.plan import supported_variants
+    from headwise.study.study import Study, Variant
 
     folder_name(arguments.run_id, "--run-id")
     variants = {

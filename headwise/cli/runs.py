@@ -142,7 +142,7 @@ def _print_table(runs: list[Run], root: Path, title: str) -> None:
     from rich.text import Text
 
     colours = {"finished": "green", "running": "cyan", "planned": "dim", "skipped": "dim",
-               "interrupted": "yellow", "timed_out": "yellow"}  # fmt: skip
+               "interrupted": "yellow", "timed_out": "yellow", "out_of_memory": "yellow"}  # fmt: skip
     rows = [{name: value(run, name, root) for name in COLUMNS} for run in runs]
     shown = [n for n in COLUMNS if any(row[n] not in (None, "") for row in rows)]
     if all("seed_" in row["run"] for row in rows) and "seed" in shown:

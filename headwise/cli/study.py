@@ -7,49 +7,76 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headwise.errors import HeadwiseError
 from headwise.files import alone, must_be_folder, sweep
 
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
+    from headwise.study.study import Study
+
 LOCK = ".study.lock"
+DESCRIPTION = (
+    "Train variants x seeds x axes, compare them, write report.md and report.html. "
+    "Runs that ended are not run again: the same command goes on after an interruption."
+)
 
 
 def main(argv: list[str]) -> int:
     """Plan, run what has not ended, report; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="headwise study",
-        description="Train variants x seeds x axes, compare them, write report.md and report.html. "
-        "Runs that ended are not run again: the same command goes on after an interruption.",
-        usage="headwise study FILE [options] [--SECTION.KEY=VALUE ...]",
+    arguments, flags = parser("study", DESCRIPTION).parse_known_args(argv)
+    return carry_out(
+        study_of(arguments, flags, f"headwise study {shlex.join(argv)}"),
+        Path(arguments.out),
+        only_plan=arguments.plan,
+    )
+
+
+def parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """What `study` and `sweep` take."""
+    found = argparse.ArgumentParser(
+        prog=f"headwise {verb}",
+        description=description,
+        usage=f"headwise {verb} FILE [options] [--SECTION.KEY=VALUE ...]",
         epilog="Dotted keys change what all runs share (--model.d_model=768 --data.seq_len=1024), the budget "
         "(--budget.kind=tokens --budget.value=1e9), an axis (--axes.data.seq_len=[512,1024]) or a variant "
         "(--variants.NAME.training.lr=3e-4); what a variant sets itself stays otherwise. Another size is "
         "another study: give it an --out of its own.",
         allow_abbrev=False,
     )
-    parser.add_argument("file", help="study file; configs/studies has some ready")
-    parser.add_argument("--out", default="runs", help="folder for the study's folder (default: runs)")
-    parser.add_argument("--workers", type=int, help="runs at a time")
-    parser.add_argument("--device", help="cpu, cuda, auto")
-    parser.add_argument("--seed", type=int, action="append", help="instead of the file's seeds; repeat")
-    parser.add_argument("--timeout-s", type=float, help="seconds of training a run")
-    parser.add_argument("--plan", action="store_true", help="show the runs and stop")
-    arguments, rest = parser.parse_known_args(argv)
-    overrides = list(_pairs(rest))
+    found.add_argument("file", help="study file; configs/studies has some ready")
+    found.add_argument("--out", default="runs", help="folder for the study's folder (default: runs)")
+    found.add_argument("--size", help="one of the file's sizes, such as smoke, small or full")
+    found.add_argument("--workers", type=int, help="runs at a time")
+    found.add_argument("--device", help="cpu, cuda, auto")
+    found.add_argument("--seed", type=int, action="append", help="instead of the file's seeds; repeat")
+    found.add_argument("--timeout-s", type=float, help="seconds of training a run")
+    found.add_argument("--memory-limit", metavar="SIZE", help="memory of a run's training, such as 24GiB")
+    found.add_argument(
+        "--max-length-at", metavar="SIZE", help="also search each variant's longest sequence in this memory"
+    )
+    found.add_argument("--plan", action="store_true", help="show the runs and stop")
+    return found
 
-    from headwise.study.plan import override, read_study
 
-    study = read_study(arguments.file)
-    for key, value in overrides:
+def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> Study:
+    """The study of a command line, validated."""
+    from headwise.study.read import override, read_study
+
+    study = read_study(arguments.file, arguments.size)
+    for key, value in _pairs(flags):
         override(study, key, value)
     study.workers = arguments.workers or study.workers
     study.device = arguments.device or study.device
+    study.memory_limit = arguments.memory_limit or study.memory_limit
+    study.max_length_at = arguments.max_length_at or study.max_length_at
     if arguments.seed:
         study.use_seeds(arguments.seed)
     study.timeout_s = arguments.timeout_s or study.timeout_s
-    study.command = "headwise study " + shlex.join(argv)
+    study.command = command
     study.validate()
-    return carry_out(study, Path(arguments.out), only_plan=arguments.plan)
+    return study
 
 
 def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
@@ -64,31 +91,27 @@ def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ignore[no-untyped-def]
+def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
     """Run a study, print its conclusions and where its report is; 1 when no run came to a result."""
     from headwise import report
     from headwise.questions.sections import sections
-    from headwise.study.display import StudyDisplay
-    from headwise.study.local import ENDED, run_all, state
-    from headwise.study.plan import plan, write_plan
+    from headwise.runs.folder import RESULTS
+    from headwise.study.lengths import search_lengths
+    from headwise.study.local import state
+    from headwise.study.plan import plan, waiting
 
     folder = root / study.name
     must_be_folder(folder)
-    runs = plan(study, root)
     if only_plan:
-        for run in runs:
-            print(f"{run.folder.path}  {run.skip or state(run)}")
+        _show_plan(plan(study, root), waiting(study, root))
         return 0
     with alone(folder / LOCK, f"works on the study {folder}"):
         sweep(folder)
-        write_plan(study, runs, root)
-        display = StudyDisplay(len(runs))
-        try:
-            complete = run_all(runs, workers=study.workers, show=display)
-        finally:
-            display.close()
+        complete, runs = _run(study, root)
+        if complete and study.max_length_at:
+            search_lengths(study, root)
         states = [state(run) for run in runs]
-        if any(one in ENDED for one in states) or (complete and "skipped" in states):
+        if any(one in RESULTS for one in states) or (complete and "skipped" in states):
             paths = report.build(folder, sections=sections())
             print("\n".join(report.conclusions(paths["json"])))
             print(f"report: {paths['html']}\n        {paths['markdown']}")
@@ -96,7 +119,40 @@ def carry_out(study, root: Path, *, only_plan: bool = False) -> int:  # type: ig
             broken = [run for run in runs if state(run) in ("failed", "interrupted")]
             reason = next((run.folder.read_status().get("reason") for run in broken), "")
             raise HeadwiseError(f"no run of {folder} came to a result: {reason}")
+        pending = waiting(study, root)
     if not complete:
         print(f"stopped; what was done is kept. To go on: {study.command}", file=sys.stderr)
         return 130
-    return 0 if all(one in ("finished", "skipped") for one in states) else 1
+    for name, reason in pending.items():
+        print(f"{name} was not run: it {reason}", file=sys.stderr)
+    fine = all(one in ("finished", "skipped", "out_of_memory") for one in states)
+    return 0 if fine and not pending else 1
+
+
+def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
+    """Run everything, stages after what they wait for; False first where Ctrl-C stopped it."""
+    from headwise.study.display import StudyDisplay
+    from headwise.study.local import run_all
+    from headwise.study.plan import plan, write_plan
+
+    runs = plan(study, root)
+    while True:
+        write_plan(study, runs, root)
+        display = StudyDisplay(len(runs))
+        try:
+            complete = run_all(runs, workers=study.workers, show=display)
+        finally:
+            display.close()
+        more = plan(study, root) if complete else runs
+        if len(more) == len(runs):
+            return complete, runs
+        runs = more
+
+
+def _show_plan(runs: list[PlannedRun], pending: dict[str, str]) -> None:
+    from headwise.study.local import state
+
+    for run in runs:
+        print(f"{run.folder.path}  {run.skip or state(run)}")
+    for name, reason in pending.items():
+        print(f"{name}  pending: {reason}")

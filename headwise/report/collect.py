@@ -40,13 +40,14 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
     used = material.used
     grids, damaged = _grids(by_variant, used)
     reference = _reference(study, by_variant)
+    others = _references(study, by_variant, reference)
     flags = sorted(
-        [*check(list(facts.values()), reference), *damaged],
+        [*check(list(facts.values()), reference, others), *damaged],
         key=lambda flag: ("error", "warning", "note").index(flag.severity),
     )
     plan = study.plan
     lines = {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))}
-    _add_gaps(lines, material, reference)
+    _add_gaps(lines, material, others)
     among = Found(study.runs, grids, lines)
     return finite({
         "run_id": study.name,
@@ -59,6 +60,7 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
         "seeds": sorted({run.seed for run in study.runs if run.seed is not None}),
         "budget": plan.get("budget") or _budget(study.runs),
         "baseline": reference,
+        "against": _against(others, reference),
         "command": plan.get("command"),
         "timeout_s": plan.get("timeout_s"),
         "flags": [asdict(flag) for flag in flags],
@@ -66,8 +68,8 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
             _variant(name, study.variants.get(name) or {}, runs, used, grids.get(name, []))
             for name, runs in by_variant.items()
         ],
-        "comparisons": comparisons(material, reference),
-        **conclude_all(material, reference, plan, flags, grids),
+        "comparisons": comparisons(material, others),
+        **conclude_all(material, others, plan, flags, grids),
         "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
         "curves": lines,
         **{section.name: section.collect(among) for section in sections},
@@ -131,6 +133,21 @@ def _reference(study: Study, by_variant: dict[str, list[Run]]) -> str | None:
     return baseline if baseline in by_variant else next(iter(by_variant), None)
 
 
+def _references(study: Study, by_variant: dict[str, list[Run]], baseline: str | None) -> dict[str, str]:
+    """What each variant is compared with: what its plan names, else the baseline."""
+    found = {}
+    for name in by_variant:
+        own = (study.variants.get(name) or {}).get("against")
+        found[name] = str(own if own in by_variant else baseline)
+    return found
+
+
+def _against(references: dict[str, str], baseline: str | None) -> str | None:
+    """The one baseline by name, or words for several."""
+    different = {reference for name, reference in references.items() if reference != name}
+    return baseline if different <= {baseline} else "its baseline"
+
+
 def _grids(by_variant: dict[str, list[Run]], used: set[int]) -> tuple[dict[str, list], list[Flag]]:
     grids: dict[str, list] = {}
     damaged = []
@@ -147,12 +164,13 @@ def _grids(by_variant: dict[str, list[Run]], used: set[int]) -> tuple[dict[str, 
     return grids, damaged
 
 
-def _add_gaps(lines: dict[str, Any], material: Material, reference: str | None) -> None:
-    """Beside the validation loss of each variant how far it is from the baseline's, seed by seed."""
-    base = lines.get(str(reference), {}).get("val")
+def _add_gaps(lines: dict[str, Any], material: Material, references: dict[str, str]) -> None:
+    """Beside the validation loss of each variant how far it is from its baseline's, seed by seed."""
     for name, found in lines.items():
+        reference = references[name]
+        base = lines.get(reference, {}).get("val")
         if base and name != reference and "val" in found:
-            paired, _ = material.pair(str(reference), name, "val_loss")
+            paired, _ = material.pair(reference, name, "val_loss")
             if found_gap := gap(base, found["val"], paired):
                 found["gap"] = found_gap
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,15 +62,16 @@ class Material:
 
 @dataclass(frozen=True)
 class Family:
-    """Every variant against the baseline on one metric.
+    """Every variant against its baseline on one metric.
 
     Attributes:
-        pairs: variant -> its differences to the baseline, seed by seed.
+        references: variant -> its baseline; itself for a variant that has none.
+        pairs: variant -> its differences to its baseline, seed by seed.
         comparisons: variants with two pairs or more, over which intervals are simultaneous.
     """
 
     metric: str
-    reference: str
+    references: Mapping[str, str]
     pairs: dict[str, Paired]
 
     @property
@@ -79,36 +80,42 @@ class Family:
         return max(1, sum(found.difference.n >= 2 for found in self.pairs.values()))
 
 
-def family(material: Material, reference: str, metric: str) -> Family:
-    """The paired differences of all variants but the baseline."""
-    others = [name for name in material.variants if name != reference]
-    return Family(metric, reference, {n: paired(*material.pair(reference, n, metric)) for n in others})
+def compared(material: Material, references: Mapping[str, str]) -> list[str]:
+    """The variants that have a baseline other than themselves."""
+    return [name for name in material.variants if references.get(name, name) != name]
+
+
+def family(material: Material, references: Mapping[str, str], metric: str) -> Family:
+    """The paired differences of all variants but the baselines."""
+    others = compared(material, references)
+    pairs = {name: paired(*material.pair(references[name], name, metric)) for name in others}
+    return Family(metric, references, pairs)
 
 
 def relative_to(material: Material, found: Family, name: str) -> Summary:
     """`variant/baseline - 1` of one variant over common seeds, with the simultaneous interval."""
-    a, b = material.pair(found.reference, name, found.metric)
+    a, b = material.pair(found.references[name], name, found.metric)
     if any(a[seed] == 0 for seed in set(a) & set(b)):
         return Summary(0, None, None, None)
     return simultaneous(relative(a, b), found.comparisons)
 
 
-def comparisons(material: Material, reference: str | None) -> list[dict[str, Any]]:
-    """Every variant against the baseline, metric by metric, with intervals simultaneous within each."""
+def comparisons(material: Material, references: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every variant against its baseline, metric by metric, with intervals simultaneous within each."""
     rows = []
-    for metric in COMPARED if reference is not None else ():
-        found = family(material, str(reference), metric)
+    for metric in COMPARED:
+        found = family(material, references, metric)
         rows += [_compare(material, found, name) for name, pairs in found.pairs.items() if pairs.seeds]
     return rows
 
 
 def _compare(material: Material, found: Family, name: str) -> dict[str, Any]:
     result = found.pairs[name]
-    a, b = material.pair(found.reference, name, found.metric)
+    a, b = material.pair(found.references[name], name, found.metric)
     alone, together = result.difference, simultaneous(result.difference, found.comparisons)
     share = relative_to(material, found, name)
     return {
-        "metric": found.metric, "variant": name, "baseline": found.reference, "seeds": list(result.seeds),
+        "metric": found.metric, "variant": name, "baseline": found.references[name], "seeds": list(result.seeds),
         "differences": [b[seed] - a[seed] for seed in result.seeds],
         **asdict(together), "low": together.low, "high": together.high,
         "alone": {"ci95": alone.ci95, "low": alone.low, "high": alone.high},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +19,7 @@ from headwise.analysis.honesty import Flag, RunFacts
 from headwise.analysis.importance import Signal, head_correlation, signal
 from headwise.analysis.statistics import Summary, holm, summarize
 from headwise.analysis.verdict import Evidence, check_criteria, judge
-from headwise.report.compare import Family, Material, family, most, relative_to
+from headwise.report.compare import Family, Material, compared, family, most, relative_to
 from headwise.runs.read import Run
 
 OF_A_PLACE = "memory"
@@ -32,14 +32,15 @@ ONLY_ONE = "No conclusion: {} is the only variant here, and a conclusion compare
 
 def conclude_all(
     material: Material,
-    reference: str | None,
+    references: Mapping[str, str],
     plan: dict[str, Any],
     flags: Sequence[Flag],
     grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]],
 ) -> dict[str, Any]:
-    """Conclusions and verdicts of every variant but the baseline, and the signals of their heads.
+    """Conclusions and verdicts of every variant but the baselines, and the signals of their heads.
 
     Args:
+        references: variant -> the baseline that it is compared with.
         plan: of the study, whose `smallest_difference` and `criteria` count.
         flags: of the honesty checks.
         grids: variant -> [(run, whether it may be averaged, its head table as arrays)].
@@ -47,28 +48,58 @@ def conclude_all(
     Raises:
         HeadwiseError: the plan has a `smallest_difference` or `criteria` that cannot be.
     """
-    others = [name for name in material.variants if name != reference]
+    others = compared(material, references)
     signals = head_signals(material, grids)
-    found: dict[str, Any] = {"signals": signals, "conclusions": [], "verdicts": [], "conclusion_note": None}
+    found: dict[str, Any] = {"signals": signals, "conclusions": [], "verdicts": [], "kinds": [],
+                             "conclusion_note": None}  # fmt: skip
     criteria = plan.get("criteria")
     if criteria is not None:
         check_criteria(criteria)
     size = plan.get("smallest_difference", DEFAULT_SMALLEST)
     smallest_difference(size, None)
-    if reference is None or not others:
-        return found | {"conclusion_note": ONLY_ONE.format(reference or "none")}
+    if not others:
+        return found | {"conclusion_note": ONLY_ONE.format(next(iter(material.variants), "none"))}
     metric = next((m for m in METRICS if any(material.values(v, m) for v in material.variants)), "val_loss")
-    losses = family(material, reference, metric)
-    memories = {of: family(material, reference, key) for of, key in MEMORY.items()}
-    smallest = smallest_difference(size, summarize(material.values(reference, metric).values()).mean)
+    losses = family(material, references, metric)
+    memories = {of: family(material, references, key) for of, key in MEMORY.items()}
     for name in others:
+        reference = references[name]
+        smallest = smallest_difference(size, summarize(material.values(reference, metric).values()).mean)
         doubt = _doubt(material, reference, name, flags)
         result = conclude(losses.pairs[name], smallest, losses.comparisons, doubt=doubt)
         memory = memories[memory_of(material, reference, name)]
         evidence = _evidence(material, losses, memory, name, result, signals)
         found["conclusions"].append(_row(material, losses, name, result, flags))
         found["verdicts"].append(_verdict(material, reference, name, evidence, criteria))
+    found["kinds"] = _of_kinds(material, references, plan, found["verdicts"])
     return found
+
+
+ORDER = ("GO", "INCONCLUSIVE", "NO-GO")
+
+
+def _of_kinds(
+    material: Material, references: Mapping[str, str], plan: dict[str, Any], verdicts: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One verdict a kind of attention: the best that one of its variants has, with that one's numbers."""
+    planned = plan.get("variants") or {}
+
+    def kind_of(name: str) -> Any:
+        known = (planned.get(name) or {}).get("kind")
+        return known or most(run.get("kind") for run in material.variants.get(name, []))
+
+    found: dict[str, dict[str, Any]] = {}
+    for verdict in verdicts:
+        kind = kind_of(verdict["variant"])
+        if kind is None or kind == kind_of(references[verdict["variant"]]):
+            continue
+        best = found.get(kind)
+        if best is None or ORDER.index(verdict["verdict"]) < ORDER.index(best["verdict"]):
+            found[kind] = {"kind": kind} | {key: verdict[key] for key in (
+                "variant", "against", "verdict", "decided_by", "text")}  # fmt: skip
+    for kind, row in found.items():
+        row["of"] = sum(kind_of(verdict["variant"]) == kind for verdict in verdicts)
+    return list(found.values())
 
 
 def line(row: dict[str, Any]) -> str:
@@ -149,7 +180,7 @@ def _state(facts: RunFacts) -> str:
 def _row(
     material: Material, losses: Family, name: str, result: Conclusion, flags: Sequence[Flag]
 ) -> dict[str, Any]:
-    pairs, reference = losses.pairs[name], losses.reference
+    pairs, reference = losses.pairs[name], losses.references[name]
     costs, of = _cost_ratios(material, reference, name)
     row = {
         "variant": name, "against": reference, "metric": losses.metric, "unit": "nats",
@@ -216,13 +247,13 @@ def memory_of(material: Material, reference: str, name: str) -> str:
 
 def _distrust(material: Material, losses: Family, name: str, flags: Sequence[Flag]) -> list[str]:
     """What the flags say of this comparison, in a word or two each, and the seeds that are not in it."""
-    found = []
+    found, reference = [], losses.references[name]
     for flag in flags:
         if not flag.about or name in flag.about:
             found.append(flag.short)
-        elif losses.reference in flag.about:
-            found.append(f"{flag.short} ({losses.reference})")
-    planned = {f.seed for v in (name, losses.reference) for f in material.facts_of(v) if f.seed is not None}
+        elif reference in flag.about:
+            found.append(f"{flag.short} ({reference})")
+    planned = {f.seed for v in (name, reference) for f in material.facts_of(v) if f.seed is not None}
     missing = sorted(planned - set(losses.pairs[name].seeds))
     if missing and losses.pairs[name].seeds:
         listed = ", ".join(map(str, missing))
@@ -238,7 +269,7 @@ def _evidence(
     result: Conclusion,
     signals: dict[str, dict[str, Any]],
 ) -> Evidence:
-    reference = losses.reference
+    reference = losses.references[name]
     facts = material.facts_of(name)
     lengths = [most(run.get("seq_len") for run in material.usable(v)) for v in (reference, name)]
     flops, base_flops = (_mean(material, v, "flops") for v in (name, reference))

@@ -59,7 +59,7 @@ def loss_curves(data: dict[str, Any]) -> Figure | None:
     """Losses, and how far they are from the baseline's; bands span the seeds."""
     titles = {
         "train": "training loss, smoothed (nats)", "val": "validation loss (nats)",
-        "gap": f"validation loss: difference to {data['baseline']} (nats)", "accuracy": "accuracy",
+        "gap": f"validation loss: difference to {data['against']} (nats)", "accuracy": "accuracy",
     }  # fmt: skip
     panels = [panel for panel in titles if any(panel in found for found in data["curves"].values())]
     if not panels:
@@ -114,7 +114,7 @@ def comparison(data: dict[str, Any]) -> Figure | None:
             )  # fmt: skip
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
-        finish_axis(axis, f"{METRICS[metric].label}: difference to {data['baseline']}", "nats")
+        finish_axis(axis, f"{METRICS[metric].label}: difference to {data['against']}", "nats")
     return figure
 
 

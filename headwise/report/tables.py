@@ -86,7 +86,7 @@ def conclusions(data: dict[str, Any]) -> Table:
         rows.append(
             [row["variant"], f"{word}: {why}", parts["difference"], parts["costs"], parts["distrust"]]
         )
-    headers = ["variant", f"against {data['baseline']}", "difference [95% interval]", "costs", "distrust"]
+    headers = ["variant", f"against {data['against']}", "difference [95% interval]", "costs", "distrust"]
     note = (
         "Paired differences on the same seeds; the intervals hold for all variants at once (max-t). An "
         "interval that covers 0 does not show that two variants are equal. Costs are ratios to the baseline."
@@ -105,7 +105,7 @@ def comparisons(data: dict[str, Any]) -> Table:
             "" if c["relative"] is None else f"{c['relative']['mean']:+.2%}",
             p_value(c["p_adjusted"]), str(c["n"]),
         ])  # fmt: skip
-    headers = ["metric", "variant", f"difference to {data['baseline']}", "95% interval, simultaneous",
+    headers = ["metric", "variant", f"difference to {data['against']}", "95% interval, simultaneous",
                "relative", "p (max-t)", "n"]  # fmt: skip
     note = (
         "Pairs share the seed and the data. Intervals and p-values hold for all variants of a metric at "
@@ -123,7 +123,7 @@ def unadjusted(data: dict[str, Any]) -> Table:
             METRICS[c["metric"]].label, c["variant"], _signed(c["mean"], style), _interval(c["alone"], style),
             p_value(c["p_t"]), p_value(c["p_wilcoxon"]), str(c["n"]),
         ])  # fmt: skip
-    headers = ["metric", "variant", f"difference to {data['baseline']}", "95% interval, alone",
+    headers = ["metric", "variant", f"difference to {data['against']}", "95% interval, alone",
                "p (paired t)", "p (Wilcoxon)", "n"]  # fmt: skip
     note = (
         "Not corrected: of several variants, one in twenty seems to differ by chance. Wilcoxon needs 6 pairs."

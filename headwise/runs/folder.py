@@ -40,9 +40,13 @@ FORMAT = 1
 """Of the files of a run folder and of a study's plan; 0 had no number."""
 
 STATES = (
-    "planned", "running", "interrupted", "finished", "failed", "timed_out", "diverged", "skipped",
+    "planned", "running", "interrupted", "finished", "failed", "timed_out", "diverged", "out_of_memory",
+    "skipped",
 )  # fmt: skip
 """The states of a run, everywhere the same words."""
+
+RESULTS = ("finished", "timed_out", "diverged", "out_of_memory")
+"""States that are results: a study does not run such a run again."""
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0

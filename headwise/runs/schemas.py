@@ -33,6 +33,23 @@ class Status(TypedDict, total=False):
     step_time_ms: float | None
     flops_per_sec: float | None
     data_wait: float | None
+    fit: Fit
+
+
+class Tried(TypedDict, total=False):
+    """A batch that memory did not suffice for."""
+
+    batch_size: Size
+    peak_mb: float | None
+
+
+class Fit(TypedDict, total=False):
+    """`fit` of `status.json`: how a batch was shrunk, or that none fits."""
+
+    wanted: Size
+    tried: list[Tried]
+    measured_by: str
+    limit_mb: float | None
 
 
 class Importance(TypedDict):
@@ -140,11 +157,23 @@ class RunConfig(TypedDict, total=False):
     init_from: str | None
 
 
+class Chosen(TypedDict, total=False):
+    """Which variant a stage of a study took."""
+
+    best: str | None
+    by: str
+    values: dict[str, float]
+    text: str
+
+
 class PlannedVariant(TypedDict, total=False):
     """A variant in `study.yaml`."""
 
     label: str | None
     kind: str | None
+    against: str | None
+    waits: str
+    chosen: Chosen
     expected_engine: str | None
     params_total: Count | None
     overrides: dict[str, Any] | None
@@ -173,6 +202,7 @@ class StudyPlan(TypedDict, total=False):
     criteria: list[str]
     timeout_s: float | None
     device: str | None
+    size: str | None
     command: str | None
 
 
@@ -265,3 +295,34 @@ class Operation(_Operation, total=False):
     why: str | None
     learns: bool | None
     operated_in: str | None
+
+
+class TriedLength(TypedDict):
+    """A length that a search tried."""
+
+    seq_len: Size
+    peak_mb: float | None
+    fits: bool
+
+
+class _Length(TypedDict):
+    variant: str
+    kind: str
+    limit_mb: float
+    until: Size
+
+
+class Length(_Length, total=False):
+    """The longest trainable sequence of one variant."""
+
+    max_seq_len: Count
+    capped: bool
+    measured_by: str
+    tried: list[TriedLength]
+    problem: str
+
+
+class Lengths(TypedDict):
+    """`max_lengths.json` of a study."""
+
+    rows: list[Length]

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from headwise.study.local import ENDED, state
+from headwise.runs.folder import RESULTS
+from headwise.study.local import state
 from headwise.study.plan import PlannedRun
 
 
@@ -72,7 +73,7 @@ class StudyDisplay:
 
 
 def _share(status: dict[str, Any], now: str) -> float:
-    if now in (*ENDED, "skipped", "failed"):
+    if now in (*RESULTS, "skipped", "failed"):
         return 1.0
     return status.get("step", 0) / max(1, status.get("max_steps", 1))
 

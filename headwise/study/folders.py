@@ -12,6 +12,7 @@ from headwise.runs.read import Unreadable, read_plan
 OWN = (
     "study.yaml", "report.md", "report.html", "report.json", "figures", "config.yaml", "env.json",
     "status.json", "summary.json", "metrics.csv", "log.txt", "heads", "maps", "checkpoints", "eval.json",
+    "max_lengths.json", "sweep_results.csv", "all_results.parquet",
 )  # fmt: skip
 """Names that mean something in the folder of a study or of a run: no variant is called so."""
 

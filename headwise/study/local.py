@@ -20,11 +20,8 @@ from typing import Any
 
 from headwise.config.run import to_yaml
 from headwise.errors import HeadwiseError
-from headwise.runs.folder import state_of
+from headwise.runs.folder import RESULTS, state_of
 from headwise.study.plan import PlannedRun
-
-ENDED = ("finished", "timed_out", "diverged")
-"""States that are results: such a run is not run again."""
 
 GRACE_S = 60.0
 POLL_S = 0.2
@@ -93,7 +90,7 @@ def _next(waiting: list[PlannedRun]) -> PlannedRun | None:
         now = state(run)
         if now != "running":
             waiting.remove(run)
-            if now not in ENDED:
+            if now not in RESULTS:
                 return run
     return None
 
@@ -104,7 +101,7 @@ def state(run: PlannedRun) -> str:
 
 
 def _settled(run: PlannedRun) -> bool:
-    if state(run) in ENDED:  # also a run that could not start here, but ended where it could
+    if state(run) in RESULTS:  # also a run that could not start here, but ended where it could
         return True
     if run.skip is None:
         return False
@@ -143,10 +140,10 @@ def _ended(worker: _Worker) -> bool:
     worker.process.join()
     worker.pipe.close()
     code, now = worker.process.exitcode or 0, state(worker.run)
-    if code < 0 and now not in ENDED:
+    if code < 0 and now not in RESULTS:
         reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
         worker.run.folder.write_status("interrupted", reason=reason)
-    elif now not in (*ENDED, "failed", "interrupted"):
+    elif now not in (*RESULTS, "failed", "interrupted"):
         worker.run.folder.write_status("failed", reason=f"its process ended with {code}")
     return True
 
@@ -158,7 +155,7 @@ def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> N
     import torch
 
     from headwise.attention.kinds import load_plugins
-    from headwise.training.run import train
+    from headwise.study.fit import train_to_fit
 
     load_plugins(run.config.plugins)
 
@@ -167,7 +164,7 @@ def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> N
     torch.set_num_threads(threads)
     folder = run.folder
     try:
-        train(run.config, resume=folder.holds_run())
+        train_to_fit(run)
     except HeadwiseError as error:
         folder.write_status("failed", reason=str(error))
     except Exception as error:

@@ -1,186 +1,34 @@
-"""A study: variants x axes x seeds on one base configuration, planned from a YAML file.
-
-name: demo
-question: …
-baseline: flash
-base: {model: {…}, data: {…}, training: {…}}
-variants:
-  flash: {label: fused, expected_engine: sdpa, overrides: {model.attention.kind: flash}}
-axes: {data.seq_len: [128, 256]}
-seeds: [0, 1, 2]
-budget: {kind: flops, value: 2.0e8}
-smallest_difference: 0.5%
-criteria: [memory, length, entropy_signal]
-"""
+"""Which runs a study has, each with its whole configuration, and the plan that its report reads."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import itertools
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from headwise import reading
-from headwise.analysis.conclusion import DEFAULT_SMALLEST, smallest_difference
-from headwise.analysis.verdict import DEFAULT_CRITERIA, check_criteria
-from headwise.attention import attention_kind
-from headwise.attention.kinds import load_plugins
-from headwise.config.run import Config, flatten, from_dict, keys, load, to_dict
-from headwise.config.training import MOST_FLOPS
-from headwise.errors import HeadwiseError, did_you_mean, in_range, one_of
+from headwise.attention import KINDS, attention_kind
+from headwise.config.run import Config, flatten, from_dict, load, to_dict
+from headwise.errors import HeadwiseError, did_you_mean
 from headwise.files import write_text
 from headwise.model.count import parameters_by_part
 from headwise.model.decoder import Decoder
-from headwise.names import cleaned, folder_name, refuse_clash
+from headwise.names import refuse_clash
 from headwise.runs.folder import FORMAT, RunFolder
-from headwise.study.folders import refuse_newer_plan, variant_folder, variant_name
+from headwise.study.expand import Place, places, references
+from headwise.study.fit import NO_FIT, Fit, adopted, fit_of
+from headwise.study.folders import refuse_newer_plan, variant_folder
+from headwise.study.stages import Choice, choose
+from headwise.study.study import BUDGETS, KIND, Study, Variant
 from headwise.training.distributed import find_device
 from headwise.training.run import SAME_RUN, refuse_device
 
-BUDGETS = {"flops": "max_flops", "steps": "max_steps", "tokens": "max_tokens"}
-MOST_RUNS = 10_000
 MATCHED = 0.02
 """Parameters within this share of the baseline's count as equal."""
-
-
-@dataclass
-class Variant:
-    """One thing to compare.
-
-    Attributes:
-        label: how the report calls it.
-        expected_engine: fail the variant when its attention ran on another engine.
-        overrides: dotted keys of the configuration and their values.
-        seeds: its own, where it needs others than the study's.
-    """
-
-    label: str = ""
-    expected_engine: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Study:
-    """What is compared, on what, with which budget.
-
-    Attributes:
-        name: the folder's name.
-        title, question, hypothesis: for the report.
-        plugins: modules outside of headwise that register the attention kinds of the variants.
-        baseline: the variant that the others are compared with; the first where not given.
-        base: nested configuration that all runs share.
-        variants: by name.
-        axes: dotted key to values; every variant runs at every combination.
-        seeds: one run of each.
-        budget: `{kind: flops | steps | tokens, value: number}`, equal for all variants.
-        smallest_difference: of the loss that matters: in nats, or as a share of the baseline's loss (`0.5%`).
-        criteria: which of memory, length, entropy_signal, quality earn a GO.
-        match_parameters: change a variant's d_ff so that its parameters match the baseline's.
-        timeout_s: seconds of training a run.
-        workers: runs at a time.
-        device: as `--device`.
-        command: the command that makes the study again.
-    """
-
-    name: str
-    title: str = ""
-    question: str = ""
-    hypothesis: str = ""
-    plugins: list[str] = field(default_factory=list)
-    baseline: str = ""
-    base: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, Variant] = field(default_factory=dict)
-    axes: dict[str, list[Any]] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    budget: dict[str, Any] = field(default_factory=dict)
-    smallest_difference: float | str = DEFAULT_SMALLEST
-    criteria: list[str] = field(default_factory=lambda: list(DEFAULT_CRITERIA))
-    match_parameters: bool = False
-    timeout_s: float | None = None
-    workers: int = 1
-    device: str = "auto"
-    command: str = ""
-
-    def validate(self) -> None:
-        """Refuse a study that cannot be run.
-
-        Raises:
-            HeadwiseError: one line with the value received and what to do.
-        """
-        folder_name(self.name, "study")
-        if not self.variants:
-            raise HeadwiseError(f"study {self.name!r} has no variants")
-        for name in self.variants:
-            variant_name(name)
-        refuse_clash(zip(self.variants, self.variants, strict=True), "variants")
-        self.baseline = self.baseline or next(iter(self.variants))
-        one_of("baseline", self.baseline, self.variants)
-        for name in self.variants:
-            seeds = self.seeds_of(name)
-            numbers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
-            if not numbers or not seeds or len(set(seeds)) < len(seeds):
-                raise HeadwiseError(f"study {self.name!r} has seeds {seeds}; give a list of different ones")
-            for seed in seeds:
-                in_range("seeds", seed, 0, 2**63 - 1)
-            if alone := sorted(set(seeds) - set(self.seeds_of(self.baseline))):
-                raise HeadwiseError(
-                    f"variant {name!r} has seeds {alone} and the baseline {self.baseline!r} has not: "
-                    "differences are paired by seed, so give it these too"
-                )
-        if self.budget:
-            for key in self.budget:
-                one_of("budget key", key, ("kind", "value"))
-            one_of("budget.kind", str(self.budget.get("kind")), BUDGETS)
-            value = self.budget.get("value")
-            if not _is_number(value) or isinstance(value, str | bool):
-                raise HeadwiseError(
-                    f"budget.value is {value!r}; give a number above 0 and below {MOST_FLOPS:.0e}"
-                )
-            if self.budget["kind"] != "flops" and self.budget["value"] % 1 != 0:
-                raise HeadwiseError(
-                    f"budget.value is {value!r} {self.budget['kind']}; give a whole number of them"
-                )
-        for key in self.axes:
-            _refuse_decided(self, f"axes.{key}", key)
-        for name, one in self.variants.items():
-            for key in one.overrides:
-                _refuse_decided(self, f"variant {name!r}: {key}", key)
-        smallest_difference(self.smallest_difference, None)
-        check_criteria(self.criteria)
-        for key, values in self.axes.items():
-            if (
-                not isinstance(values, list)
-                or not values
-                or any(value in values[:n] for n, value in enumerate(values))
-            ):
-                raise HeadwiseError(
-                    f"axes.{key} is {values!r}; an axis is a list of different values, such as [1, 2]"
-                )
-        in_range("workers", self.workers, 1, 2**10)
-        in_range("timeout_s", self.timeout_s, 0, 1e9, above=True)
-        combinations = math.prod(len(values) for values in self.axes.values())
-        runs = combinations * sum(len(self.seeds_of(name)) for name in self.variants)
-        if runs > MOST_RUNS:
-            raise HeadwiseError(
-                f"study {self.name!r} has {runs:,} runs, and at most {MOST_RUNS:,} are planned"
-            )
-
-    def seeds_of(self, variant: str) -> list[int]:
-        """The seeds of a variant."""
-        return self.variants[variant].seeds or self.seeds
-
-    def use_seeds(self, seeds: list[int]) -> None:
-        """Run every variant with these instead."""
-        self.seeds = seeds
-        for variant in self.variants.values():
-            variant.seeds = []
 
 
 @dataclass(frozen=True)
@@ -191,11 +39,13 @@ class PlannedRun:
         variant: name, with the axes' values.
         config: complete, `out` set.
         skip: why it cannot run here; None where it can.
+        fit: what happens when its memory does not suffice.
     """
 
     variant: str
     config: Config
     skip: str | None = None
+    fit: Fit = NO_FIT
 
     @property
     def folder(self) -> RunFolder:
@@ -204,148 +54,29 @@ class PlannedRun:
         return RunFolder(Path(self.config.out))
 
 
-def read_study(path: str | Path) -> Study:
-    """Read a study from its YAML file.
-
-    Raises:
-        HeadwiseError: missing, unreadable, or with a key that no study has.
-    """
-    try:
-        values = reading.read_yaml(path)
-    except reading.Unreadable as error:
-        raise HeadwiseError(f"study {error}") from error
-    if not isinstance(values, dict):
-        raise HeadwiseError(f"study {path} is empty; it needs variants, seeds and a budget")
-    _refuse_unknown(values, Study, f"study {path}")
-    values = {"name": Path(path).stem} | {key: value for key, value in values.items() if value is not None}
-    variants = values.pop("variants", None) or {}
-    if not isinstance(variants, dict):
-        raise HeadwiseError(f"study {path}: variants is {variants!r}; it names each, with what it changes")
-    study = Study(**_typed(values, Study, f"study {path}"))
-    load_plugins(study.plugins)
-    for name, variant in variants.items():
-        where = f"study {path}: variant {name!r}"
-        variant = {key: value for key, value in _mapping(variant, where).items() if value is not None}
-        _refuse_unknown(variant, Variant, where)
-        study.variants[name] = Variant(**_typed(variant, Variant, where))
-    study.validate()
-    return study
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise HeadwiseError(f"{where} is {value!r}; it holds keys such as label and overrides")
-    return value or {}
-
-
-def _typed(values: dict[str, Any], schema: Any, where: str) -> dict[str, Any]:
-    try:
-        return reading.check(values, schema)
-    except reading.Unreadable as error:
-        raise HeadwiseError(f"{where}: {error.reason}") from error
-
-
-def override(study: Study, key: str, value: str) -> None:
-    """Change a dotted key of the study's shared base, its budget, an axis or a variant, from a command line.
-
-    What variants set themselves stays as they set it.
-
-    Args:
-        key: `model.d_model`, say, or `budget.value`, `axes.data.seq_len`, `variants.NAME.training.lr`.
-        value: as YAML.
-
-    Raises:
-        HeadwiseError: no such key, no YAML, or one that no run of the study would take.
-    """
-    try:
-        parsed = reading.parse_yaml(value)
-    except reading.Unreadable as error:
-        raise HeadwiseError(f"--{key}={value[:100]} is no YAML value: {error}") from None
-    section, _, rest = key.partition(".")
-    if section == "budget":
-        one_of("budget", rest, ("kind", "value"))
-        study.budget[rest] = float(parsed) if rest == "value" and _is_number(parsed) else parsed
-    elif section == "axes":
-        if not isinstance(parsed, list) or not parsed:
-            raise HeadwiseError(f"--{key}={value}: an axis is a list of values, such as [1, 2]")
-        study.axes[_known(rest)] = parsed
-    elif section == "variants":
-        name = next((name for name in study.variants if rest.startswith(f"{name}.")), None)
-        if name is None:
-            one_of("variant", rest, study.variants)
-        study.variants[str(name)].overrides[_known(rest.removeprefix(f"{name}."))] = parsed
-    else:
-        _refuse_ineffective(study, _known(key))
-        study.base = dict(flatten(study.base)) | {key: parsed}
-
-
-def _known(key: str) -> str:
-    if key not in keys():
-        raise HeadwiseError(
-            f"unknown key {key!r}{did_you_mean(key, keys())}; `headwise train --help` lists them"
-        )
-    return key
-
-
-def _is_number(value: Any) -> bool:
-    """YAML reads 1e9 as text."""
-    try:
-        return 0 < float(value) <= MOST_FLOPS
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-def _refuse_ineffective(study: Study, key: str) -> None:
-    """Refuse a key of the base that something else decides in every run."""
-    _refuse_decided(study, f"--{key}", key)
-    reason = ""
-    if key in study.axes:
-        reason = f"it is an axis of the study: --axes.{key}=[...] changes that"
-    elif key == "expected_engine":
-        reason = "a variant names its own: expected_engine beside its overrides"
-    elif all(key in variant.overrides for variant in study.variants.values()):
-        reason = "every variant sets it"
-    if reason:
-        raise HeadwiseError(f"--{key} would change nothing: {reason}")
-
-
-def _refuse_decided(study: Study, where: str, key: str) -> None:
-    """Refuse a key, of all runs, a variant or an axis, whose value the study sets itself in every run."""
-    reason = ""
-    if study.budget and key in [f"training.{limit}" for limit in BUDGETS.values()]:
-        reason = "the budget decides that: use budget.kind and budget.value"
-    elif study.timeout_s and key == "training.timeout_s":
-        reason = "use the study's timeout_s, or --timeout-s"
-    elif key in ("seed", "out", "device"):
-        reason = "the study gives every run its seed, folder and device: use its seeds, --out and device"
-    if reason:
-        raise HeadwiseError(f"{where} would change nothing: {reason}")
-
-
-def _refuse_unknown(values: dict[str, Any], kind: type, where: str) -> None:
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            raise HeadwiseError(f"{where} has the unknown key {key!r}{did_you_mean(key, known)}")
-
-
 def plan(study: Study, root: Path) -> list[PlannedRun]:
     """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
+
+    A stage has runs once the variants that it waits for have ended.
 
     Raises:
         HeadwiseError: a configuration that cannot be, or a folder that holds another one.
     """
     device = find_device(study.device)
     refuse_newer_plan(root / study.name)
-    refuse_clash(((name, given) for name, given, _ in _variants(study)), "variants")
-    configs = {variant_folder(name): _configure(study, values) for name, _, values in _variants(study)}
+    found = _places(study, root)
+    refuse_clash(((place.name, place.given) for place in found), "variants")
+    configs = {variant_folder(place.name): configure(study, place) for place in found}
     if study.match_parameters:
-        baseline = configs[next(name for name in configs if _origin(name) == study.baseline)]
-        configs = {name: match_parameters(config, baseline) for name, config in configs.items()}
+        others = references(study, found)
+        baselines = {name: configs[others[name]] for name in configs}
+        configs = {name: match_parameters(config, baselines[name]) for name, config in configs.items()}
+    origins = {place.name: place.origin for place in found}
     runs = []
-    for seed in dict.fromkeys([*study.seeds, *study.seeds_of(study.baseline)]):
+    own = [seed for variant in study.variants for seed in study.seeds_of(variant)]
+    for seed in dict.fromkeys([*study.seeds, *own]):
         for name, config in configs.items():
-            if seed not in study.seeds_of(_origin(name)):
+            if seed not in study.seeds_of(origins[name]):
                 continue
             out = str(root / study.name / name / f"seed_{seed}")
             config = dataclasses.replace(config, seed=seed, out=out)
@@ -354,33 +85,55 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
                 skip = None
             except HeadwiseError as error:
                 skip = str(error)
-            runs.append(PlannedRun(name, config, skip))
+            runs.append(adopted(PlannedRun(name, config, skip, fit_of(study))))
     for run in runs:
         _refuse_other(run)
         _refuse_no_source(run)
     return runs
 
 
-def _variants(study: Study) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Name, what it was made of, and dotted values of every variant at every combination of the axes."""
-    combinations = [
-        list(zip(study.axes, values, strict=True)) for values in itertools.product(*study.axes.values())
-    ]
+def waiting(study: Study, root: Path) -> dict[str, str]:
+    """The stages that have no runs, with the reason: what each waits for, or that nothing can be chosen."""
+    found = {}
     for name, variant in study.variants.items():
-        for combination in combinations:
-            axes = [(key.rpartition(".")[2], value) for key, value in combination]
-            suffix = "".join(f"@{key}={cleaned(value)}" for key, value in axes)
-            given = "".join(f"@{key}={value!r}" for key, value in axes)
-            overrides = {"expected_engine": variant.expected_engine} | variant.overrides | dict(combination)
-            yield name + suffix, name + given, overrides
+        if variant.best_of is not None:
+            choice = _chosen(study, root, name)
+            if choice is None:
+                found[name] = f"waits for {', '.join(variant.best_of.among)}"
+            elif choice.best is None:
+                found[name] = choice.text
+    return found
 
 
-def _origin(name: str) -> str:
-    return name.partition("@")[0]
+def _places(study: Study, root: Path) -> list[Place]:
+    found = []
+    for place in places(study):
+        variant = study.variants[place.origin]
+        if variant.best_of is not None:
+            choice = _chosen(study, root, place.origin)
+            if choice is None or choice.best is None:
+                continue
+            taken = variant.best_of.takes(study.variants[choice.best].overrides)
+            place = dataclasses.replace(place, overrides=taken | place.overrides)
+        found.append(place)
+    return found
 
 
-def _configure(study: Study, overrides: dict[str, Any]) -> Config:
-    values: dict[str, Any] = dict(flatten(study.base)) | overrides
+def _chosen(study: Study, root: Path, name: str) -> Choice | None:
+    stage = study.variants[name].best_of
+    assert stage is not None
+    seeds = {other: study.seeds_of(other) for other in stage.among}
+    return choose(stage, root / study.name, seeds)
+
+
+def configure(study: Study, place: Place) -> Config:
+    """The configuration of a variant at a combination of the axes, without seed and folder.
+
+    Raises:
+        HeadwiseError: it cannot be; says which variant where its kind of attention is not installed.
+    """
+    values: dict[str, Any] = dict(flatten(study.base)) | place.overrides
+    _refuse_missing_kind(place, values)
     if study.budget:
         for kind, limit in BUDGETS.items():
             values[f"training.{limit}"] = study.budget["value"] if kind == study.budget["kind"] else None
@@ -391,6 +144,15 @@ def _configure(study: Study, overrides: dict[str, Any]) -> Config:
     if study.plugins:
         values["plugins"] = study.plugins
     return from_dict(values | {"device": study.device})
+
+
+def _refuse_missing_kind(place: Place, values: dict[str, Any]) -> None:
+    kind = values.get(KIND)
+    if isinstance(kind, str) and kind not in KINDS:
+        raise HeadwiseError(
+            f"variant {place.origin!r} names the attention kind {kind!r}, which is not installed"
+            f"{did_you_mean(kind, KINDS)}; installed are {', '.join(KINDS)}"
+        )
 
 
 def count_parameters(config: Config) -> int:
@@ -442,20 +204,31 @@ def _refuse_no_source(run: PlannedRun) -> None:
 
 def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
     """Write study.yaml, which the report reads, and return the study's folder."""
-    variants = {}
-    for run in runs:
-        origin = study.variants[_origin(run.variant)]
-        axes = run.variant.partition("@")[2].replace("@", ", ")
-        label = origin.label or _origin(run.variant)
-        variants[run.variant] = {
+    found = _places(study, root)
+    others = references(study, found)
+    by_name = {run.variant: run.config for run in runs}
+    variants: dict[str, Any] = {}
+    for place in found:
+        origin, config = study.variants[place.origin], by_name.get(place.name)
+        if config is None:
+            continue
+        label = origin.label or place.origin
+        axes = place.name.partition("@")[2].replace("@", ", ")
+        variants[place.name] = {
             "label": f"{label} ({axes})" if axes else label,
-            "kind": run.config.model.attention.kind,
+            "kind": config.model.attention.kind,
             "expected_engine": origin.expected_engine,
-            "params_total": count_parameters(run.config),
-            "overrides": origin.overrides,
-            "seeds": study.seeds_of(_origin(run.variant)),
+            "params_total": count_parameters(config),
+            "overrides": place.overrides,
+            "seeds": study.seeds_of(place.origin),
+            "against": others[place.name],
         }
-    baseline = next(name for name in variants if _origin(name) == study.baseline)
+        if origin.best_of is not None and (choice := _chosen(study, root, place.origin)):
+            variants[place.name]["chosen"] = dataclasses.asdict(choice)
+    for name, reason in waiting(study, root).items():
+        label = study.variants[name].label or name
+        variants[name] = {"label": label, "waits": reason, "seeds": study.seeds_of(name)}
+    baseline = next(place.name for place in found if place.origin == study.baseline)
     values = dataclasses.asdict(study) | {
         "baseline": baseline,
         "variants": variants,
@@ -473,7 +246,7 @@ def supported_variants(variants: dict[str, Variant]) -> dict[str, Variant]:
     known = {}
     for name, variant in variants.items():
         try:
-            attention_kind(variant.overrides["model.attention.kind"])
+            attention_kind(variant.overrides[KIND])
         except HeadwiseError:
             continue
         known[name] = variant

@@ -33,8 +33,9 @@ from headwise.runs.weights import initialise_from
 from headwise.training import distributed
 from headwise.training.heads import HeadRecorder
 from headwise.training.importance import ImportanceRecorder
+from headwise.training.memory import OutOfMemory, is_out_of_memory
 from headwise.training.progress import Progress, Silent
-from headwise.training.telemetry import peak_rss_mb
+from headwise.training.telemetry import peak_memory_mb, peak_rss_mb
 from headwise.training.trackers import open_trackers, refuse_missing
 from headwise.training.trainer import Trainer
 
@@ -65,6 +66,7 @@ def train(
 
     Raises:
         HeadwiseError: whatever makes the run impossible, before any work is lost.
+        OutOfMemory: memory ran out, then or later.
     """
     if config.out is None:
         raise ValueError("config.out is not set")
@@ -100,8 +102,23 @@ def train(
             folder.say(f"first weights from {config.init_from}{_own_init(stayed)}")
             new_head.carry(Path(config.init_from), folder.path)
         return _run(trainer, saved, about)
+    except Exception as error:
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+            raise
+        raise _out_of_memory(config, world) from error
     finally:
         distributed.leave()
+
+
+def _out_of_memory(config: Config, world: distributed.World) -> OutOfMemory:
+    """What ran out, and what would need less."""
+    tokens = config.training.total_batch_tokens or config.data.batch_size * config.data.seq_len
+    return OutOfMemory(
+        f"out of memory on {world.device} at data.batch_size={config.data.batch_size} and "
+        f"data.seq_len={config.data.seq_len}: try data.batch_size={max(1, config.data.batch_size // 2)} "
+        f"(training.total_batch_tokens={tokens} keeps the step the same)",
+        peak_memory_mb(world.device),
+    )
 
 
 def refuse_device(config: Config, device: torch.device) -> None:
@@ -129,19 +146,19 @@ def refuse_too_large(config: Config, world: distributed.World) -> None:
         config: with its vocabulary.
 
     Raises:
-        HeadwiseError: names the sizes, what they need at least, and what there is.
+        OutOfMemory: names the sizes, what they need at least, and what there is.
     """
     model, data = config.model, config.data
     room = memory_of(world.device)
     if (needed := BYTES_OF_PARAMETER * model.least_parameters()) > room:
-        raise HeadwiseError(
+        raise OutOfMemory(
             f"model.d_model {model.d_model}, model.n_layers {model.n_layers} and model.vocab_size "
             f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB to train, and {world.device} has "
             f"{room / 1e9:,.0f} GB: lower them"
         )
     tokens = max(1, data.batch_size // world.size) * data.seq_len
     if (needed := 4 * tokens * max(model.vocab_size or 0, model.d_model)) > room:
-        raise HeadwiseError(
+        raise OutOfMemory(
             f"data.batch_size {data.batch_size} x data.seq_len {data.seq_len} tokens and model.vocab_size "
             f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB in one pass, and {world.device} has "
             f"{room / 1e9:,.0f} GB: lower data.batch_size"
@@ -202,12 +219,8 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
         raise
     except BaseException as error:
         if world.leads:
-            folder.write_status("failed", reason=_one_line(error), finished=time.time())
-        if isinstance(error, torch.OutOfMemoryError):
-            raise HeadwiseError(
-                f"out of memory on {world.device}: try data.batch_size={max(1, config.data.batch_size // 2)} "
-                f"(training.total_batch_tokens={trainer.telemetry.tokens_per_step} keeps the step the same)"
-            ) from error
+            state = "out_of_memory" if is_out_of_memory(error) else "failed"
+            folder.write_status(state, reason=_one_line(error), finished=time.time())
         raise
     finally:
         for tracker in trainer.trackers:

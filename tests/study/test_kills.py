@@ -19,7 +19,8 @@ from headwise.cli.study import LOCK, carry_out
 from headwise.errors import HeadwiseError
 from headwise.files import alone
 from headwise.study.local import _next, run_all, state
-from headwise.study.plan import PlannedRun, Study, Variant, plan
+from headwise.study.plan import PlannedRun, plan
+from headwise.study.study import Study, Variant
 
 BASE = {
     "model": {"d_model": 16, "n_layers": 1, "n_heads": 2},

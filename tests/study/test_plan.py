@@ -19,15 +19,9 @@ from headwise.cli.main import main
 from headwise.errors import HeadwiseError
 from headwise.runs.read import Study as Planned
 from headwise.study.local import state
-from headwise.study.plan import (
-    Study,
-    Variant,
-    count_parameters,
-    match_parameters,
-    plan,
-    read_study,
-    write_plan,
-)
+from headwise.study.plan import count_parameters, match_parameters, plan, write_plan
+from headwise.study.read import read_study
+from headwise.study.study import Study, Variant
 
 BASE = {
     "model": {"d_model": 16, "n_layers": 1, "n_heads": 2},

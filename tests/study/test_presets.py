@@ -15,7 +15,9 @@ from headwise.cli.main import main
 from headwise.config.run import Config, flatten, to_dict
 from headwise.errors import HeadwiseError
 from headwise.model.decoder import Decoder
-from headwise.study.plan import Study, override, plan, read_study
+from headwise.study.plan import plan
+from headwise.study.read import override, read_study
+from headwise.study.study import Study
 from headwise.training.loss import TokenLoss
 from headwise.training.optim import make_optimizer, set_learning_rate
 

@@ -8,7 +8,7 @@ const LABELS = {
 
 (() => {
   const panels = [["train", "Training loss, smoothed (nats)"], ["val", "Validation loss (nats)"],
-    ["gap", `Validation loss: difference to ${report.baseline} (nats)`], ["accuracy", "Accuracy"]]
+    ["gap", `Validation loss: difference to ${report.against} (nats)`], ["accuracy", "Accuracy"]]
     .filter(([name]) => Object.values(report.curves).some((found) => found[name]));
   if (!panels.length) return;
   const names = Object.keys(report.curves);
@@ -91,8 +91,8 @@ const LABELS = {
     const rows = report.comparisons.filter((row) => row.metric === metric);
     if (!rows.length) continue;
     const [label, unit] = LABELS[metric];
-    const target = box("forest-plots", `${label}: difference to ${report.baseline}${unit ? ` (${unit})` : ""}`);
-    const base = report.variants.find((variant) => variant.name === report.baseline).results[metric];
+    const target = box("forest-plots", `${label}: difference to ${report.against}${unit ? ` (${unit})` : ""}`);
+    const base = report.against === report.baseline && report.variants.find((variant) => variant.name === report.baseline).results[metric];
     show(() => {
       const traces = rows.map((row) => ({
         x: [row.mean], y: [row.variant], mode: "markers", name: row.variant,

@@ -1,0 +1,81 @@
+"""Where a study's runs are: its variants at every combination of its axes, and what each is compared with."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from headwise.attention import KINDS
+from headwise.attention.config import AttentionConfig
+from headwise.config.run import flatten
+from headwise.names import cleaned
+from headwise.study.study import KIND, Study
+
+OPTIONS = "model.attention."
+
+
+@dataclass(frozen=True)
+class Place:
+    """A variant at one combination of the axes.
+
+    Attributes:
+        name: of its folder: the variant, and the value of every axis.
+        given: the same with the values as they were given, for messages.
+        origin: the variant's own name.
+        at: axis -> value, of the axes that mean something here.
+        overrides: dotted keys and values of the variant and the axes.
+    """
+
+    name: str
+    given: str
+    origin: str
+    at: dict[str, Any]
+    overrides: dict[str, Any]
+
+
+def places(study: Study) -> list[Place]:
+    """Every variant at every combination of the axes; each combination once.
+
+    An axis that is an option of one kind of attention is left out where another kind runs.
+    """
+    found: dict[str, Place] = {}
+    base = dict(flatten(study.base))
+    for name, variant in study.variants.items():
+        for values in itertools.product(*study.axes.values()):
+            every = dict(zip(study.axes, values, strict=True))
+            own = {"expected_engine": variant.expected_engine} | variant.overrides
+            kind = (base | own | every).get(KIND, AttentionConfig().kind)
+            at = {key: value for key, value in every.items() if owner(key) in (None, kind)}
+            axes = [(key.rpartition(".")[2], value) for key, value in at.items()]
+            given = name + "".join(f"@{key}={value!r}" for key, value in axes)
+            suffix = "".join(f"@{key}={cleaned(value)}" for key, value in axes)
+            found.setdefault(given, Place(name + suffix, given, name, at, own | at))
+    return list(found.values())
+
+
+def owner(key: str) -> str | None:
+    """The kind of attention whose own option a dotted key is; None for any other key."""
+    section = key.removeprefix(OPTIONS).partition(".")[0] if key.startswith(OPTIONS) else ""
+    kind = KINDS.get(section)
+    return section if kind is not None and kind.options is not None else None
+
+
+def references(study: Study, found: list[Place]) -> dict[str, str]:
+    """What each place is compared with: its baseline at the same values of the axes.
+
+    A study of one variant compares all values of its axes with the first.
+    """
+    by_origin: dict[str, list[Place]] = {}
+    for place in found:
+        by_origin.setdefault(place.origin, []).append(place)
+    if len(study.variants) == 1:
+        return {place.name: found[0].name for place in found}
+
+    def reference(place: Place) -> str:
+        candidates = by_origin[study.reference_of(place.origin)]
+        shared = [key for key in place.at if key != KIND and owner(key) is None]
+        same = [one for one in candidates if all(one.at.get(key) == place.at[key] for key in shared)]
+        return (same or candidates)[0].name
+
+    return {place.name: reference(place) for place in found}

@@ -1,0 +1,164 @@
+"""Reading a study from its file, at one of its sizes, and changing it from a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from headwise import reading
+from headwise.attention.kinds import load_plugins
+from headwise.config.run import flatten, keys
+from headwise.errors import HeadwiseError, did_you_mean, one_of
+from headwise.study.study import BestOf, Study, Variant, is_number
+
+NOT_OF_A_SIZE = ("name", "sizes", "size", "command")
+"""Keys of a study that its sizes cannot change."""
+
+
+def read_study(path: str | Path, size: str | None = None) -> Study:
+    """Read a study from its YAML file.
+
+    Args:
+        size: one of the file's `sizes`, whose keys replace the file's; the file as it stands where None.
+
+    Raises:
+        HeadwiseError: missing, unreadable, with a key that no study has, or without this size.
+    """
+    try:
+        values = reading.read_yaml(path)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"study {error}") from error
+    if not isinstance(values, dict):
+        raise HeadwiseError(f"study {path} is empty; it needs variants, seeds and a budget")
+    values = _at_size(dict(values), size, f"study {path}")
+    _refuse_unknown(values, Study, f"study {path}")
+    values = {"name": Path(path).stem} | {key: value for key, value in values.items() if value is not None}
+    variants = values.pop("variants", None) or {}
+    if not isinstance(variants, dict):
+        raise HeadwiseError(f"study {path}: variants is {variants!r}; it names each, with what it changes")
+    study = Study(**_typed(values, Study, f"study {path}"))
+    load_plugins(study.plugins)
+    for name, variant in variants.items():
+        study.variants[name] = _variant(variant, f"study {path}: variant {name!r}")
+    study.validate()
+    return study
+
+
+def _variant(values: Any, where: str) -> Variant:
+    values = {key: value for key, value in _mapping(values, where).items() if value is not None}
+    _refuse_unknown(values, Variant, where)
+    stage = values.pop("best_of", None)
+    variant = Variant(**_typed(values, Variant, where))
+    if stage is not None:
+        if not isinstance(stage, dict):
+            raise HeadwiseError(f"{where}: best_of is {stage!r}; it holds among, by and take")
+        _refuse_unknown(stage, BestOf, f"{where}: best_of")
+        variant.best_of = BestOf(**_typed(stage, BestOf, f"{where}: best_of"))
+    return variant
+
+
+def _at_size(values: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:
+    """The file's values with those of a size over them."""
+    sizes = values.pop("sizes", None) or {}
+    if not isinstance(sizes, dict) or not all(isinstance(one, dict | None) for one in sizes.values()):
+        raise HeadwiseError(f"{where}: sizes is {sizes!r}; it names each size, with the keys that it changes")
+    if size is None:
+        return values
+    if not sizes:
+        raise HeadwiseError(f"{where} has no sizes, so --size={size} means nothing; leave it out")
+    changes = sizes[one_of("--size", size, sizes)] or {}
+    for key in changes:
+        if key in NOT_OF_A_SIZE:
+            raise HeadwiseError(f"{where}: size {size!r} sets {key}, which is the same at every size")
+    return _merged(values, changes) | {"size": size}
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` over them, mapping by mapping; a null takes a key away."""
+    found = dict(values)
+    for key, change in changes.items():
+        before = found.get(key)
+        if change is None:
+            found.pop(key, None)
+        elif isinstance(before, dict) and isinstance(change, dict) and key != "axes":
+            found[key] = _merged(before, change)
+        else:
+            found[key] = change
+    return found
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise HeadwiseError(f"{where} is {value!r}; it holds keys such as label and overrides")
+    return value or {}
+
+
+def _typed(values: dict[str, Any], schema: Any, where: str) -> dict[str, Any]:
+    try:
+        return reading.check(values, schema)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"{where}: {error.reason}") from error
+
+
+def _refuse_unknown(values: dict[str, Any], kind: type, where: str) -> None:
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise HeadwiseError(f"{where} has the unknown key {key!r}{did_you_mean(str(key), known)}")
+
+
+def override(study: Study, key: str, value: str) -> None:
+    """Change a dotted key of the study's shared base, its budget, an axis or a variant, from a command line.
+
+    What variants set themselves stays as they set it.
+
+    Args:
+        key: `model.d_model`, say, or `budget.value`, `axes.data.seq_len`, `variants.NAME.training.lr`.
+        value: as YAML.
+
+    Raises:
+        HeadwiseError: no such key, no YAML, or one that no run of the study would take.
+    """
+    try:
+        parsed = reading.parse_yaml(value)
+    except reading.Unreadable as error:
+        raise HeadwiseError(f"--{key}={value[:100]} is no YAML value: {error}") from None
+    section, _, rest = key.partition(".")
+    if section == "budget":
+        one_of("budget", rest, ("kind", "value"))
+        study.budget[rest] = float(parsed) if rest == "value" and is_number(parsed) else parsed
+    elif section == "axes":
+        if not isinstance(parsed, list) or not parsed:
+            raise HeadwiseError(f"--{key}={value}: an axis is a list of values, such as [1, 2]")
+        study.axes[_known(rest)] = parsed
+    elif section == "variants":
+        name = next((name for name in study.variants if rest.startswith(f"{name}.")), None)
+        if name is None:
+            one_of("variant", rest, study.variants)
+        study.variants[str(name)].overrides[_known(rest.removeprefix(f"{name}."))] = parsed
+    else:
+        _refuse_ineffective(study, _known(key))
+        study.base = dict(flatten(study.base)) | {key: parsed}
+
+
+def _known(key: str) -> str:
+    if key not in keys():
+        raise HeadwiseError(
+            f"unknown key {key!r}{did_you_mean(key, keys())}; `headwise train --help` lists them"
+        )
+    return key
+
+
+def _refuse_ineffective(study: Study, key: str) -> None:
+    """Refuse a key of the base that something else decides in every run."""
+    study.refuse_decided(f"--{key}", key)
+    reason = ""
+    if key in study.axes:
+        reason = f"it is an axis of the study: --axes.{key}=[...] changes that"
+    elif key == "expected_engine":
+        reason = "a variant names its own: expected_engine beside its overrides"
+    elif all(key in variant.overrides for variant in study.variants.values()):
+        reason = "every variant sets it"
+    if reason:
+        raise HeadwiseError(f"--{key} would change nothing: {reason}")
