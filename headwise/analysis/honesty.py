@@ -318,7 +318,11 @@ def different_data(runs: Sequence[RunFacts], against: Mapping[str, str]) -> list
     for run in runs:
         if run.data_checksum:
             read.setdefault(run.variant, set()).add(run.data_checksum)
-    return [name for name, data in read.items() if data != read.get(against.get(name, name), data)]
+    return [
+        name
+        for name, data in read.items()
+        if len(data) > 1 or data != read.get(against.get(name, name), data)
+    ]
 
 
 def _shrunk(runs: Sequence[RunFacts]) -> Iterable[Flag]:

@@ -44,6 +44,7 @@ class Evidence:
         memory: relative difference of the peak memory (-0.2 = 20% below): of the device, or of the
             process where `on_cpu`.
         length_factor: sequence length over the baseline's.
+        longest: the longest trainable sequence and the baseline's, both searched in `longest_mb` of memory.
         doubt: why the losses cannot be compared at all; None where they can.
         difference: of the losses, in nats; `smallest` is the smallest that matters.
         compute: training FLOPs over the baseline's.
@@ -60,6 +61,8 @@ class Evidence:
     memory: Summary | None = None
     on_cpu: bool = False
     length_factor: float | None = None
+    longest: tuple[int, int] | None = None
+    longest_mb: float | None = None
     difference: Summary | None = None
     smallest: float = 0.0
     doubt: str | None = None
@@ -212,7 +215,17 @@ def memory_rule(evidence: Evidence) -> Rule:
 
 
 def length_rule(evidence: Evidence) -> Rule:
-    """At least twice the sequence length in the same memory; on a CPU it can only fail."""
+    """At least twice the sequence length in the same memory: by search, else by runs.
+
+    The peak of a process on a CPU holds the libraries too, so that by runs there it can only fail.
+    """
+    if evidence.longest is not None and evidence.longest[1]:
+        mine, base = evidence.longest
+        text = (
+            f"trains sequences of {mine:,} tokens in {evidence.longest_mb:,.0f} MB, {mine / base:.2g}x the "
+            f"{base:,} of {evidence.baseline} (needs 2x)"
+        )
+        return Rule("length", mine >= LENGTH_FACTOR * base, text)
     factor, memory = evidence.length_factor, evidence.memory
     if factor is None or factor <= 1:
         text = "no longer sequence was run; the variant at twice data.seq_len or more would evaluate that"

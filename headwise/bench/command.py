@@ -6,7 +6,7 @@ import importlib
 
 from headwise.errors import one_of
 
-BENCHMARKS = ("train-step", "head-stats", "decode", "profile", "copy", "observe", "page")
+BENCHMARKS = ("train-step", "head-stats", "decode", "profile", "copy", "observe", "compare-memory", "page")
 
 
 def main(argv: list[str]) -> int:

@@ -112,7 +112,7 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
             search_lengths(study, root)
         states = [state(run) for run in runs]
         if any(one in RESULTS for one in states) or (complete and "skipped" in states):
-            paths = report.build(folder, sections=sections())
+            paths = report.build(folder, sections=sections(), force=True)
             print("\n".join(report.conclusions(paths["json"])))
             print(f"report: {paths['html']}\n        {paths['markdown']}")
         elif complete:
@@ -140,13 +140,23 @@ def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
         write_plan(study, runs, root)
         display = StudyDisplay(len(runs))
         try:
-            complete = run_all(runs, workers=study.workers, show=display)
+            complete = run_all(
+                runs, workers=study.workers, show=display, on_end=lambda: _write_table(root / study.name)
+            )
         finally:
             display.close()
         more = plan(study, root) if complete else runs
         if len(more) == len(runs):
             return complete, runs
         runs = more
+
+
+def _write_table(folder: Path) -> None:
+    """The table of all runs as it stands, so that a kill leaves it."""
+    from headwise.report.exports import write_sweep
+    from headwise.runs.read import Study
+
+    write_sweep(Study.read(folder).runs, folder, folder)
 
 
 def _show_plan(runs: list[PlannedRun], pending: dict[str, str]) -> None:

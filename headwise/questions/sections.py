@@ -5,10 +5,11 @@ from __future__ import annotations
 from headwise.attention import KINDS
 from headwise.attention.kinds import resolve
 from headwise.questions.surgery.section import SURGERY
+from headwise.report.scaling import SCALING
 from headwise.report.section import Section
 
 
 def sections() -> list[Section]:
     """Those of every registered kind, then those of questions; each shows itself where runs have its data."""
     places = dict.fromkeys(place for kind in KINDS.values() for place in kind.sections)
-    return [*(resolve(place) for place in places), SURGERY]
+    return [*(resolve(place) for place in places), SCALING, SURGERY]

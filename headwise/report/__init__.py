@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from headwise.errors import one_of
+from headwise.errors import HeadwiseError, one_of
 from headwise.files import must_be_folder, replacing, write_text
-from headwise.report import figures, html, maps, markdown
+from headwise.report import exports, figures, html, maps, markdown
 from headwise.report.collect import collect
 from headwise.report.conclusions import line
 from headwise.report.section import Section
@@ -17,36 +18,52 @@ from headwise.runs.read import Run, Study
 
 
 def build(
-    folder: str | Path,
+    folder: str | Path | Sequence[str | Path],
     *,
     baseline: str | None = None,
     out: str | Path | None = None,
     sections: Sequence[Section] = (),
+    force: bool = False,
 ) -> dict[str, Path]:
-    """Write the report of a study, of a single run, or of any folder with runs below it.
+    """Write the report of a study, of a single run, of any folder with runs below it, or of several of these.
 
     Each file appears whole or not at all; an earlier report is replaced.
 
     Args:
+        folder: one, or several, whose report needs an `out`.
         baseline: the variant that the others are compared with; otherwise the plan's.
         out: the report's folder; otherwise `folder` itself.
         sections: what is added to the report; `headwise.questions.sections` gives those there are.
+        force: report on variants whose data is not their baseline's; a flag marks them, and no difference
+            to the baseline is drawn.
 
     Returns:
-        the paths written: `markdown`, `html`, `json`, and `figures`, a folder.
+        the paths written: `markdown`, `html`, `json`, `figures`, a folder, and the tables `sweep` and `all`.
 
     Raises:
-        HeadwiseError: there is no such folder, no run or no such variant in it, `out` is a file, or the
-            disk is full.
+        HeadwiseError: there is no such folder, no run or no such variant in it, `out` is a file, several
+            folders have none, the disk is full, or the data differs and `force` is not given.
     """
-    root = Path(folder if out is None else out)
+    folders = [folder] if isinstance(folder, str | Path) else list(folder)
+    if out is None and len(folders) > 1:
+        raise HeadwiseError("a report of several folders needs a folder of its own: give --out DIR")
+    root = Path(folders[0] if out is None else out)
     if out is not None:
         must_be_folder(root)
-    study = Study.read(folder)
+    study = Study.read_all(folders)
     if baseline is not None:
-        plan = study.plan | {"baseline": one_of("variant", baseline, tuple(study.variants))}
+        one_of("variant", baseline, tuple(study.variants))
+        variants = {name: (one or {}) | {"against": None} for name, one in study.variants.items()}
+        plan = study.plan | {"baseline": baseline, "variants": variants}
         study = dataclasses.replace(study, plan=plan)
     data = collect(study, sections)
+    if data["different_data"] and not force:
+        raise HeadwiseError(
+            f"{', '.join(data['different_data'])} read other data than the baseline, so that their losses "
+            "cannot be compared; --force reports on them all the same, marked as such"
+        )
+    for one in data["best"]:
+        one["link"] = Path(os.path.relpath(one["checkpoint"] or one["path"], root.absolute())).as_posix()
     prompts = _prompts(study, [variant["name"] for variant in data["variants"]])
     paths = {
         "markdown": root / "report.md", "html": root / "report.html", "json": root / "report.json",
@@ -58,6 +75,8 @@ def build(
     pictures = {title: f"figures/{name}" for title, name in drawn.items()}
     write_text(paths["markdown"], markdown.render(data, pictures, sections))
     write_text(paths["html"], html.render(data, maps.pack(prompts), sections))
+    paths["sweep"] = exports.write_sweep(study.runs, study.path, root)
+    paths["all"] = exports.write_all(study.runs, study.path, root)
     return paths
 
 

@@ -13,12 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from headwise.analysis.honesty import Flag, RunFacts, check, mark_repeats
+from headwise.analysis.honesty import Flag, RunFacts, check, different_data, mark_repeats
 from headwise.analysis.statistics import Summary, summarize
 from headwise.report.atlas import atlas, grid, per_head, per_layer_head
+from headwise.report.best import appendix, best_runs
 from headwise.report.compare import Material, comparisons, most, number
 from headwise.report.conclusions import conclude_all
 from headwise.report.curves import curves, gap
+from headwise.report.exports import fit_of, option
 from headwise.report.section import Found, Section
 from headwise.runs.read import Run, Study, Unreadable
 
@@ -71,6 +73,10 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
         "comparisons": comparisons(material, others),
         **conclude_all(material, others, plan, flags, grids),
         "runs": [_run(run, facts[id(run)], study.path) for run in study.runs],
+        "best": best_runs(material),
+        "appendix": appendix(by_variant),
+        "chosen": _chosen(study),
+        "different_data": different_data(list(facts.values()), others),
         "curves": lines,
         **{section.name: section.collect(among) for section in sections},
         "chance_loss": most(run.get("chance_loss") for run in study.runs),
@@ -108,7 +114,8 @@ def _facts(run: Run) -> RunFacts:
         params_total=None if params is None else int(params), step=None if step is None else int(step),
         data_wait=number(run, "data_wait"), nonfinite_share=number(run, "nonfinite_share"),
         spike_share=number(run, "spike_share"), device=device if started else None,
-        version=version or None, **_when(run),
+        version=version or None, **_when(run), batch_size=option(run, "data", "batch_size"),
+        wanted_batch=fit_of(run).get("wanted"),
     )  # fmt: skip
 
 
@@ -139,6 +146,17 @@ def _references(study: Study, by_variant: dict[str, list[Run]], baseline: str | 
     for name in by_variant:
         own = (study.variants.get(name) or {}).get("against")
         found[name] = str(own if own in by_variant else baseline)
+    return found
+
+
+def _chosen(study: Study) -> list[dict[str, str]]:
+    """What each stage took and why, or why it has not run."""
+    found = []
+    for name, plan in study.variants.items():
+        if text := ((plan or {}).get("chosen") or {}).get("text"):
+            found.append({"variant": name, "text": f"takes the best of what it waited for: {text}"})
+        elif (plan or {}).get("waits"):
+            found.append({"variant": name, "text": plan["waits"]})
     return found
 
 

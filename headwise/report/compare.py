@@ -115,7 +115,8 @@ def _compare(material: Material, found: Family, name: str) -> dict[str, Any]:
     alone, together = result.difference, simultaneous(result.difference, found.comparisons)
     share = relative_to(material, found, name)
     return {
-        "metric": found.metric, "variant": name, "baseline": found.references[name], "seeds": list(result.seeds),
+        "metric": found.metric, "variant": name, "baseline": found.references[name],
+        "seeds": list(result.seeds),
         "differences": [b[seed] - a[seed] for seed in result.seeds],
         **asdict(together), "low": together.low, "high": together.high,
         "alone": {"ci95": alone.ci95, "low": alone.low, "high": alone.high},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +21,7 @@ from headwise.analysis.importance import Signal, head_correlation, signal
 from headwise.analysis.statistics import Summary, holm, summarize
 from headwise.analysis.verdict import Evidence, check_criteria, judge
 from headwise.report.compare import Family, Material, compared, family, most, relative_to
-from headwise.runs.read import Run
+from headwise.runs.read import Run, longest_of
 
 OF_A_PLACE = "memory"
 """The cost whose place is named: the device's memory, or the whole process's."""
@@ -280,6 +281,8 @@ def _evidence(
         baseline=reference,
         memory=relative_to(material, memory, name),
         on_cpu=memory.metric == MEMORY["process"],
+        longest=_longest(material, reference, name),
+        longest_mb=_searched(material, reference).get("limit_mb"),
         length_factor=lengths[1] / lengths[0] if all(lengths) else None,
         difference=result.difference,
         doubt=result.doubt,
@@ -295,6 +298,21 @@ def _evidence(
         diverged=sum(f.state == "diverged" for f in facts),
         started=sum(f.state not in ("skipped", "planned") for f in facts),
     )
+
+
+def _longest(material: Material, reference: str, name: str) -> tuple[int, int] | None:
+    """The longest trainable sequences of both, where they were searched in the same memory."""
+    mine, base = (_searched(material, variant) for variant in (name, reference))
+    if mine.get("limit_mb") != base.get("limit_mb") or base.get("capped"):
+        return None
+    lengths = (mine.get("max_seq_len"), base.get("max_seq_len"))
+    return lengths if all(isinstance(one, int) for one in lengths) else None  # type: ignore[return-value]
+
+
+def _searched(material: Material, variant: str) -> dict[str, Any]:
+    """What a search for the longest sequence found for a variant; empty where none was made."""
+    name = re.sub(r"@seq_len=[^@]*", "", variant)
+    return next((row for row in longest_of(material.variants[variant]) if row["variant"] == name), {})
 
 
 def _signal(found: dict[str, Any] | None) -> Signal | None:

@@ -15,6 +15,7 @@ FIRST = {"conclusion": "Conclusion", "flags": "Flags", "verdict": "Verdict", "cu
 LAST = {
     "comparison": "Comparison", "atlas": "Head atlas", "maps": "Attention maps", "costs": "Costs",
     "parts": "Parameters", "heads": "Numbers", "runs": "Runs", "environment": "Environment",
+    "appendix": "Configurations",
 }  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Sectio
         "results": tables.results(data), "compared": tables.comparisons(data), "costs": tables.costs(data),
         "concluded": tables.conclusions(data), "alone": tables.unadjusted(data),
         "parts": tables.parts(data), "runs": tables.runs(data), "splits": tables.other_splits(data),
+        "kinds": tables.kinds(data), "configurations": tables.configurations(data),
         "heads": heads, "maps": maps, "facts": _facts(data), "icons": ICONS,
         "colours": {v["name"]: i % 8 for i, v in enumerate(data["variants"])},
     }  # fmt: skip
@@ -52,6 +54,7 @@ def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Sectio
         "curves": not data["curves"], "comparison": not data["comparisons"],
         "atlas": not data["atlas"]["variants"], "maps": not maps, "costs": not content["costs"].rows,
         "parts": not content["parts"].rows, "heads": not heads,
+        "appendix": not data["appendix"],
     }  # fmt: skip
     added = [section for section in sections if data[section.name]]
     named = FIRST | {section.name: section.link for section in added} | LAST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ def render(data: dict[str, Any], figures: dict[str, str], sections: Sequence[Sec
     blocks += ["## Environment", *_environment(data)]
     if data["command"]:
         blocks += ["## Command", f"```bash\n{data['command']}\n```"]
+    blocks += _appendix(data["appendix"])
     return "\n\n".join(blocks) + "\n"
 
 
@@ -94,6 +96,11 @@ def _verdicts(data: dict[str, Any]) -> list[str]:
         ))  # fmt: skip
     else:
         blocks.append(str(data["conclusion_note"]))
+    if any(row["of"] > 1 for row in data["kinds"]):
+        blocks += ["### Of each kind", _table(tables.kinds(data))]
+    blocks += [f"- **{row['variant']}** {sentence(row['text'])[0].lower()}{sentence(row['text'])[1:]}"
+               for row in data["chosen"]]  # fmt: skip
+    blocks += [_best(row) for row in data["best"]]
     blocks += [_table(tables.results(data))]
     if data["comparisons"]:
         blocks += [_table(tables.comparisons(data)), _table(tables.unadjusted(data))]
@@ -141,6 +148,31 @@ def _figures(figures: dict[str, str]) -> list[str]:
 
 def _section(title: str, table: Table) -> list[str]:
     return [f"## {title}", _table(table)] if table.rows else []
+
+
+def _best(row: dict[str, Any]) -> str:
+    """The best run, with a link to its checkpoint, or to its folder where it kept none."""
+    of_data = f" on data {row['data'][:12]}" if row["data"] else ""
+    what = "checkpoint" if row["checkpoint"] else "folder"
+    link = row.get("link") or row["checkpoint"] or row["path"]
+    return (
+        f"**Best run{of_data}: {row['variant']}, seed {row['seed']}**, with the lowest final loss of "
+        f"{row['of']} runs, {row['final_loss']:.4f} ([{what}](<{link}>))."
+    )
+
+
+def _appendix(found: dict[str, Any]) -> list[str]:
+    if not found:
+        return []
+    blocks = ["## Appendix: configurations", "All variants:", _yaml(found["shared"])]
+    for name, own in found["variants"].items():
+        blocks += [f"{name}:", _yaml(own)] if own else []
+    return blocks
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    text = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+    return f"```yaml\n{text}\n```"
 
 
 def _environment(data: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,29 @@ def conclusions(data: dict[str, Any]) -> Table:
         "interval that covers 0 does not show that two variants are equal. Costs are ratios to the baseline."
     )
     return Table(headers, rows, note)
+
+
+def kinds(data: dict[str, Any]) -> Table:
+    """One row a kind of attention: its verdict, and the numbers that decide it."""
+    rows = [
+        [row["kind"], row["verdict"], f"{row['variant']} against {row['against']}", row["decided_by"],
+         row["text"]]
+        for row in data["kinds"]
+    ]  # fmt: skip
+    note = "The verdict of a kind is the best that one of its variants has."
+    return Table(["kind", "verdict", "decided on", "by", "numbers"], rows, note)
+
+
+def configurations(data: dict[str, Any]) -> list[tuple[str, Table]]:
+    """What all configurations have in common, then what each variant's has of its own."""
+    found = data["appendix"]
+    if not found:
+        return []
+    parts_ = {"All variants": found["shared"]} | {name: own for name, own in found["variants"].items() if own}
+    return [
+        (name, Table(["key", "value"], [[key, json.dumps(value)] for key, value in values.items()]))
+        for name, values in parts_.items()
+    ]
 
 
 def comparisons(data: dict[str, Any]) -> Table:

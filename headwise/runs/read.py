@@ -12,8 +12,8 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from headwise.errors import HeadwiseError
 from headwise.names import place_inside
 from headwise.reading.csvfile import LIMIT as CSV_LIMIT
 from headwise.runs.folder import STALE_S, STATES, known_format, state_of
-from headwise.runs.schemas import Environment, RunConfig, Status, StudyPlan, Summary
+from headwise.runs.schemas import Environment, Lengths, RunConfig, Status, StudyPlan, Summary
 
 if TYPE_CHECKING:
     import polars
@@ -107,7 +107,8 @@ class Run:
             return "failed", self.problem
         status = self.status or self.summary
         if not status:
-            return ("interrupted", "no status.json") if self.path.exists() else ("planned", "")
+            waits = str((self.plan or {}).get("waits") or "")
+            return ("interrupted", "no status.json") if self.path.exists() else ("planned", waits)
         state, reason = str(status.get("state")), str(status.get("reason") or "")
         if state not in STATES:
             return "failed", f"unreadable status.json: state {state!r} is not known"
@@ -231,6 +232,60 @@ class Study:
         if not runs:
             raise HeadwiseError(f"no runs below {str(path)!r}: a run is a folder with a status.json")
         return _study_of(path, runs)
+
+    @classmethod
+    def read_all(cls, paths: Sequence[str | Path]) -> Study:
+        """The runs of several folders as one study, with the baseline and the criteria of the first.
+
+        Variants of one name are one where their runs lie in one folder; others carry their study's name.
+
+        Raises:
+            HeadwiseError: as `read`.
+        """
+        studies = [cls.read(path) for path in paths]
+        if len(studies) == 1:
+            return studies[0]
+        homes: dict[str, set[Path]] = {}
+        for study in studies:
+            for run in study.runs:
+                homes.setdefault(str(run.variant), set()).add(_home(run))
+        variants: dict[str, dict[str, Any]] = {}
+        runs: dict[Path, Run] = {}
+        first = studies[0]
+        for study in studies:
+
+            def name_of(variant: str | None, study: Study = study) -> str:
+                alone = len(homes.get(str(variant), ())) < 2
+                return str(variant) if alone else f"{study.name}/{variant}"
+
+            for variant, plan in study.variants.items():
+                against = {"against": name_of(plan["against"])} if (plan or {}).get("against") else {}
+                variants.setdefault(name_of(variant), (plan or {}) | against)
+            for run in study.runs:
+                path = run.path.absolute()
+                runs.setdefault(path, Run(path, name_of(run.variant), run.planned_seed, run.plan))
+            if study is first:
+                baseline = name_of(study.baseline)
+        root = Path(os.path.commonpath([run.path.parent for run in runs.values()]))
+        kept = {key: first.plan[key] for key in ("criteria", "smallest_difference") if key in first.plan}
+        title = f"Runs of {', '.join(dict.fromkeys(study.name for study in studies))}"
+        plan = kept | {"name": root.name, "title": title, "variants": variants, "baseline": baseline}
+        return cls(root, plan, list(runs.values()))
+
+
+def longest_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of max_lengths.json of the studies that the runs are of; none where nothing was searched."""
+    found: list[dict[str, Any]] = []
+    for folder in dict.fromkeys(run.path.parent.parent for run in runs):
+        with suppress(reading.Unreadable):  # the search tells what is wrong with it
+            found += reading.read_json(folder / "max_lengths.json", Lengths)["rows"]
+    return found
+
+
+def _home(run: Run) -> Path:
+    """The folder of a run's variant."""
+    path = run.path.resolve()
+    return path.parent if _in_seed_folder(path) else path
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

@@ -144,6 +144,7 @@ class _Model(TypedDict, total=False):
 
 class _Data(TypedDict, total=False):
     seq_len: Size
+    batch_size: Size
 
 
 class RunConfig(TypedDict, total=False):

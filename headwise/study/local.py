@@ -37,13 +37,18 @@ class _Worker:
 
 
 def run_all(
-    runs: Sequence[PlannedRun], *, workers: int, show: Callable[[Sequence[PlannedRun]], None]
+    runs: Sequence[PlannedRun],
+    *,
+    workers: int,
+    show: Callable[[Sequence[PlannedRun]], None],
+    on_end: Callable[[], None] = lambda: None,
 ) -> bool:
     """Run what has not ended yet; a run that fails does not stop the others.
 
     Args:
         workers: processes at a time.
         show: called a few times a second with all runs, to draw progress from their folders.
+        on_end: called after runs have ended.
 
     Returns:
         False when stopped by Ctrl-C before all had their turn.
@@ -60,7 +65,10 @@ def run_all(
                 taken = [worker.gpu for worker in active]
                 gpu = min(gpus, key=taken.count) if gpus else None
                 active.append(_start(context, run, threads, gpu))
-            active = [worker for worker in active if not _ended(worker)]
+            still = [worker for worker in active if not _ended(worker)]
+            if len(still) < len(active):
+                on_end()
+            active = still
             show(runs)
             if active:
                 active[0].process.join(POLL_S)
