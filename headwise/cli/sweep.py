@@ -10,8 +10,8 @@ from headwise.errors import HeadwiseError
 DESCRIPTION = (
     "Run a study with axes, such as lengths x ranks x kinds. An axis that is an option of one kind applies "
     "to that kind alone. A run that does not fit into memory goes on with half the batch and as many tokens "
-    "a step, and is out_of_memory where one sequence does not fit. sweep_results.csv has a row a run; the same "
-    "command goes on after an interruption."
+    "a step, and is out_of_memory where one sequence does not fit. sweep_results.csv has a row a run; "
+    "the same command goes on after an interruption."
 )
 
 

@@ -129,7 +129,7 @@ def _refuse_above(limit: int, config: Config, device: torch.device) -> None:
     peak = training_peak(sized, device)
     if peak > limit:
         raise OutOfMemory(
-            f"training needs {peak / 1e6:,.0f} MB at data.batch_size={config.data.batch_size}, and "
-            f"memory_limit is {limit / 1e6:,.0f} MB ({MEASURED_BY[device.type]})",
+            f"training needs {peak / 1e6:,.1f} MB at data.batch_size={config.data.batch_size}, and "
+            f"memory_limit is {limit / 1e6:,.2f} MB ({MEASURED_BY[device.type]})",
             peak / 1e6,
         )
