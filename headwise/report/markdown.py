@@ -40,10 +40,10 @@ def render(data: dict[str, Any], figures: dict[str, str], sections: Sequence[Sec
     blocks += _section("Costs", tables.costs(data))
     blocks += _section("Parameters and FLOPs", tables.parts(data))
     blocks += _section("Other splits", tables.other_splits(data))
+    blocks += _appendix(data["appendix"])
     blocks += ["## Environment", *_environment(data)]
     if data["command"]:
         blocks += ["## Command", f"```bash\n{data['command']}\n```"]
-    blocks += _appendix(data["appendix"])
     return "\n\n".join(blocks) + "\n"
 
 

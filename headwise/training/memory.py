@@ -88,7 +88,7 @@ def _cpu_peak(config: Config, device: torch.device) -> int:
     ) as profile:
         _two_steps(config, device)
     now = peak = 0
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     for _, size in sorted(
         ((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"),
         key=lambda event: event[0],

@@ -48,6 +48,10 @@ def made(root: Path) -> None:
         "name: study\nbaseline: a\nseeds: [0]\nbudget: {kind: steps, value: 2}\n"
         "variants:\n  a: {label: A, kind: selective, expected_engine: null, params_total: 9}\n"
     )
+    (root / "study" / "max_lengths.json").write_text(
+        '{"rows": [{"variant": "a", "kind": "flash", "limit_mb": 40.0, "until": 256, "max_seq_len": 128, '
+        '"capped": false, "measured_by": "tensors", "tried": []}]}\n'
+    )
     done("budget", run, "--budgets", 1, 0.5, "--sequences", 2, "--out", root / "budgets")
     done("profile", run, "--n-samples", 2, "--context-length", 16, "--out", root / "profile")
     done("data", "prepare", text, "--tokenizer", "bytes", "--keep", "all", "--length", 16,

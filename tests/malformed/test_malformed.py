@@ -53,6 +53,7 @@ CASES = [
     (SWEEP, ["intervene", "gain", SWEEP, "--out", "OUT"], 6),
     ("shards/manifest.json", ["data", "inspect", "shards"], 12),
     ("shards/shard_00000.npz", ["data", "inspect", "shards"], 20),
+    ("study/max_lengths.json", ["report", "study", "--out", "OUT"], 3),
     ("study-file.yaml", ["study", "study-file.yaml", "--plan", "--out", "OUT"], 20),
     ("model/config.json", ["show-config", "model"], 12),
     ("results/a.json", ["bench", "page", "--results", "results", "--out", "OUT"], 12),

@@ -146,7 +146,7 @@ def test_other_data_is_refused_and_with_force_marked(
     }
     folder = make.study(tmp_path / "s", variants, seeds=(0, 1), shape=make.SMALL)
     out = tmp_path / "out"
-    with pytest.raises(HeadwiseError, match="mha read other data than the baseline.*--force"):
+    with pytest.raises(HeadwiseError, match=r"mha read other data than the baseline.*--force"):
         main([str(folder), "--out", str(out)])
     assert not out.exists()
     assert main([str(folder), "--out", str(out), "--force"]) == 0

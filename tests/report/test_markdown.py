@@ -55,8 +55,8 @@ def test_sections_in_order(suite: str) -> None:
     every, runs = "#### Every measure (per layer and head)", "#### Runs"
     assert headings[start:] == [
         "## Variants", "### standard", entropy, every, runs, "### standard_flex", entropy, every, runs,
-        "### tropical", margin, every, runs, "## Costs", "## Parameters and FLOPs", "## Environment",
-        "## Command",
+        "### tropical", margin, every, runs, "## Costs", "## Parameters and FLOPs",
+        "## Appendix: configurations", "## Environment", "## Command",
     ]  # fmt: skip
 
 

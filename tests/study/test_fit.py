@@ -25,7 +25,8 @@ from headwise.training.run import train
 CPU = torch.device("cpu")
 TINY = {
     "model.d_model": 16, "model.n_layers": 1, "model.n_heads": 2, "data.name": "copy", "data.seq_len": 32,
-    "data.batch_size": 8, "data.eval_sequences": 4, "model.vocab_size": 256, "training.max_steps": 2, "training.eval_every": 0,
+    "data.batch_size": 8, "data.eval_sequences": 4, "model.vocab_size": 256,
+    "training.max_steps": 2, "training.eval_every": 0,
     "training.checkpoint_every": 0, "measure.heads": False, "measure.maps": 0, "device": "cpu",
     "training.warmup_steps": 0,
 }  # fmt: skip

@@ -32,11 +32,11 @@ def table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def test_a_sweep_has_a_row_for_what_fits_what_shrinks_and_what_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(FILE))
-    command = ["sweep", "tiny.yaml", "--device", "cpu", "--max-length-at", "1.5MB"]
+    out = ["--out", str(tmp_path / "runs")]
+    command = ["sweep", str(tmp_path / "tiny.yaml"), "--device", "cpu", "--max-length-at", "1.5MB", *out]
     assert main(command) == 0
     folder = tmp_path / "runs" / "tiny"
     rows = table(folder / "sweep_results.csv")
