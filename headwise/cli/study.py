@@ -135,20 +135,18 @@ def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
     from headwise.study.local import run_all
     from headwise.study.plan import plan, write_plan
 
-    runs = plan(study, root)
-    while True:
-        write_plan(study, runs, root)
-        display = StudyDisplay(len(runs))
-        try:
-            complete = run_all(
-                runs, workers=study.workers, show=display, on_end=lambda: _write_table(root / study.name)
-            )
-        finally:
-            display.close()
-        more = plan(study, root) if complete else runs
-        if len(more) == len(runs):
-            return complete, runs
-        runs = more
+    runs, folder = plan(study, root), root / study.name
+    display = StudyDisplay(len(runs))
+    try:
+        while True:
+            write_plan(study, runs, root)
+            complete = run_all(runs, workers=study.workers, show=display, on_end=lambda: _write_table(folder))
+            more = plan(study, root) if complete else runs
+            if len(more) == len(runs):
+                return complete, runs
+            runs = more
+    finally:
+        display.close()
 
 
 def _write_table(folder: Path) -> None:

@@ -36,14 +36,14 @@ class Status(TypedDict, total=False):
     fit: Fit
 
 
-class Tried(TypedDict, total=False):
+class Tried(TypedDict):
     """A batch that memory did not suffice for."""
 
     batch_size: Size
     peak_mb: float | None
 
 
-class Fit(TypedDict, total=False):
+class Fit(TypedDict):
     """`fit` of `status.json`: how a batch was shrunk, or that none fits."""
 
     wanted: Size

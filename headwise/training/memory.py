@@ -40,6 +40,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+BYTES_OF_PARAMETER = 16
+"""In training: the value, its gradient and AdamW's two means, each in float32."""
+
+
+def refuse_too_large(config: Config, world: World) -> None:
+    """Refuse, before anything is allocated, a model or a batch that the device cannot hold whatever is done.
+
+    Args:
+        config: with its vocabulary.
+
+    Raises:
+        OutOfMemory: names the sizes, what they need at least, and what there is.
+    """
+    model, data = config.model, config.data
+    room = memory_of(world.device)
+    if (needed := BYTES_OF_PARAMETER * model.least_parameters()) > room:
+        raise OutOfMemory(
+            f"model.d_model {model.d_model}, model.n_layers {model.n_layers} and model.vocab_size "
+            f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB to train, and {world.device} has "
+            f"{room / 1e9:,.0f} GB: lower them"
+        )
+    tokens = max(1, data.batch_size // world.size) * data.seq_len
+    if (needed := 4 * tokens * max(model.vocab_size or 0, model.d_model)) > room:
+        raise OutOfMemory(
+            f"data.batch_size {data.batch_size} x data.seq_len {data.seq_len} tokens and model.vocab_size "
+            f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB in one pass, and {world.device} has "
+            f"{room / 1e9:,.0f} GB: lower data.batch_size"
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def limit_memory(limit: int | None, device: torch.device) -> None:
     """Let PyTorch allocate at most `limit` bytes on a GPU, in this process; nothing on a CPU."""
     if limit is not None and device.type == "cuda":

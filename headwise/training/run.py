@@ -33,7 +33,7 @@ from headwise.runs.weights import initialise_from
 from headwise.training import distributed
 from headwise.training.heads import HeadRecorder
 from headwise.training.importance import ImportanceRecorder
-from headwise.training.memory import OutOfMemory, is_out_of_memory
+from headwise.training.memory import OutOfMemory, is_out_of_memory, refuse_too_large
 from headwise.training.progress import Progress, Silent
 from headwise.training.telemetry import peak_memory_mb, peak_rss_mb
 from headwise.training.trackers import open_trackers, refuse_missing
@@ -133,43 +133,6 @@ def refuse_device(config: Config, device: torch.device) -> None:
             f"attention kind {kind!r} cannot be trained on a CPU: it has no backward pass there; "
             "use --device cuda, or model.attention.kind=flash"
         )
-
-
-BYTES_OF_PARAMETER = 16
-"""In training: the value, its gradient and AdamW's two means, each in float32."""
-
-
-def refuse_too_large(config: Config, world: distributed.World) -> None:
-    """Refuse, before anything is allocated, a model or a batch that the device cannot hold whatever is done.
-
-    Args:
-        config: with its vocabulary.
-
-    Raises:
-        OutOfMemory: names the sizes, what they need at least, and what there is.
-    """
-    model, data = config.model, config.data
-    room = memory_of(world.device)
-    if (needed := BYTES_OF_PARAMETER * model.least_parameters()) > room:
-        raise OutOfMemory(
-            f"model.d_model {model.d_model}, model.n_layers {model.n_layers} and model.vocab_size "
-            f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB to train, and {world.device} has "
-            f"{room / 1e9:,.0f} GB: lower them"
-        )
-    tokens = max(1, data.batch_size // world.size) * data.seq_len
-    if (needed := 4 * tokens * max(model.vocab_size or 0, model.d_model)) > room:
-        raise OutOfMemory(
-            f"data.batch_size {data.batch_size} x data.seq_len {data.seq_len} tokens and model.vocab_size "
-            f"{model.vocab_size} need at least {needed / 1e9:,.0f} GB in one pass, and {world.device} has "
-            f"{room / 1e9:,.0f} GB: lower data.batch_size"
-        )
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory that the device has in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def with_vocabulary(config: Config, data: Data) -> Config:
