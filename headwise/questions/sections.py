@@ -14,8 +14,4 @@ from headwise.report.section import Section
 def sections() -> list[Section]:
     """Those of every registered kind, then those of questions; each shows itself where runs have its data."""
     places = dict.fromkeys(place for kind in KINDS.values() for place in kind.sections)
-<<<<<<< HEAD
     return [*(resolve(place) for place in places), SCALING, ENTROPIES, SURGERY, PRUNING]
-=======
-    return [*(resolve(place) for place in places), SCALING, SURGERY]
->>>>>>> sweep

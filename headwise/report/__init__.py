@@ -38,12 +38,8 @@ def build(
             to the baseline is drawn.
 
     Returns:
-<<<<<<< HEAD
         the paths written: `markdown`, `html`, `json`, `figures`, a folder, the tables `sweep` and `all`, and
         by their names the files that sections export.
-=======
-        the paths written: `markdown`, `html`, `json`, `figures`, a folder, and the tables `sweep` and `all`.
->>>>>>> sweep
 
     Raises:
         HeadwiseError: there is no such folder, no run or no such variant in it, `out` is a file, several

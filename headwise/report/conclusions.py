@@ -20,10 +20,7 @@ from headwise.analysis.honesty import Flag, RunFacts
 from headwise.analysis.importance import Signal, head_correlation, signal
 from headwise.analysis.statistics import Summary, holm, summarize
 from headwise.analysis.verdict import Evidence, check_criteria, judge
-<<<<<<< HEAD
 from headwise.report.atlas import columns_of
-=======
->>>>>>> sweep
 from headwise.report.compare import Family, Material, compared, family, most, relative_to
 from headwise.runs.read import Run, longest_of
 
