@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headwise.attention.cache import KeyValueCache, LayerCache
-from headwise.attention.carry import Carry
+from headwise.attention.carry import Carry as Carry
 from headwise.attention.modifiers import MODIFIERS, ModifierLayer, Modifiers
 from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, Weights, read_mask
 from headwise.errors import HeadwiseError
@@ -26,7 +26,8 @@ from headwise.functional.budget import keys_of_share
 from headwise.functional.softmax_attention import windowed
 from headwise.measures.spec import Measure
 
-NONE = Modifiers()
+OFF = Modifiers()
+"""No modifier is on."""
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 FEATURES = ("causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training", *MODIFIERS)
@@ -58,7 +59,7 @@ class AttentionShape:
     head_dropout: float = 0.0
     layer: int = 0
     n_layers: int = 1
-    modifiers: Modifiers = NONE
+    modifiers: Modifiers = OFF
 
 
 @dataclass(frozen=True)

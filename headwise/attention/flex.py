@@ -2,8 +2,8 @@
 
     y_i = Σ_j softmax_j(scale · q_i·k_j + mask) v_j
 
-Compiled to a fused kernel on a GPU. On a CPU it computes forward only, unfused. A sink is applied by way of the
-log-sum-exp, through which gradients flow; a window is part of the block mask.
+Compiled to a fused kernel on a GPU. On a CPU it computes forward only, unfused. A sink is applied by way of
+the log-sum-exp, through which gradients flow; a window is part of the block mask.
 """
 
 from __future__ import annotations

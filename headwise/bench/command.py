@@ -6,7 +6,9 @@ import importlib
 
 from headwise.errors import one_of
 
-BENCHMARKS = ("train-step", "head-stats", "decode", "profile", "copy", "observe", "compare-memory", "page")
+BENCHMARKS = (
+    "train-step", "head-stats", "decode", "profile", "copy", "observe", "compare-memory", "modifiers", "page",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

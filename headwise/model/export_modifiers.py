@@ -104,8 +104,8 @@ def architecture_of(config: ModelConfig, name: str) -> Architecture:
         )
     if config.bias and not known.biases:
         raise HeadwiseError(
-            f"{name} cannot be exported: model.bias is true, and {known.name}, which has its modifiers, has no "
-            "biases in its MLP; train with --model.bias=false"
+            f"{name} cannot be exported: model.bias is true, and {known.name}, which has its modifiers, has "
+            "no biases in its MLP; train with --model.bias=false"
         )
     return known
 

@@ -185,7 +185,7 @@ def test_its_heads_are_measured(kind: str) -> None:
     x = torch.randn(2, LENGTH, 16)
     layer(x, **form(kind))
     expected = {"sink": "null_weight", "output_gate": "gate"}
-    for name in (measure for modifier, measure in expected.items() if modifier in on):
+    for name in (column for modifier, column in expected.items() if modifier in on):
         value = seen[0].extra[name]
         assert value.shape == (2, layer.shape.n_heads, LENGTH)
         assert ((value > 0) & (value < 1)).all()

@@ -273,7 +273,7 @@ class _Watcher:
 
 
 def _sink(call: Call) -> Tensor | None:
-    """The sink logits `(H,)` that this call adds to its softmax, as GPT-OSS does; None where there are none."""
+    """The sink logits `(H,)` that this call adds to its softmax, as GPT-OSS does; None without any."""
     for name in ("s_aux", "sinks"):
         if isinstance(sink := call.options.get(name), Tensor):
             return sink.flatten()

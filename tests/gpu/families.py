@@ -31,6 +31,8 @@ from headwise.functional import (
 )
 from headwise.functional import budget as budgets
 from headwise.functional.dispatch import WIDEST_HEAD
+from headwise.functional.fused_attention import fused_attention, takes
+from headwise.functional.softmax_attention import softmax_attention
 from headwise.watch.rotation import LAYOUTS as ROTATIONS
 from headwise.watch.rotation import Convention, Form, Tables, _unrotate
 
@@ -245,6 +247,105 @@ def rotations(draw: random.Random, device: torch.device) -> tuple[str, float, fl
     return f"{dtype} T={tokens} {convention} {layouts}", error, max(2 * ROUNDING[dtype], 1e-6)
 
 
+def compared(
+    leaves: list[Tensor], run: Callable[..., Tensor], true: Callable[..., Tensor], layouts: dict[str, str]
+) -> dict[str, float]:
+    """Relative errors of a result and its gradients against those of `true` in float64.
+
+    Args:
+        layouts: of the leaves, by name, and of `upstream`.
+    """
+    names, found = [name for name in layouts if name != "upstream"], []
+    upstream = torch.randn_like(leaves[0])
+    for function, own in ((run, leaves), (true, [x.detach().double() for x in leaves])):
+        own = [x.detach().requires_grad_() for x in own]
+        views = [laid_out(x, layouts[name]) for x, name in zip(own, names, strict=True)]
+        poison(leaves[0].device)
+        y = function(*views)
+        gradients = torch.autograd.grad(y, own, laid_out(upstream.to(y.dtype), layouts["upstream"]))
+        found.append({"y": y.detach(), **{f"d_{name}": g for name, g in zip(names, gradients, strict=True)}})
+    ours, exact = found
+    small = 0.25 / leaves[0].shape[-2] ** 0.5
+    return {name: selective.relative(ours[name], exact[name], small * (name != "y")) for name in exact}
+
+
+def sinks_and_windows(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
+    """PyTorch's kernels under a sink, within a window, under a mask, or several of these."""
+    tiny = device.type == "cpu"
+    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device)
+    width = draw.choice((16,) if tiny else (16, 24, 64, 64, 80, 128, 256))
+    heads, kv_heads = draw.choice(((2, 1), (2, 2)) if tiny else ((1, 1), (4, 2), (6, 2), (5, 5), (3, 1)))
+    q = torch.randn(2, heads, tokens, width, device=device).to(dtype)
+    k, v = torch.randn(2, 2, kv_heads, tokens, width, device=device).to(dtype).unbind()
+    sink = 2 * torch.randn(heads, device=device)
+    causal, window, masked = draw.random() < 0.7, draw.choice((None, 1, 5, 64)), draw.random() < 0.3
+    window = None if window is None or window >= tokens or masked else window
+    window = window if takes(q, None, window=window) else None
+    bias = torch.randn(2, 1, tokens, tokens, device=device).to(dtype) if masked else None
+    causal = causal and bias is None
+    sunk = window is None or draw.random() < 0.5
+
+    def run(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
+        y = fused_attention(
+            q, k, v, causal=causal, scale=0.2, bias=bias, sink=c if sunk else None, window=window
+        )
+        return y if sunk else y + 0 * c.sum().to(y.dtype)
+
+    def true(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
+        mask = None if bias is None else bias[:, 0].double()
+        y = softmax_attention(
+            q, k, v, causal=causal, mask=mask, scale=0.2, sink=c if sunk else None, window=window
+        )
+        return y if sunk else y + 0 * c.sum()
+
+    layouts = drawn(draw, ("q", "k", "v", "sink", "upstream"), ("q", "upstream"))
+    found = compared([q, k, v, sink], run, true, layouts)
+    found["d_sink"] /= 4  # a number a head, and a sum over all queries whose terms cancel
+    name, error = worst(found)
+    shown = f"causal={causal} window={window} masked={masked} sink={sunk}"
+    return f"{name} {shown} {dtype} {tuple(q.shape)} K={kv_heads} {layouts}", error, LIMITS[dtype]
+
+
+def selection_under_a_sink(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
+    tiny = device.type == "cpu"
+    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device, 600)
+    width, masks = draw.choice((16,) if tiny else (16, 64, 80, 128)), draw.choice((1, 2))
+    q, k, v = torch.randn(3, 2, 2, tokens, width, device=device).to(dtype).unbind()
+    taken = torch.randn(2, masks, tokens, tokens, device=device).relu().tril()
+    sink = 2 * torch.randn(2, device=device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, c: Tensor) -> Tensor:
+        return selective_attention(q, k, v, taken.tril(), scale=0.2, sink=c)
+
+    layouts = drawn(draw, ("q", "k", "v", "taken", "sink", "upstream"), ("q", "upstream"))
+    found = compared([q, k, v, taken, sink], run, run, layouts)
+    found["d_sink"] /= 4
+    name, error = worst(found)
+    return f"{name} M={masks} {dtype} T={tokens} D={width} {layouts}", error, LIMITS[dtype]
+
+
+def sinks_own_pass(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
+    """What a sink does to an output, and its gradient, apart from any attention."""
+    from headwise.functional.fused_attention.kernel import apply_sink, sink_gradient
+
+    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device)
+    width = draw.choice((16, 20) if device.type == "cpu" else (16, 20, 64, 128, 256))
+    layouts = drawn(draw, ("y", "grad"), ("y", "grad"))
+    made = torch.randn(2, 2, 3, tokens, width, device=device).to(dtype).unbind()
+    y, grad = (laid_out(x, layout) for x, layout in zip(made, layouts.values(), strict=True))
+    lse, sink = 3 * torch.randn(2, 3, tokens, device=device), 3 * torch.randn(3, device=device)
+    poison(device)
+    out, total = apply_sink(y, lse, sink)
+    own = sink_gradient(out, grad, total, sink)
+    exact = torch.logaddexp(lse.double(), sink.double()[:, None])
+    kept = y.double() * (lse.double() - exact).exp()[..., None]
+    slope = -((sink.double()[:, None] - exact).exp() * (out.double() * grad.double()).sum(-1)).sum((0, 2))
+    found = {"y": selective.relative(out, kept), "lse": selective.relative(total, exact)}
+    found["d_sink"] = selective.relative(own, slope, 0.1)
+    name, error = worst(found)
+    return f"{name} {dtype} {tuple(y.shape)} {layouts}", error, max(2 * ROUNDING[dtype], 1e-5)
+
+
 def nothing_else_moves(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
     """A NaN query moves no other row; a NaN key, or what a NaN query takes, no earlier one."""
     dtype, tokens = dtype_of(draw, device), max(2, tokens_of(draw, device, 300))
@@ -312,6 +413,9 @@ FAMILIES: dict[str, tuple[Family, int]] = {
     "attention to slots": (slots, 30),
     "undone rotations": (rotations, 30),
     "maxima of sums": (maxima, 40),
+    "sinks and windows": (sinks_and_windows, 48),
+    "selection under a sink": (selection_under_a_sink, 16),
+    "a sink's own pass": (sinks_own_pass, 16),
     "NaN moves nothing else": (nothing_else_moves, 8),
 }
 """Every family, and how many cases of it run on a GPU."""

@@ -37,7 +37,8 @@ class OutputGate(nn.Module):
 
     def of(self, x: Tensor) -> Tensor:
         """The gates of `x (B, T, d_model)`, `(B, H, T, 1 or D)`."""
-        return torch.sigmoid(self.project(x)).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        gates: Tensor = torch.sigmoid(self.project(x)).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return gates
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Heads' outputs `y (B, H, T, D)`, gated by the layer's input `x (B, T, d_model)`."""

@@ -2,8 +2,9 @@
 
     q_i ← w_q * q_i / rms(q_i)      k_j ← w_k * k_j / rms(k_j)
 
-before the rotation. The weights have width D and serve every head of the layer. They start at 1, which is not
-the model without it: every query and key then has norm √D. The measure `query_norm` is of the normalised queries.
+before the rotation. The weights have width D and serve every head of the layer. They start at 1, which is
+not the model without it: every query and key then has norm √D. The measure `query_norm` is of the
+normalised queries.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class QKNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q `(B, H, T, D)` and k `(B, K, T, D)` normalised, in their own dtype."""
-        return normalised(q, self.q), normalised(k, self.k)
+        return _normalised(q, self.q), _normalised(k, self.k)
 
 
-def normalised(x: Tensor, weight: Tensor) -> Tensor:
-    """`weight * x / rms(x)` over the last axis, in the dtype of `x`."""
+def _normalised(x: Tensor, weight: Tensor) -> Tensor:
+    """`weight * x / rms(x)` over the last axis of `x (B, H, T, D)`, laid out `(B, T, H, D)`."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), EPSILON)
+        x = x.transpose(1, 2)
+        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), EPSILON).transpose(1, 2)

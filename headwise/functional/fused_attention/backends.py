@@ -61,6 +61,7 @@ def attention(
     Returns:
         y `(B, H, T, D)`, laid out `(B, T, H, D)`; the log-sum-exp of each query, sink included, `(B, H, T)`.
     """
+    q, k, v = _readable(q), _readable(k), _readable(v)
     name = backend(q, k, v, biased=bias is not None, causal=causal, window=window, scale=scale)
     y, lse = _forward(name, q, k, v, bias, causal, window, scale)
     if sink is None:
@@ -75,7 +76,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, bias, sink, causal, window, scale):
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _room(q), q.new_empty(q.shape[:3], dtype=_precise(q))
 
 
@@ -95,22 +96,26 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sink, `(H,)` float32 or better; empty where there is none."""
     grad = grad if grad.stride() == y.stride() else _room(y).copy_(grad)
+    given = (q, k, v)
+    grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
     name = backend(q, k, v, biased=bias is not None, causal=causal, window=window, scale=scale)
     dq, dk, dv = _backward(name, grad, q, k, v, bias, y, lse, causal, window, scale)
-    made = [_like(x, of) for x, of in ((dq, q), (dk, k), (dv, v))]
+    dq, dk, dv = (_like(x, of) for x, of in zip((dq, dk, dv), given, strict=True))
     if sink is None:
-        return *made, lse.new_empty(0)
+        return dq, dk, dv, lse.new_empty(0)
     if q.is_cuda and HAS_KERNELS:
         from headwise.functional.fused_attention.kernel import sink_gradient
 
-        return *made, sink_gradient(y, grad, lse, sink)
+        return dq, dk, dv, sink_gradient(y, grad, lse, sink)
     delta = (y.to(lse.dtype) * grad.to(lse.dtype)).sum(-1)
     weight = (sink.to(lse.dtype)[:, None] - lse).exp()
-    return *made, -(weight * delta).sum((0, 2))
+    return dq, dk, dv, -(weight * delta).sum((0, 2))
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, bias, sink, y, lse, causal, window, scale):
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, sink: Any, y: Tensor, lse: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     own = lse.new_empty(0 if sink is None else q.shape[1])
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), own
 
@@ -213,12 +218,22 @@ def _backward(
 
 
 def _aligned(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """`bias` for every head of every sequence, its rows at multiples of 16 numbers, which the kernel needs."""
+    """`bias` for every head of every sequence, its rows at multiples of 16 numbers for the kernel."""
     if bias is None:
         return None
     length = bias.shape[-1]
     wide = F.pad(bias, (0, -length % 16))[..., :length]
     return wide.expand(q.shape[0], q.shape[1], -1, -1)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x (B, H, T, D)` as kernels read it: itself where rows are whole, on a GPU aligned and not repeated."""
+    if not x.is_cuda:
+        return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    sizes_and_strides = list(zip(x.shape, x.stride(), strict=True))[:-1]
+    apart = all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in sizes_and_strides)
+    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    return x if whole and apart else x.clone(memory_format=torch.contiguous_format)
 
 
 def _unread(q: Tensor, dtype: torch.dtype, size: int) -> Tensor:

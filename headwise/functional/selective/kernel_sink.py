@@ -1,7 +1,7 @@
 """Causal softmax attention under F and a sink, by the kernels that know no sink.
 
-As in `headwise.functional.fused_attention`: with the output and the log-sum-exp of the softmax that has one more
-logit, the backward kernels compute that softmax's gradients.
+As in `headwise.functional.fused_attention`: with the output and the log-sum-exp of the softmax that has one
+more logit, the backward kernels compute that softmax's gradients.
 """
 
 from __future__ import annotations
