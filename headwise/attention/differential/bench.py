@@ -179,7 +179,7 @@ def timed(
         run = torch.compile(run, dynamic=False, fullgraph=True) if compiled else run
         step = both_ways(run, given)
         with torch.no_grad():
-            forward = measure(captured(lambda run=run, given=given: run(*given), device), device)
+            forward = measure(captured(partial(run, *given), device), device)
         row = {"case": name, **shape, "compiled": compiled, "forward_ms": forward}
         row |= {"both_ms": measure(captured(step, device), device)}
         rows.append(row | {"extra_mb": extra_memory_mb(step, device)})
