@@ -70,7 +70,9 @@ def test_the_conclusion_comes_first_and_the_folder_is_a_run(run: str, capsys) ->
     values = sorted(record["heads"], key=lambda head: head["value"])
     assert sorted([h["layer"], h["head"]] for h in values[:2]) == [list(at) for at in record["removed"]]
     model, configuration = load_model(folder)
-    assert configuration.model.heads_by_layer == [after for _, after in record["heads_by_layer"]]
+    left = [after for _, after in record["heads_by_layer"]]
+    assert [layer.shape.n_heads for layer in model.attentions()] == left
+    assert (configuration.model.heads_by_layer is None) == (left == [3, 3])
     assert model(torch.randint(16, (1, 16))).isfinite().all()
     rows = list(csv.DictReader((folder / "prune_results.csv").open()))
     assert [row["mode"] for row in rows] == ["low", "random", "random", "random"]
@@ -82,7 +84,10 @@ def test_the_conclusion_comes_first_and_the_folder_is_a_run(run: str, capsys) ->
     assert {law["measure"] for law in record["law"]} >= {"entropy", "max_weight", "entanglement", "sparsity"}
     assert (folder / "prune.md").read_text().splitlines()[2] == f"- {law}"
     assert main(["train", "--resume", "--out", str(folder)]) == 0
-    assert json.loads((folder / "summary.json").read_text())["heads_by_layer"] is not None
+    assert (
+        json.loads((folder / "summary.json").read_text())["heads_by_layer"]
+        == configuration.model.heads_by_layer
+    )
     paths = report.build(Path(run), sections=sections())
     data = json.loads(paths["json"].read_text())
     assert data["pruning"][0]["removed"] == [list(at) for at in record["removed"]]

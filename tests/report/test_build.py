@@ -20,6 +20,7 @@ def test_writes_four_things_and_draws_every_measure(built: dict[str, Path]) -> N
     assert {name: path.name for name, path in built.items()} == {
         "markdown": "report.md", "html": "report.html", "json": "report.json", "figures": "figures",
         "sweep": "sweep_results.csv", "all": "all_results.parquet",
+        "entropy_log.csv": "entropy_log.csv",
     }  # fmt: skip
     names = {path.name for path in built["figures"].iterdir()}
     assert {"loss.png", "comparison.png", "costs.png", "atlas_entropy.png", "atlas_margin.png"} <= names

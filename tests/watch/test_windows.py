@@ -34,7 +34,7 @@ def test_means_over_windows_are_those_of_the_weights(kind: str, monkeypatch: pyt
     assert reasons == {}
     weights: list[Tensor] = []
     for layer in model.attentions():
-        layer.observer = lambda seen: weights.append(weights_of(seen))
+        layer.observer = lambda seen: weights.append(weights_of(seen).detach())
     model(tokens)
     for layer, w in enumerate(weights):
         rows = found["layer"] == layer
