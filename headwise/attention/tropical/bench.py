@@ -124,7 +124,7 @@ def same_twice(
     kv_heads: int = 4,
     width: int = 64,
     dtype: torch.dtype = torch.float32,
-    **options: bool,
+    **options: Any,
 ) -> bool:
     """Whether the gradients of two equal passes have the same bits."""
     leaves = [

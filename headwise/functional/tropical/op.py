@@ -46,14 +46,14 @@ def _forward(
     if fused and bias is None:
         from headwise.functional.tropical.kernel import forward as kernel
 
-        return tuple(kernel(q, k, v, causal=causal, keep=keep, margin=margin))
-    return tuple(chunked.forward(q, k, v, bias, causal=causal, keep=keep, margin=margin))
+        return kernel(q, k, v, causal=causal, keep=keep, margin=margin)
+    return chunked.forward(q, k, v, bias, causal=causal, keep=keep, margin=margin)
 
 
 def _forward_room(
     q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, keep: bool, margin: bool, fused: bool
 ) -> Winners:
-    return tuple(chunked.room(q, keep, margin))
+    return chunked.room(q, keep, margin)
 
 
 def _backward(
