@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -76,6 +77,9 @@ def outcomes(device: torch.device) -> dict[str, list[Outcome]]:
             for found in run(device):
                 done.append(found)
                 _write(_by_family(done), device, time.perf_counter() - began)
+        else:
+            _write({name: found for name, found in _by_family(done).items() if found}, device,
+                   time.perf_counter() - began, beside=True)  # fmt: skip
     return _by_family(done)
 
 
@@ -96,17 +100,27 @@ def _alone(cases: list[tuple[str, int]], device: torch.device) -> list[Outcome]:
         return list(pool.map(outcome, names, indices, [seed()] * len(cases), [str(device)] * len(cases)))
 
 
-def _write(families: dict[str, list[Outcome]], device: torch.device, seconds: float) -> None:
+def _write(
+    families: dict[str, list[Outcome]], device: torch.device, seconds: float, beside: bool = False
+) -> None:
+    """Write the result; where some families alone ran, `beside` those of the others that are there.
+
+    Every family has the commit that it was tested at.
+    """
     import importlib.metadata
 
     from headwise.files import write_json
     from headwise.runs.environment import environment
 
-    rows = {}
+    versions = environment(str(device)) | {"triton": importlib.metadata.version("triton")}
+    commit = os.environ.get("HEADWISE_TEST_COMMIT") or versions["git_commit"]  # of a bare copy
+    versions["git_commit"] = commit
+    rows: dict[str, dict[str, object]] = {}
     for family, found in families.items():
         failed = [row for row in found if not row.passed]
         finite = [row.error for row in found if row.error < float("inf")]
         rows[family] = {
+            "git_commit": commit,
             "cases": len(found),
             "passed": len(found) - len(failed),
             "failed": [{"case": row.case, "error": str(row.error), "limit": row.limit} for row in failed],
@@ -116,10 +130,11 @@ def _write(families: dict[str, list[Outcome]], device: torch.device, seconds: fl
                 default=None,
             ),
         }
-    versions = environment(str(device)) | {"triton": importlib.metadata.version("triton")}
-    versions["git_commit"] = (
-        os.environ.get("HEADWISE_TEST_COMMIT") or versions["git_commit"]
-    )  # of a bare copy
     result = {"seed": seed(), "seconds": round(seconds, 1), "environment": versions, "families": rows}
+    if beside and RESULT.is_file():
+        before = json.loads(RESULT.read_text(encoding="utf-8"))
+        old = before["environment"]["git_commit"]
+        kept = {name: {"git_commit": old} | row for name, row in before["families"].items()}
+        result = before | {"families": kept | rows}
     write_json(RESULT, result)
     print(f"written: {RESULT}")

@@ -165,8 +165,8 @@ def main(argv: list[str]) -> int:
             for compiled in (False,) if on_cpu or width > 64 else (False, True):
                 chosen = cases(**shape, device=device, dtype=dtype)
                 rows += timed(chosen, device, compiled, shape)
+                save("differential", [*checks, *rows], arguments.out, device=str(device))  # what there is
     print_table(rows)
-    save("differential", [*checks, *rows], arguments.out, device=str(device))
     return 0
 
 
