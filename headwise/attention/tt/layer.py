@@ -18,6 +18,7 @@ from headwise.attention.kinds import register
 from headwise.attention.mha import VanillaAttention
 from headwise.attention.tt.config import TensorTrainConfig
 from headwise.attention.tt.trains import TensorTrainProjection, layer_sizes
+from headwise.functional.tensor_train import FLOP_FORMULAS
 
 CORES: dict[str, Any] = {"flash": FlashAttention.core, "mha": VanillaAttention.core}
 
@@ -29,6 +30,7 @@ class TensorTrainAttention(SoftmaxAttention):
     options = TensorTrainConfig
     supports = FlashAttention.supports
     engine_family = "sdpa"
+    flop_formulas = FLOP_FORMULAS
     benchmarks = {"tt": "headwise.attention.tt.bench"}  # noqa: RUF012  # declared in the base class
 
     def __init__(self, shape: AttentionShape, options: TensorTrainConfig | None = None) -> None:

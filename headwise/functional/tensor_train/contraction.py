@@ -16,14 +16,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from headwise.functional.tensor_train.decomposition import check_cores
 
 BLOCK = {"cuda": 2**24, "cpu": 2**18}
 """Numbers of the largest state of a block of tokens: what the caches of a device hold."""
@@ -73,7 +70,7 @@ class Plan(NamedTuple):
 Factors = tuple[int, ...]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
 def plan(rows: Factors, columns: Factors, ranks: Factors) -> Plan:
     """The order of least cost; of several, the one whose largest state is smallest.
 
@@ -84,11 +81,6 @@ def plan(rows: Factors, columns: Factors, ranks: Factors) -> Plan:
         rows, columns: m_k and n_k.
         ranks: r_1 to r_{d-1}.
     """
-    return _plan(rows, columns, ranks)
-
-
-@cache
-def _plan(rows: Factors, columns: Factors, ranks: Factors) -> Plan:
     d = len(rows)
     best: dict[frozenset[int], Plan] = {frozenset(): Plan((), 0, 0)}
     for count in range(d):
@@ -110,43 +102,11 @@ def plan_in_order(rows: Factors, columns: Factors, ranks: Factors, order: Sequen
     return found
 
 
-def tensor_train_linear(
-    x: Tensor, cores: Sequence[Tensor], out_features: int, *, order: Plan | None = None
-) -> Tensor:
-    """`W x` with W in tensor-train form (Novikov et al. 2015), in the cheapest order.
-
-    Keeps x and the cores for the backward pass, and nothing else; first derivatives only.
-
-    Args:
-        x: `(…, N)`, floating-point; zeros pad it to Π n_k.
-        cores: `(r_{k-1}, m_k, n_k, r_k)`, of x's dtype and device.
-        out_features: M, at most Π m_k; what is beyond it is cut off.
-        order: another order than the cheapest.
-
-    Returns:
-        `(…, M)`.
-
-    Raises:
-        ValueError: cores that do not meet, or sizes that do not fit them.
-    """
-    check_cores(cores)
-    rows, columns, ranks = shape_of(cores)
-    inputs, outputs = math.prod(columns), math.prod(rows)
-    if x.shape[-1] > inputs or not 0 < out_features <= outputs:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and out_features is {out_features}; "
-            f"cores are of a {outputs} x {inputs} matrix"
-        )
-    order = order or plan(rows, columns, ranks)
-    tokens = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Contraction.apply(tokens, order, out_features, *cores)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], out_features)
-
-
-def shape_of(cores: Sequence[Tensor]) -> tuple[Factors, Factors, Factors]:
-    """m_k, n_k, and the inner ranks of the cores of a matrix."""
-    rows, columns = (tuple(core.shape[axis] for core in cores) for axis in (1, 2))
-    return rows, columns, tuple(core.shape[0] for core in cores[1:])
+def plan_of(cores: Sequence[Sequence[int]], order: Sequence[int] | None = None) -> Plan:
+    """The plan of cores of these shapes: that of least cost where no order is given."""
+    rows, columns = (tuple(core[axis] for core in cores) for axis in (1, 2))
+    ranks = tuple(core[0] for core in cores[1:])
+    return plan(rows, columns, ranks) if order is None else plan_in_order(rows, columns, ranks, order)
 
 
 def _extended(before: Plan, step: Step, *, last: bool) -> Plan:
@@ -173,51 +133,59 @@ def _step(rows: Factors, columns: Factors, ranks: Factors, done: frozenset[int],
     )  # fmt: skip
 
 
-class _Contraction(torch.autograd.Function):
-    """`x (tokens, N)`, the plan, M and the cores to `y (tokens, M)`."""
+def forward(x: Tensor, cores: Sequence[Tensor], out_features: int, order: Plan) -> Tensor:
+    """y `(tokens, M)`, in memory of its own.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Plan, out_features: int, *cores: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *cores)
-        ctx.order, ctx.out_features = order, out_features
-        matrices = _matrices(cores, order)
-        blocks = []
-        for block in x.split(_tokens_of_block(x, order)):
-            state = _padded(block, order)
-            for step, matrix in zip(order.steps, matrices, strict=True):
-                state = _forward(state, matrix, step)
-            blocks.append(state.reshape(len(block), order.steps[-1].size)[:, :out_features])
-        return torch.cat(blocks)
+    Args:
+        x: `(tokens, N)`.
+        cores: `(r_{k-1}, m_k, n_k, r_k)`, of x's dtype and device.
+        out_features: M.
+        order: of these cores.
+    """
+    matrices = _matrices(cores, order)
+    blocks = []
+    for block in x.split(_tokens_of_block(x, order)):
+        state = _padded(block, order)
+        for step, matrix in zip(order.steps, matrices, strict=True):
+            state = _forward(state, matrix, step)
+        blocks.append(state.reshape(len(block), order.steps[-1].size)[:, :out_features])
+    return torch.cat(blocks)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, *cores = ctx.saved_tensors
-        order: Plan = ctx.order
-        matrices = _matrices(cores, order)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        sums = [torch.zeros_like(matrix, dtype=exact) for matrix in matrices]
-        size, blocks = _tokens_of_block(x, order), []
-        for block, dy in zip(x.split(size), upstream.split(size), strict=True):
-            states = [_padded(block, order)]
-            for step, matrix in zip(order.steps[:-1], matrices[:-1], strict=True):
-                states.append(_forward(states[-1], matrix, step))
-            last = order.steps[-1]
-            gradient = _zero_padded(dy, last.size)
-            for at in reversed(range(len(order.steps))):
-                step, matrix = order.steps[at], matrices[at]
-                sums[at] += _matrix_gradient(states.pop(), gradient, step)
-                if at or ctx.needs_input_grad[0]:
-                    gradient = _backward(gradient, matrix, step)
-            if ctx.needs_input_grad[0]:
-                blocks.append(gradient.reshape(len(block), order.steps[0].entering)[:, : x.shape[1]])
-        found: list[Tensor | None] = [None] * len(cores)
-        for step, matrix_gradient in zip(order.steps, sums, strict=True):
-            core = cores[step.core]
-            moved = [core.shape[axis] for axis in step.axes]
-            back = sorted(range(4), key=step.axes.__getitem__)
-            found[step.core] = matrix_gradient.view(moved).permute(back).to(core.dtype)
-        return (torch.cat(blocks) if blocks else None, None, None, *found)
+
+def backward(
+    upstream: Tensor, x: Tensor, cores: Sequence[Tensor], order: Plan, *, of_x: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients of x, where it is asked for, and of the cores; all contiguous.
+
+    Args:
+        upstream: the gradient of y, `(tokens, M)`.
+        x, cores, order: as `forward` had them.
+        of_x: whether x needs one.
+    """
+    matrices = _matrices(cores, order)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    sums = [torch.zeros_like(matrix, dtype=exact) for matrix in matrices]
+    size, blocks = _tokens_of_block(x, order), []
+    for block, dy in zip(x.split(size), upstream.split(size), strict=True):
+        states = [_padded(block, order)]
+        for step, matrix in zip(order.steps[:-1], matrices[:-1], strict=True):
+            states.append(_forward(states[-1], matrix, step))
+        last = order.steps[-1]
+        gradient = _zero_padded(dy, last.size)
+        for at in reversed(range(len(order.steps))):
+            step, matrix = order.steps[at], matrices[at]
+            sums[at] += _matrix_gradient(states.pop(), gradient, step)
+            if at or of_x:
+                gradient = _backward(gradient, matrix, step)
+        if of_x:
+            blocks.append(gradient.reshape(len(block), order.steps[0].entering)[:, : x.shape[1]])
+    found: dict[int, Tensor] = {}
+    for step, matrix_gradient in zip(order.steps, sums, strict=True):
+        core = cores[step.core]
+        moved = [core.shape[axis] for axis in step.axes]
+        back = sorted(range(4), key=step.axes.__getitem__)
+        found[step.core] = matrix_gradient.view(moved).permute(back).to(core.dtype).contiguous()
+    return torch.cat(blocks) if of_x else None, [found[k] for k in range(len(cores))]
 
 
 def _tokens_of_block(x: Tensor, order: Plan) -> int:

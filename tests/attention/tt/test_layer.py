@@ -21,6 +21,7 @@ from headwise.attention.tt.trains import TensorTrainProjection, layer_sizes
 from headwise.config.run import Config, from_dict, load
 from headwise.config.training import TrainingConfig
 from headwise.errors import HeadwiseError
+from headwise.functional.tensor_train import op
 from headwise.model.config import ModelConfig
 from headwise.model.count import attention_block, forward_flops_by_part, parameters_by_part
 from headwise.model.decoder import Decoder
@@ -31,6 +32,7 @@ from headwise.questions.surgery.operate import with_new_head
 from headwise.runs.weights import Source, initialise_from
 from headwise.training.optim import make_optimizer
 
+COMPUTE = {getattr(torch.ops.headwise_tensor_train, name).default: f for name, f in op.COMPUTE.items()}
 SHAPES = {
     "usual": AttentionShape(24, 4, 4, 6),
     "grouped, bias": AttentionShape(24, 6, 2, 8, bias=True),
@@ -192,13 +194,16 @@ def test_svd_keeps_the_best_and_balances_the_cores() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """Numbers of every tensor that any operation makes."""
+    """Numbers of every tensor that any operation makes, also inside of the contraction's operators."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in COMPUTE:
+            with self:
+                return COMPUTE[func](*args)
         made = func(*args, **(kwargs or {}))
         self.seen += [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
         return made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from headwise.functional.tensor_train import contraction, plan, reconstruct, tensor_train_linear
+from headwise.functional.tensor_train import (
+    FLOP_FORMULAS,
+    contraction,
+    op,
+    plan,
+    reconstruct,
+    tensor_train_linear,
+)
+
+COMPUTE = {getattr(torch.ops.headwise_tensor_train, name).default: f for name, f in op.COMPUTE.items()}
 
 CASES: dict[str, dict[str, Any]] = {
     "one core": {"rows": (5,), "columns": (7,), "ranks": ()},
@@ -112,18 +123,16 @@ def test_rounding_is_that_of_a_matrix_product(dtype: torch.dtype) -> None:
 # --- order
 
 
-def orders(case: dict[str, Any]) -> Iterator[contraction.Plan]:
-    for order in itertools.permutations(range(len(case["rows"]))):
-        yield contraction.plan_in_order(case["rows"], case["columns"], case["ranks"], order)
+def orders(case: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    return itertools.permutations(range(len(case["rows"])))
 
 
-def counted(case: dict[str, Any], order: contraction.Plan | None) -> int:
-    """Multiply-adds of a token, as PyTorch counts them while it runs."""
+def counted(case: dict[str, Any], order: tuple[int, ...] | None) -> int:
+    """Multiply-adds of a token, as PyTorch counts them while the operator computes."""
     cores = [core.detach() for core in train(case)]
+    x = torch.randn(2, math.prod(case["columns"]), dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
-        tensor_train_linear(
-            torch.randn(2, math.prod(case["columns"]), dtype=torch.float64), cores, 1, order=order
-        )
+        contraction.forward(x, cores, 1, contraction.plan_of([core.shape for core in cores], order))
     return counter.get_total_flops() // 4
 
 
@@ -137,7 +146,10 @@ def test_no_order_is_cheaper_than_the_one_chosen(drawn: list[tuple[int, int, int
     case = {"rows": rows, "columns": columns, "ranks": bonds[1:]}
     chosen = plan(rows, columns, bonds[1:])
     assert counted(case, None) == chosen.products
-    every = [(counted(case, order), order.largest) for order in orders(case)]
+    every = [
+        (counted(case, order), contraction.plan_in_order(rows, columns, bonds[1:], order).largest)
+        for order in orders(case)
+    ]
     assert (chosen.products, chosen.largest) == min(every)
 
 
@@ -154,6 +166,23 @@ def test_every_order_gives_the_same(name: str) -> None:
         torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, *cores]), gradients)
 
 
+@pytest.mark.parametrize("of_x", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_the_formulas_of_the_operators_are_what_they_compute(name: str, of_x: bool) -> None:
+    case = CASES[name]
+    m, n = sizes(case)
+    cores = train(case)
+    x, upstream = (torch.randn(3, size, dtype=torch.float64) for size in (n, m))
+    plain = [core.detach() for core in cores]
+    order = contraction.plan_of([core.shape for core in cores])
+    with FlopCounterMode(display=False) as computed:
+        contraction.forward(x, plain, m, order)
+        contraction.backward(upstream, x, plain, order, of_x=of_x)
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as told:
+        tensor_train_linear(x.requires_grad_(of_x), cores, m).backward(upstream)
+    assert told.get_total_flops() == computed.get_total_flops() > 0
+
+
 def test_the_order_matters_by_hand() -> None:
     # core 1 first: 32·24·24·r, then 24·r·24·32; core 2 first costs as much as its larger state
     chosen = plan((24, 32), (32, 24), (16,))
@@ -167,13 +196,16 @@ def test_the_order_matters_by_hand() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """Numbers of every tensor that any operation makes."""
+    """Numbers of every tensor that any operation makes, also inside of the operators."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in COMPUTE:
+            with self:
+                return COMPUTE[func](*args)
         made = func(*args, **(kwargs or {}))
         self.seen += [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
         return made
@@ -206,7 +238,71 @@ def test_states_are_bounded_by_the_block(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(sizes.seen) <= max(5000, x.numel())
 
 
+# --- the operators
+
+
+@pytest.mark.parametrize("name", ["two, padded", "three", "one core"])
+@pytest.mark.parametrize("of_x", [True, False])
+def test_the_operators_keep_to_what_pytorch_asks_of_one(name: str, of_x: bool) -> None:
+    case = CASES[name]
+    m, n = sizes(case)
+    cores = train(case)
+    x = torch.randn(3, n, dtype=torch.float64, requires_grad=of_x)
+    ops = torch.ops.headwise_tensor_train
+    torch.library.opcheck(ops.forward.default, (x, cores, m, None))
+    plain = (torch.randn(3, m, dtype=torch.float64), x.detach(), [core.detach() for core in cores])
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.backward.default, (*plain, None, of_x), test_utils=checks)
+
+
+@pytest.mark.parametrize("order", [None, (1, 0, 2)])
+def test_compiled_whole_it_gives_the_same_to_the_bit(order: tuple[int, ...] | None) -> None:
+    case = CASES["three, padded"]
+    cores = train(case, torch.float32)
+    x = torch.randn(2, 5, 11, requires_grad=True)
+
+    def twice(x: Tensor, *cores: Tensor) -> Tensor:
+        y = tensor_train_linear(x, cores, 11, order=order)
+        return y * tensor_train_linear(y.relu(), cores, 11, order=order)
+
+    found = []
+    for run in (twice, torch.compile(twice, backend="aot_eager", fullgraph=True)):
+        y = run(x, *cores)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *cores])])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def test_autocast_leaves_the_dtype() -> None:
+    cores = train(CASES["two"], torch.float32)
+    x = torch.randn(5, 24, requires_grad=True)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = tensor_train_linear(x, cores, 24)
+            found.append([y, *torch.autograd.grad(y.sum(), [x, *cores])])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def test_the_first_call_does_not_import_the_compiler() -> None:
+    script = (
+        "import sys, torch; from headwise.functional.tensor_train import tensor_train_linear as f; "
+        "f(torch.ones(2, 3), [torch.ones(1, 2, 3, 1, requires_grad=True)], 2).sum().backward(); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
 # --- refusals
+
+
+def test_refuses_a_second_derivative() -> None:
+    cores = train(CASES["two"])
+    x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        tensor_train_linear(x, cores, 24).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient.sum().backward()
 
 
 def test_refuses_sizes_that_do_not_fit() -> None:
