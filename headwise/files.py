@@ -308,10 +308,10 @@ def _system_error(error: BaseException) -> int | None:
     own = error.errno if isinstance(error, OSError) else None
     hidden: BaseException | None = error
     while own not in NO_ROOM and hidden is not None:
-        found = re.search(r"\((?:os error|errno) (\d+)\)|\[errno (\d+)\]", str(hidden), re.IGNORECASE)
+        found = re.search(r"(?:[(\[](?:os error|errno)|\bOs \{ code:) (\d+)", str(hidden), re.IGNORECASE)
         number = hidden.errno if isinstance(hidden, OSError) else None
         if found:
-            number = number or int(found[1] or found[2])
+            number = number or int(found[1])
             own = own or number
         if number in NO_ROOM:
             return number

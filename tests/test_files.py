@@ -89,6 +89,23 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tmp_path: Path) ->
     assert files(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "I/O error: File too large (os error 27)",
+        "[errno 27] File too large",
+        'Error while serializing: IoError(Os { code: 27, kind: FileTooLarge, message: "File too large" })',
+    ],
+)
+def test_a_full_disk_is_seen_in_the_words_of_a_library(tmp_path: Path, told: str) -> None:
+    def fail() -> None:
+        with replacing(tmp_path / "a"):
+            raise RuntimeError(told)
+
+    with pytest.raises(HeadwiseError, match="the file is larger than this disk or user may have"):
+        fail()
+
+
 def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
         pass  # the block wrote nothing

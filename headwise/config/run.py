@@ -383,7 +383,8 @@ def _expectation(message: str) -> str:
     value = re.search(r"Given value: (.*)$", message) or re.search(r"Got value: (.*)$", message)
     if not types or not value:
         return message
-    wanted = " or ".join(dict.fromkeys("null" if t == "NoneType" else t for t in types))
+    named = dict.fromkeys("null" if t == "NoneType" else t for t in types)
+    wanted = " or ".join(sorted(named, key="null".__eq__))  # its releases differ in where they put null
     example = f", such as [{value[1]}]" if wanted == "list" else ""
     return f"got {value[1]}, expected {wanted}{example}"
 

@@ -391,4 +391,4 @@ class Trainer:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make the random numbers of a step a function of (seed, step, rank): a resume restores no state."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
+    torch.manual_seed(int(state[0]) >> 1)

@@ -65,6 +65,11 @@ class Call:
     name: str = ""
 
     @property
+    def softcap(self) -> float | None:
+        """What bounds the logits. `sdpa` bounds none: transformers before 5.21 lets it ignore the option."""
+        return None if self.name == "sdpa" and not self.eager else self.options.get("softcap")
+
+    @property
     def reads_keywords(self) -> bool:
         """Whether the function that attends may read flash attention's keywords."""
         return not self.eager and self.name not in ("eager", "sdpa", "flex_attention")
@@ -242,7 +247,7 @@ class _Watcher:
         scale = call.options.get("scaling")
         seen = Scores(
             q, k, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), causal=mask.causal,
-            bias=mask.bias, softcap=call.options.get("softcap"), window=mask.window,
+            bias=mask.bias, softcap=call.softcap, window=mask.window,
             key_mask=mask.key_mask, documents=mask.documents, q_pre=q_pre, k_pre=k_pre,
         )  # fmt: skip
         sink = _sink(call)

@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.t5 import modeling_t5
 
 from headwise.errors import HeadwiseError
 from headwise.watch import watch
@@ -17,6 +19,9 @@ NAMED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "ph
 ROTATED = ["llama", "llama-yarn", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox", "phi3", "phi3-longrope",
            "olmo2", "cohere", "modernbert"]  # fmt: skip
 ODD = ["albert", "deepseek_v3", "gpt_oss", "smollm3"]
+T5_ASKS = pytest.mark.skipif(
+    not hasattr(modeling_t5, "ALL_ATTENTION_FUNCTIONS"), reason="T5 asks none before transformers 5.15"
+)
 WINDOW = 7  # of mistral and gemma2 in conftest.py
 # float32 against weights that eager attention computed in float32, then entropies in float64.
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
@@ -80,7 +85,10 @@ def eager_weights(model, inputs) -> torch.Tensor:
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        return torch.stack(model(**inputs, output_attentions=True).attentions, dim=1)
+        attentions = model(**inputs, output_attentions=True).attentions
+    if attentions is None:
+        pytest.skip(f"transformers {transformers.__version__} gives no weights of {type(model).__name__}")
+    return torch.stack(attentions, dim=1)
 
 
 def assert_measures(got, expected, where=None):
@@ -118,6 +126,23 @@ def test_padding_is_neither_seen_nor_measured(name, side, implementation, hf_mod
     for measure, value in expected.items():
         got = torch.from_numpy(columns[measure]).double()
         torch.testing.assert_close(got, value[keys], **TOLERANCE)
+
+
+def test_logits_that_sdpa_leaves_unbounded_are_measured_so(hf_model, tokens, monkeypatch):
+    """Transformers before 5.21 hands `softcap` to `sdpa`, which computes without it."""
+    attend = AttentionInterface._global_mapping["sdpa"]
+
+    def ignoring(*arguments, softcap=None, **options):
+        return attend(*arguments, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", ignoring)
+    model = copy.deepcopy(hf_model("gemma2"))
+    model.config._attn_implementation = "sdpa"
+    inputs = {"input_ids": tokens}
+    got = seen(model, inputs)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert_measures(got, from_weights(eager_weights(model, inputs)))
 
 
 @pytest.mark.parametrize("name", ROTATED)
@@ -271,6 +296,7 @@ def test_steps_with_a_cache_and_cross_attention_are_named_not_measured(hf_model,
     assert all("25 keys" in r or "26 keys" in r for r in watched.reasons.values())
 
 
+@T5_ASKS
 def test_an_encoder_and_its_decoder_are_numbered_through(hf_model, tokens):
     model = hf_model("t5")
     with torch.no_grad(), pytest.warns(UserWarning, match="cross-attention"), watch(model) as watched:

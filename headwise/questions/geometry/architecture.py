@@ -258,8 +258,9 @@ class Architecture:
     def unlike(self, place: Place) -> str | None:
         """Why a place is not softmax attention with a q·k circuit; None where it is, or nothing is known."""
         for module in self._attention(place):
-            if reason := UNLIKE.get(type(module).__name__):
-                return reason
+            for name in (part.__name__ for part in type(module).__mro__):  # DiffLlamaSdpaAttention is one too
+                if name in UNLIKE:
+                    return UNLIKE[name]
         kinds = self.settings(place).get("layer_types") or self.settings(place).get("layers_block_type")
         if isinstance(kinds, list) and place.layer is not None and place.layer < len(kinds):
             kind = str(kinds[place.layer])
