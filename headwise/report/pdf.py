@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +26,8 @@ def write_pdf(html: Path, markdown: Path) -> Path:
     if browser:
         with replacing(path) as draft, tempfile.TemporaryDirectory() as profile:
             options = ["--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={profile}"]
+            if hasattr(os, "geteuid") and os.geteuid() == 0:  # Chromium's sandbox does not start as root
+                options.append("--no-sandbox")
             _call([browser, *options, f"--print-to-pdf={draft.absolute()}", html.absolute().as_uri()], draft)
         return path
     if pandoc := shutil.which("pandoc"):

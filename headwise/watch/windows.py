@@ -51,7 +51,9 @@ class Windows(Collector):
             "sparsity": sparsity(weights),
         }
         with self._lock:
-            self._accumulate(layer, {name: value[..., None] for name, value in values.items()}, None, None)
+            self._accumulate(
+                (layer, ""), {name: value[..., None] for name, value in values.items()}, None, None
+            )
 
 
 def sparsity(weights: Tensor) -> Tensor:

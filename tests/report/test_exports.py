@@ -15,6 +15,7 @@ import yaml
 from headwise import report
 from headwise.cli.report import main
 from headwise.errors import HeadwiseError
+from headwise.report import pdf
 from headwise.report.exports import ALL, SWEEP
 from headwise.report.pdf import write_pdf
 from headwise.runs.folder import RunFolder
@@ -193,6 +194,7 @@ def test_a_pdf_is_made_by_what_is_installed_or_one_sentence_says_why_not(
     script.write_text('#!/bin/sh\nwhile [ "$1" != "-o" ]; do shift; done\nprintf PDF > "$2"\n')
     script.chmod(script.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setattr(pdf, "BROWSERS", ())
     made = write_pdf(folder / "report.html", folder / "report.md")
     assert (made.name, made.read_text()) == ("report.pdf", "PDF")
     script.write_text("#!/bin/sh\necho no engine >&2\nexit 43\n")

@@ -8,7 +8,8 @@ import pytest
 
 from headwise.config.run import flatten, to_dict
 from headwise.model.decoder import Decoder
-from headwise.study.plan import plan, read_study
+from headwise.study.plan import plan
+from headwise.study.read import read_study
 
 PRESET = Path(__file__).parents[2] / "configs" / "studies" / "modifiers.yaml"
 

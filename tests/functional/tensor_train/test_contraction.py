@@ -298,9 +298,7 @@ def test_the_first_call_does_not_import_the_compiler() -> None:
 def test_refuses_a_second_derivative() -> None:
     cores = train(CASES["two"])
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(
-        tensor_train_linear(x, cores, 24).square().sum(), x, create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(tensor_train_linear(x, cores, 24).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         gradient.sum().backward()
 
