@@ -20,7 +20,15 @@ from torch.nn import functional
 from headwise.attention.cache import KeyValueCache, LayerCache
 from headwise.attention.carry import Carry as Carry
 from headwise.attention.modifiers import MODIFIERS, ModifierLayer, Modifiers
-from headwise.attention.observation import Observation, Observer, Scores, Unmeasured, Weights, read_mask
+from headwise.attention.observation import (
+    Observation,
+    Observer,
+    Parts,
+    Scores,
+    Unmeasured,
+    Weights,
+    read_mask,
+)
 from headwise.errors import HeadwiseError
 from headwise.functional.budget import keys_of_share
 from headwise.functional.softmax_attention import windowed
@@ -284,7 +292,10 @@ class Attention(nn.Module):
         seen = self.observation(*args, mask=mask, causal=causal)
         if self.modifiers is None or isinstance(seen, Unmeasured):
             return seen
-        return replace(seen, extra={**seen.extra, **self.modifiers.measures(x, seen)})
+        added = self.modifiers.measures(x, seen)
+        if isinstance(seen, Parts):
+            return replace(seen, whole=replace(seen.whole, extra={**seen.whole.extra, **added}))
+        return replace(seen, extra={**seen.extra, **added})
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not observed, and has its class's methods where this layer's are replaced for a block."""

@@ -55,7 +55,7 @@ class PerformerAttention(FeatureAttention):
         self.config = options or PerformerConfig()
         seed = self.config.seed * 4096 + shape.layer  # no two layers alike
         directions = orthogonal_features(self.config.features, shape.head_dim, seed)
-        self.register_buffer("directions", directions.to(self.out.weight.device))
+        self.register_buffer("directions", directions.to(next(self.parameters()).device))
 
     def queries(self, q: Tensor) -> Tensor:
         """Features of queries."""
