@@ -64,13 +64,8 @@ def fused(version: int, heads: int, kv_heads: int, width: int, mask: Tensor | No
 
 def two_calls(heads: int, kv_heads: int, width: int) -> Any:
     """Version 1 by a softmax attention of queries of D/2 and values of D for each part."""
-    core = layer(1, heads, kv_heads, width).core
-
-    def run(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
-        first, second = (core(q[:, n::2], k[:, n::2], v, mask=None, causal=True) for n in (0, 1))
-        return first - lam[..., None] * second
-
-    return run
+    softmax = partial(layer(1, heads, kv_heads, width).core, mask=None, causal=True)
+    return lambda q, k, v, lam: fused_differential_attention(q, k, v, lam, softmax, apart=True)
 
 
 def flash(heads: int, kv_heads: int, width: int) -> Any:

@@ -70,8 +70,10 @@ def differential_attention(
     return zero_rows(weights.to(v.dtype) @ v, empty)
 
 
-def fused_differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, softmax: Softmax) -> Tensor:
-    """The same from one call of a softmax attention, in O(T) memory where that has it.
+def fused_differential_attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, softmax: Softmax, *, apart: bool = False
+) -> Tensor:
+    """The same from calls of a softmax attention, in O(T) memory where that has it.
 
     Two keys of width W beside one another are one key of width 2W, which a query meets that is 0 where the
     other's key lies. So both versions are one attention of 2H query heads on K key/value heads.
@@ -79,11 +81,17 @@ def fused_differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, s
     Args:
         q, k, v, lam: as of `differential_attention`.
         softmax: attention of `(B, 2H, T, W')` to `(B, K, T, W')` and v, with mask and scale.
+        apart: where every query has a key of its own, call `softmax` once for all first queries and once for
+            all second ones instead: no zeros, but queries and keys are narrower than values then, which
+            fewer kernels take.
 
     Returns:
         `(B, H, T, D)`.
     """
     if k.shape[1] != v.shape[1]:
+        if apart:
+            first, second = (softmax(q[:, n::2], k[:, n::2], v) for n in (0, 1))
+            return first - lam[..., None].to(first.dtype) * second
         q, k = widened(q), joined(k)
     return difference(softmax(q, k, v), lam)
 

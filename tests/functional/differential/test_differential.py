@@ -57,19 +57,21 @@ def test_it_is_the_difference_of_two_softmax_attentions(own_keys: bool, causal: 
 
 
 @LAYOUTS
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
-def test_one_call_of_softmax_attention_gives_the_same(own_keys: bool, tokens: int) -> None:
+def test_calls_of_softmax_attention_give_the_same(own_keys: bool, tokens: int, apart: bool) -> None:
     q, k, v, lam = inputs(own_keys, tokens=tokens)
     for causal in (True, False):
         for mask in masks(tokens):
             softmax = partial(softmax_attention, causal=causal, mask=mask, scale=0.3)
-            fused = fused_differential_attention(q, k, v, lam, softmax)
+            fused = fused_differential_attention(q, k, v, lam, softmax, apart=apart)
             torch.testing.assert_close(
                 fused, differential_attention(q, k, v, lam, causal=causal, mask=mask, scale=0.3)
             )
     softmax = partial(F.scaled_dot_product_attention, is_causal=True, scale=0.5, enable_gqa=True)
     torch.testing.assert_close(
-        fused_differential_attention(q, k, v, lam, softmax), differential_attention(q, k, v, lam, scale=0.5)
+        fused_differential_attention(q, k, v, lam, softmax, apart=apart),
+        differential_attention(q, k, v, lam, scale=0.5),
     )
 
 
