@@ -15,6 +15,7 @@ frequencies.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,9 +136,30 @@ def poincare_attention(
 
 def unit_spectrum(x: Tensor, eps: float = EPS) -> Tensor:
     """The spectrum of real vectors `(…, D)` with every modulus 1, `(…, N)` complex; 0 where x is 0."""
-    spectrum = torch.fft.rfft(precise(x))
-    unit: Tensor = spectrum / spectrum.abs().clamp_min(eps)
+    unit: Tensor = _Phase.apply(torch.fft.rfft(precise(x)), eps)  # type: ignore[no-untyped-call]
     return unit
+
+
+class _Phase(torch.autograd.Function):
+    """s / max(|s|, eps).
+
+    The gradient of a phase is along the circle. Written as the difference of a quotient's two terms it loses
+    its digits where |s| is small, and a few such frequencies decide the whole gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, eps: float) -> Tensor:
+        size = s.abs()
+        u = s / size.clamp_min(eps)
+        ctx.save_for_backward(u, size)
+        ctx.eps = eps
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        u, size = ctx.saved_tensors
+        along = 1j * u * (u.conj() * gradient).imag
+        return torch.where(size > ctx.eps, along, gradient) / size.clamp_min(ctx.eps), None
 
 
 def bind(k: Tensor, v: Tensor, eps: float = EPS) -> Tensor:
