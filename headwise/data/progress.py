@@ -17,6 +17,11 @@ def progress(what: str, total: int | None, unit: str, done: int = 0) -> Iterator
         done: units finished before, by an interrupted process.
     """
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:  # rich before 15 ends a bar with an empty line there, one that is off too
+        yield lambda _: None
+        return
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -36,7 +41,6 @@ def progress(what: str, total: int | None, unit: str, done: int = 0) -> Iterator
 
     numbers = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), Rate())
     columns = (TextColumn("{task.description}"), BarColumn(), *numbers, TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield lambda units: bar.advance(task, units)
