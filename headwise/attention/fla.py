@@ -53,7 +53,7 @@ class FlaConfig:
         """Refuse what has no meaning, also where another kind is chosen.
 
         Raises:
-            HeadwiseError: a name that no layer can have, or arguments that are no mapping of plain values.
+            HeadwiseError: a name that no layer can have, or arguments that are not a mapping of plain values.
         """
         if not self.layer.isidentifier():
             raise HeadwiseError(
@@ -65,7 +65,7 @@ class FlaConfig:
         """The arguments by name.
 
         Raises:
-            HeadwiseError: they are no mapping of plain values.
+            HeadwiseError: they are not a mapping of plain values.
         """
         try:
             found = yaml.safe_load(self.arguments)
@@ -103,7 +103,7 @@ def build(shape: AttentionShape, options: FlaConfig) -> tuple[str, nn.Module]:
     try:
         known = layers(importlib.import_module(PACKAGE))
     except ImportError as error:
-        raise HeadwiseError(f"flash-linear-attention is installed and cannot be imported: {error}") from error
+        raise HeadwiseError(f"flash-linear-attention is installed but cannot be imported: {error}") from error
     cls = known[one_of("model.attention.fla.layer", options.layer, known)]
     needs = [
         name
@@ -112,7 +112,7 @@ def build(shape: AttentionShape, options: FlaConfig) -> tuple[str, nn.Module]:
     ]
     if needs:
         raise HeadwiseError(
-            f"layer {options.layer} also needs {needs[0]}: it does not stand alone in a decoder"
+            f"layer {options.layer} also needs {needs[0]}: it cannot be used alone in a decoder"
         )
     takes = inspect.signature(cls).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
@@ -189,14 +189,14 @@ class FlaAttention(Attention):
         """The layer's output, `(B, T, d_model)`.
 
         Raises:
-            HeadwiseError: a rotation, a device without its kernels, or what the layer itself refuses.
-            ValueError: a mask, or the form that is not causal.
+            HeadwiseError: a rotation, a device without kernels, or an input that the layer refuses.
+            ValueError: a mask, or non-causal attention.
         """
         self._check(x, attn_mask, causal)
         if rope is not None:
             raise HeadwiseError(
-                "layers of kind 'fla' have positions of their own and nothing that a rotation could be "
-                "applied to: set model.position to none (or sinusoidal or learned)"
+                "layers of kind 'fla' encode positions themselves, and a rotation cannot be applied to them: "
+                "set model.position to none (or sinusoidal or learned)"
             )
         if self.needs_cuda and not x.is_cuda:
             raise HeadwiseError(_no_cuda())
@@ -212,11 +212,13 @@ class FlaAttention(Attention):
         if not isinstance(y, Tensor) or y.shape != x.shape:
             gives = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise HeadwiseError(
-                f"layer {self.config.layer} of flash-linear-attention gives {gives} for {tuple(x.shape)}: "
-                "it does not stand alone in a decoder"
+                f"layer {self.config.layer} of flash-linear-attention returns {gives} for {tuple(x.shape)}: "
+                "it cannot be used alone in a decoder"
             )
         if self.observer is not None:
-            self.observer(Unmeasured(f"layer {self.config.layer} of flash-linear-attention shows no weights"))
+            self.observer(
+                Unmeasured(f"layer {self.config.layer} of flash-linear-attention returns no weights")
+            )
         return y
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,7 +228,7 @@ class FlaAttention(Attention):
             HeadwiseError: always.
         """
         raise HeadwiseError(
-            "layers of kind 'fla' keep their projections to themselves: they have no q, k and v"
+            "layers of kind 'fla' do not expose their projections, so they have no q, k and v"
         )
 
     @classmethod
@@ -242,10 +244,10 @@ class FlaAttention(Attention):
 
     @classmethod
     def flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
-        """An estimate, since the package tells none: a D x D state a head is written and read once a token.
+        """An estimate, since the package reports none: a D x D state per head, written and read per token.
 
-        For layers that compare with all keys it is scores and values. The layer's matrices are counted from
-        their sizes.
+        For layers that compare with all keys: scores and values. The sizes of the layer's matrices are
+        counted separately.
         """
         if (options or FlaConfig()).layer in QUADRATIC:
             return super().flops_per_token(shape, options, seq_len)
@@ -254,6 +256,6 @@ class FlaAttention(Attention):
 
 def _no_cuda() -> str:
     return (
-        "attention kind 'fla' runs on a CUDA device alone: the kernels of flash-linear-attention are written "
+        "attention kind 'fla' runs only on a CUDA device: the kernels of flash-linear-attention are written "
         "for GPUs; use --device cuda, or another kind"
     )

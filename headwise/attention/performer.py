@@ -2,8 +2,8 @@
 
     exp(scale · q·k) ≈ φ(q)·φ(k),  φ(x)_f = exp(w_f·x' - ‖x'‖²/2),  x' = √scale · x
 
-The rest is that of `linear`: time and memory linear in T, decoding with one state. The directions w are drawn
-once, from `seed` and the layer's number, and saved with the weights; they are not drawn anew in training.
+The rest is as for `linear`: time and memory linear in T, decoding with one state. The directions w are drawn
+once, from `seed` and the layer's number, and saved with the weights; training does not draw them again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PerformerConfig:
 
     Attributes:
         features: random features of a head, F; more estimate the softmax better.
-        seed: what draws them.
+        seed: seed of their directions.
     """
 
     features: int = 128

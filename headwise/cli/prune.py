@@ -1,4 +1,4 @@
-"""`headwise prune`: remove heads by a measure, and see whether the measure tells which heads are needed."""
+"""`headwise prune`: remove heads by a measure, and test whether the measure predicts their importance."""
 
 from __future__ import annotations
 
@@ -57,20 +57,22 @@ def _report(found: Pruned, out: Path) -> None:
     print("\n".join(f"note: {note}" for note in page.notes(record)))
     print(f"\nwrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if found.after.loaded.run is not None:
-        print(f"to train it on: headwise train --resume --out {shlex.quote(str(out))}")
+        print(f"to continue its training: headwise train --resume --out {shlex.quote(str(out))}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwise prune",
-        description="Remove a share of the heads, ranked by a measure, for good: smaller matrices, in layers "
-        "that may then differ in heads. Loss, perplexity and speed before and after, random removals as the "
-        "control, and whether the measure predicts the loss without each head. Where several query heads "
-        "share one of several key/value heads, they leave together.",
+        description="Permanently remove a share of the heads, ranked by a measure: matrices become smaller, "
+        "and layers may then differ in their number of heads. Reports loss, perplexity and speed before and "
+        "after, random removals as the control, and whether the measure predicts the loss without each head. "
+        "Query heads that share one of several key/value heads are removed together.",
     )
     add = parser.add_argument
     add("model", metavar="RUN|MODEL", help="headwise run, folder of a Hugging Face model, or its name")
-    add("--mode", required=True, help="low (lowest values go), high, mixed (by turns), or random")
+    add(
+        "--mode", required=True, help="remove low (the lowest values), high, mixed (by turns) or random heads"
+    )
     add("--fraction", type=float, required=True, metavar="SHARE", help="of the heads, above 0 and below 1")
     add("--by", default="entropy", metavar="MEASURE",
         help="entropy, entanglement, max_weight, importance (the loss without each head) or any other "
@@ -82,12 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         "(%(default)s)")  # fmt: skip
     add("--draws", type=int, default=5, metavar="N", help="random removals as the control (%(default)s)")
     add("--sequences", type=int, default=32, metavar="N",
-        help="sequences that tell the loss; as many others rank what is measured now "
+        help="sequences for the loss; as many others rank heads that are measured now "
         "(%(default)s)")  # fmt: skip
-    add("--context-length", type=int, metavar="T", help="tokens of each; default a run's own, or 512")
-    add("--batch-size", type=int, default=8, help="sequences of a pass (%(default)s)")
+    add("--context-length", type=int, metavar="T", help="tokens per sequence; default the run's own, or 512")
+    add("--batch-size", type=int, default=8, help="sequences per pass (%(default)s)")
     add("--seed", type=int, default=0, help="of random removals and of resampling (%(default)s)")
-    add("--data", help="text, as for `headwise intervene`; default a run's own validation data")
+    add("--data", help="text, as for `headwise intervene`; default the run's own validation data")
     add("--out", metavar="DIR",
         help="folder of the pruned model (default: RUN/prune/…, or results/prune/… for a model)")  # fmt: skip
     add("--dtype", default="auto", help="of the model: auto (as stored), float32, bfloat16, float16")

@@ -1,4 +1,4 @@
-"""`headwise report`: write the report of a study, a run, or folders of runs, again."""
+"""`headwise report`: write the report of a study, a run or folders of runs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import sys
 
 
 def main(argv: list[str]) -> int:
-    """Write the report, its figures and its tables; print the conclusions and where they are."""
+    """Write the report, its figures and its tables; print the conclusions and the paths."""
     parser = argparse.ArgumentParser(
         prog="headwise report",
         description="Write report.md, report.html, report.json, figures/, sweep_results.csv and "
-        "all_results.parquet from what the run folders hold.",
+        "all_results.parquet from run folders.",
     )
     parser.add_argument("runs", nargs="+", help="study folders, run folders, or folders with runs below them")
     parser.add_argument(
-        "--baseline", metavar="VARIANT", help="compare with this variant, not the study's own"
+        "--baseline", metavar="VARIANT", help="compare with this variant instead of the study's baseline"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder of the report (default: the folder read)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the report (default: the input folder)")
     parser.add_argument(
-        "--force", action="store_true", help="report on runs of different data all the same, marked"
+        "--force",
+        action="store_true",
+        help="include runs whose data differs from the baseline's, with a flag",
     )
-    parser.add_argument("--pdf", action="store_true", help="also report.pdf, by a browser or pandoc")
+    parser.add_argument("--pdf", action="store_true", help="also write report.pdf, with a browser or pandoc")
     arguments = parser.parse_args(argv)
 
     from headwise.errors import HeadwiseError

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LOCK = ".study.lock"
 DESCRIPTION = (
     "Train variants x seeds x axes, compare them, write report.md and report.html. "
-    "Runs that ended are not run again: the same command goes on after an interruption."
+    "Runs that ended are not run again: after an interruption the same command continues the study."
 )
 
 
@@ -34,27 +34,29 @@ def main(argv: list[str]) -> int:
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
-    """What `study` and `sweep` take."""
+    """The parser of `study` and `sweep`."""
     found = argparse.ArgumentParser(
         prog=f"headwise {verb}",
         description=description,
         usage=f"headwise {verb} FILE [options] [--SECTION.KEY=VALUE ...]",
         epilog="Dotted keys change what all runs share (--model.d_model=768 --data.seq_len=1024), the budget "
         "(--budget.kind=tokens --budget.value=1e9), an axis (--axes.data.seq_len=[512,1024]) or a variant "
-        "(--variants.NAME.training.lr=3e-4); what a variant sets itself stays otherwise. Another size is "
-        "another study: give it an --out of its own.",
+        "(--variants.NAME.training.lr=3e-4). A variant's own keys take precedence over shared ones. Another "
+        "size is another study and needs its own --out.",
         allow_abbrev=False,
     )
-    found.add_argument("file", help="study file; configs/studies has some ready")
+    found.add_argument("file", help="study file; configs/studies has examples")
     found.add_argument("--out", default="runs", help="folder for the study's folder (default: runs)")
     found.add_argument("--size", help="one of the file's sizes, such as smoke, small or full")
     found.add_argument("--workers", type=int, help="runs at a time")
     found.add_argument("--device", help="cpu, cuda, auto")
-    found.add_argument("--seed", type=int, action="append", help="instead of the file's seeds; repeat")
-    found.add_argument("--timeout-s", type=float, help="seconds of training a run")
-    found.add_argument("--memory-limit", metavar="SIZE", help="memory of a run's training, such as 24GiB")
+    found.add_argument("--seed", type=int, action="append", help="replaces the file's seeds; can be repeated")
+    found.add_argument("--timeout-s", type=float, help="seconds of training per run")
+    found.add_argument("--memory-limit", metavar="SIZE", help="memory that training may use, such as 24GiB")
     found.add_argument(
-        "--max-length-at", metavar="SIZE", help="also search each variant's longest sequence in this memory"
+        "--max-length-at",
+        metavar="SIZE",
+        help="also search each variant's longest trainable sequence in this memory",
     )
     found.add_argument("--plan", action="store_true", help="show the runs and stop")
     return found
@@ -87,12 +89,12 @@ def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
         if not equals:
             value = next(rest, "")
         if not flag.startswith("--") or (not equals and (not value or value.startswith("--"))):
-            raise HeadwiseError(f"{flag!r} is no --KEY=VALUE; `headwise study --help` lists the options")
+            raise HeadwiseError(f"{flag!r} is not --KEY=VALUE; `headwise study --help` lists the options")
         yield key, value
 
 
 def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
-    """Run a study, print its conclusions and where its report is; 1 when no run came to a result."""
+    """Run a study, print its conclusions and the path of its report; returns the exit code."""
     from headwise import report
     from headwise.questions.sections import sections
     from headwise.runs.folder import RESULTS
@@ -118,10 +120,10 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
         elif complete:
             broken = [run for run in runs if state(run) in ("failed", "interrupted")]
             reason = next((run.folder.read_status().get("reason") for run in broken), "")
-            raise HeadwiseError(f"no run of {folder} came to a result: {reason}")
+            raise HeadwiseError(f"no run of {folder} has a result: {reason}")
         pending = waiting(study, root)
     if not complete:
-        print(f"stopped; what was done is kept. To go on: {study.command}", file=sys.stderr)
+        print(f"stopped; finished work is kept. To continue: {study.command}", file=sys.stderr)
         return 130
     for name, reason in pending.items():
         print(f"{name} was not run: it {reason}", file=sys.stderr)
@@ -130,7 +132,7 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
 
 
 def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
-    """Run everything, stages after what they wait for; False first where Ctrl-C stopped it."""
+    """Run everything, stages after the variants that they wait for; False first if Ctrl-C stopped it."""
     from headwise.study.display import StudyDisplay
     from headwise.study.local import run_all
     from headwise.study.plan import plan, write_plan
@@ -150,7 +152,7 @@ def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
 
 
 def _write_table(folder: Path) -> None:
-    """The table of all runs as it stands, so that a kill leaves it."""
+    """Write the current table of all runs, so that it exists after a kill."""
     from headwise.report.exports import write_sweep
     from headwise.runs.read import Study
 

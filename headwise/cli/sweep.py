@@ -1,4 +1,4 @@
-"""`headwise sweep FILE.yaml`: a study with axes, in which memory decides what runs."""
+"""`headwise sweep FILE.yaml`: a study with axes that fits the batch of its runs into memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from headwise.errors import HeadwiseError
 
 DESCRIPTION = (
     "Run a study with axes, such as lengths x ranks x kinds. An axis that is an option of one kind applies "
-    "to that kind alone. A run that does not fit into memory goes on with half the batch and as many tokens "
-    "a step, and is out_of_memory where one sequence does not fit. sweep_results.csv has a row a run; "
-    "the same command goes on after an interruption."
+    "only to that kind. A run that does not fit into memory starts again with half the batch and the same "
+    "tokens per step; it is out_of_memory if one sequence does not fit. sweep_results.csv has one row per "
+    "run. After an interruption the same command continues the sweep."
 )
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     study = study_of(arguments, flags, f"headwise sweep {shlex.join(argv)}")
     if not study.axes and not study.max_length_at:
         raise HeadwiseError(
-            f"study {study.name!r} has no axes to sweep over: name one in its file, or on the command line, "
+            f"study {study.name!r} has no axes: give one in its file or on the command line, "
             "such as --axes.data.seq_len=[512,1024]"
         )
     study.fit_batch = True

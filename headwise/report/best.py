@@ -1,4 +1,4 @@
-"""The best run of a report, and its appendix: what all configurations have in common and how they differ."""
+"""The best run of a report, and its appendix: the shared keys of all configurations and the differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_SHOWN = ("seed", "out", "device")
 
 
 def best_runs(material: Material) -> list[dict[str, Any]]:
-    """The run with the lowest final loss of each data set, where there are two runs to choose from.
+    """The run with the lowest final loss for each data set with at least two runs.
 
     Returns:
         `{variant, seed, final_loss, data, path, checkpoint}`; `checkpoint` is None where the run kept none.
@@ -51,7 +51,7 @@ def _checkpoint(run: Run) -> Path | None:
 
 
 def appendix(variants: dict[str, list[Run]]) -> dict[str, Any]:
-    """The configurations: `shared` keys and values, and those of each variant that others have not."""
+    """The configurations: `shared` keys and values, and the other keys and values of each variant."""
     configs: dict[str, dict[str, Any]] = {}
     for name, runs in variants.items():
         for run in runs:

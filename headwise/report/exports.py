@@ -1,7 +1,7 @@
-"""Tables as files: a row a run in `sweep_results.csv`, a row an evaluation in `all_results.parquet`.
+"""Tables as files: one row per run in `sweep_results.csv`, one per evaluation in `all_results.parquet`.
 
 The names of the files and of their first columns are those of the attention variant study; `backend` is the
-kind of attention and `tt_rank` the option `rank` of the kind that ran, where it has one.
+kind of attention and `tt_rank` its option `rank`, if it has one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SWEEP = (
     "variant", "seed", "status", "passes_per_step", "wanted_batch_size", "peak_rss_mb", "peak_mb_tried",
     "memory_limit_mb", "memory_measured_by", "params_total", "tokens", "flops", "notes",
 )  # fmt: skip
-"""Columns of sweep_results.csv. `batch_size` is the sequences of a pass, of which a step has
-`passes_per_step`; `wanted_batch_size` and `peak_mb_tried` are of runs whose memory did not suffice."""
+"""Columns of sweep_results.csv. `batch_size` is the number of sequences in a pass, and a step has
+`passes_per_step` passes; `wanted_batch_size` and `peak_mb_tried` are set for runs that did not fit."""
 
 ALL = (
     "run_id", "backend", "tt_rank", "seq_len", "batch", "steps", "tokens_per_sec", "peak_vram_mb",
@@ -40,7 +40,7 @@ INTEGERS = ("tt_rank", "seq_len", "batch", "steps", "seed", "step")
 
 
 def sweep_rows(runs: list[Run], root: Path) -> list[dict[str, Any]]:
-    """One row a run, in the order of the runs; a run that was not begun has its place and its status."""
+    """One row per run, in the order of the runs; a run that has not started has its place and its status."""
     found = [_values(run, root) for run in runs]
     return [{name: values.get(name) for name in SWEEP} for values in found]
 
@@ -67,7 +67,7 @@ def write_all(runs: list[Run], root: Path, out: Path) -> Path:
 
 
 def all_results(runs: list[Run], root: Path) -> polars.DataFrame:
-    """Every evaluation of every run, with what the run cost; a run without one has one row."""
+    """Every evaluation of every run, with the cost of the run; a run without evaluations has one row."""
     import polars as pl
 
     rows = []
@@ -118,7 +118,7 @@ def rank_of(run: Run) -> int | None:
 
 
 def fit_of(run: Run) -> dict[str, Any]:
-    """What was tried where memory did not suffice; empty where it did."""
+    """The attempts of a run that did not fit into memory; empty for other runs."""
     return {} if run.problem else run.status.get("fit") or {}
 
 

@@ -1,4 +1,4 @@
-"""A report as PDF, by a browser or pandoc where one is installed."""
+"""A report as PDF, written by a browser or pandoc."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_pdf(html: Path, markdown: Path) -> Path:
     """Print `report.html` with a browser, else convert `report.md` with pandoc, into `report.pdf`.
 
     Raises:
-        HeadwiseError: neither is installed, or the one that is fails.
+        HeadwiseError: neither is installed, or the installed one fails.
     """
     path = html.with_suffix(".pdf")
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -36,8 +36,8 @@ def write_pdf(html: Path, markdown: Path) -> Path:
             _call(call, draft, markdown.parent)
         return path
     raise HeadwiseError(
-        "no PDF was written, for neither a browser (chromium, google-chrome) nor pandoc is installed; "
-        f"{html} prints as it is from any browser"
+        "no PDF was written: neither a browser (chromium, google-chrome) nor pandoc is installed; "
+        f"any browser can print {html}"
     )
 
 
@@ -52,5 +52,5 @@ def _call(command: list[str], made: Path, folder: Path | None = None) -> None:
     if done.returncode or not made.is_file():
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise HeadwiseError(
-            f"no PDF was written: {name} ended with {done.returncode}: {lines[-1] if lines else 'no reason'}"
+            f"no PDF was written: {name} ended with {done.returncode}: {lines[-1] if lines else 'no message'}"
         )

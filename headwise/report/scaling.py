@@ -1,6 +1,6 @@
 """Scaling in a report: loss, memory and speed against the length, the rank, and the longest sequences.
 
-Runs are on one line when they differ in nothing but the length, or the rank, and what follows from it.
+Runs are on one line if they differ only in the length or the rank, and in keys that depend on it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def collect(among: Found) -> dict[str, Any]:
 
 
 def _line(run: Run) -> tuple[Any, ...]:
-    """What the runs of one line have in common: the kind, and the configuration but length and rank."""
+    """The identity of a line: the kind, and the configuration without length and rank."""
     kind = str(run.get("kind"))
     try:
         values = run.config
@@ -85,7 +85,7 @@ def flat(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _labels(groups: dict[tuple[Any, ...], list[Run]]) -> dict[tuple[Any, ...], str]:
-    """The kind, and the variant's own name where two lines have one kind."""
+    """The kind, followed by the variant's name if two lines have the same kind."""
     first = {line: runs[0] for (line, *_), runs in reversed(groups.items())}
     kinds = [line[0] for line in first]
     return {
@@ -110,7 +110,7 @@ def tables(data: dict[str, Any]) -> list[Titled]:
         for row in data["longest"]
     ]
     headers = ["variant", "kind", "memory (MB)", "longest sequence", "measured by"]
-    note = "One sequence a step, two training steps at each length; lengths are multiples of 64."
+    note = "One sequence per step, two training steps at each length; lengths are multiples of 64."
     return [Titled(points), Titled(Table(headers, longest, note), "Longest trainable sequence")]
 
 

@@ -1,4 +1,4 @@
-"""Where a study's runs are: its variants at every combination of its axes, and what each is compared with."""
+"""The places of a study: its variants at every combination of its axes, and the baseline of each place."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Place:
     """A variant at one combination of the axes.
 
     Attributes:
-        name: of its folder: the variant, and the value of every axis.
-        given: the same with the values as they were given, for messages.
+        name: name of its folder: the variant and the value of every axis.
+        given: the same with the values as given, for messages.
         origin: the variant's own name.
-        at: axis -> value, of the axes that mean something here.
+        at: axis -> value, for the axes that apply to this kind.
         overrides: dotted keys and values of the variant and the axes.
     """
 
@@ -62,7 +62,7 @@ def owner(key: str) -> str | None:
 
 
 def references(study: Study, found: list[Place]) -> dict[str, str]:
-    """What each place is compared with: its baseline at the same values of the axes.
+    """The baseline of each place, at the same values of the axes.
 
     A study of one variant compares all values of its axes with the first.
     """

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """What happens when a run's memory does not suffice.
+    """How a run that does not fit into memory is treated.
 
     Attributes:
         shrink: halve `data.batch_size`, as often as is needed; else the run ends as out_of_memory.
-        limit: bytes that training may use; None for what the device has.
+        limit: bytes that training may use; None for the memory of the device.
     """
 
     shrink: bool = False
@@ -36,11 +36,11 @@ class Fit:
 
 
 NO_FIT = Fit()
-"""A run that needs more memory than there is ends as out_of_memory."""
+"""A run that does not fit into memory ends as out_of_memory."""
 
 
 def fit_of(study: Study) -> Fit:
-    """What a study says of it."""
+    """The `Fit` of a study."""
     limit = study.memory_limit
     return Fit(study.fit_batch, None if limit is None else parse_size("memory_limit", limit))
 
@@ -77,9 +77,9 @@ def adopted(run: PlannedRun) -> PlannedRun:
 
 
 def train_to_fit(run: PlannedRun) -> None:
-    """Train a run; where memory runs out, with half the batch, or to the state out_of_memory.
+    """Train a run. If memory runs out, train with half the batch, or end in the state out_of_memory.
 
-    `fit` in status.json says what was tried. A run that is resumed keeps its batch.
+    `fit` in status.json lists the attempts. A resumed run keeps its batch.
 
     Raises:
         HeadwiseError: as `train`.
@@ -113,8 +113,8 @@ def train_to_fit(run: PlannedRun) -> None:
         shutil.rmtree(folder.path, ignore_errors=True)  # what a run left that never took a whole step
         folder.write_status("planned", fit=about)
         folder.say(
-            f"{reason}; going on with data.batch_size={less.data.batch_size} and "
-            f"training.total_batch_tokens={less.training.total_batch_tokens}, as many tokens a step"
+            f"{reason}; starting again with data.batch_size={less.data.batch_size} and "
+            f"training.total_batch_tokens={less.training.total_batch_tokens}, the same tokens per step"
         )
         config, resume = less, False
 

@@ -25,9 +25,9 @@ LENGTH = "data.seq_len"
 
 
 def search_lengths(study: Study, root: Path) -> Path:
-    """Search at `study.max_length_at`, and write what is found after each variant; earlier ones are kept.
+    """Search at `study.max_length_at` and write the results after each variant; earlier results are kept.
 
-    Stages are left out: what they take from others has been searched there.
+    Stages are left out: the variants from which they take overrides are searched.
 
     Returns:
         The file `max_lengths.json` in the study's folder.
@@ -60,7 +60,7 @@ def search_lengths(study: Study, root: Path) -> Path:
         try:
             result = inside.recv()
         except EOFError:
-            result = {"problem": "the search's process was killed: the machine's memory ran out"}
+            result = {"problem": "the process of the search was killed: the machine ran out of memory"}
         process.join()
         about = {"variant": name, "kind": config.model.attention.kind, "until": study.max_length_until}
         found[name] = about | {"limit_mb": limit / 1e6} | result

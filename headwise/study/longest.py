@@ -42,9 +42,9 @@ def search_length(config: Config, limit: int, until: int) -> dict[str, Any]:
     """Search the longest sequence that trains within `limit` bytes, one sequence a step.
 
     Args:
-        config: whose model, precision and vocabulary count.
+        config: its model, precision and vocabulary are used.
         limit: bytes.
-        until: the longest that is tried.
+        until: the longest length to try.
 
     Returns:
         `max_seq_len`, whether it was `capped` by `until`, `limit_mb`, `measured_by`, and `tried`: every

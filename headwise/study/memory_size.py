@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them: 24GiB, 800 MB."""
+"""Sizes of memory as text: 24GiB, 800 MB."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse_size(key: str, text: str) -> int:
         key: names it in the message.
 
     Raises:
-        HeadwiseError: it is no size above 0.
+        HeadwiseError: the text is not a size above 0.
     """
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?i?B)?\s*", str(text), re.IGNORECASE)
     size = int(float(found[1]) * UNITS[(found[2] or "").upper()]) if found else 0

@@ -36,7 +36,7 @@ def read_study(path: str | Path, size: str | None = None) -> Study:
     values = {"name": Path(path).stem} | {key: value for key, value in values.items() if value is not None}
     variants = values.pop("variants", None) or {}
     if not isinstance(variants, dict):
-        raise HeadwiseError(f"study {path}: variants is {variants!r}; it names each, with what it changes")
+        raise HeadwiseError(f"study {path}: variants is {variants!r}; it maps names to their changes")
     study = Study(**_typed(values, Study, f"study {path}"))
     load_plugins(study.plugins)
     for name, variant in variants.items():
@@ -52,7 +52,7 @@ def _variant(values: Any, where: str) -> Variant:
     variant = Variant(**_typed(values, Variant, where))
     if stage is not None:
         if not isinstance(stage, dict):
-            raise HeadwiseError(f"{where}: best_of is {stage!r}; it holds among, by and take")
+            raise HeadwiseError(f"{where}: best_of is {stage!r}; it needs the keys among, by and take")
         _refuse_unknown(stage, BestOf, f"{where}: best_of")
         variant.best_of = BestOf(**_typed(stage, BestOf, f"{where}: best_of"))
     return variant
@@ -62,11 +62,11 @@ def _at_size(values: dict[str, Any], size: str | None, where: str) -> dict[str, 
     """The file's values with those of a size over them."""
     sizes = values.pop("sizes", None) or {}
     if not isinstance(sizes, dict) or not all(isinstance(one, dict | None) for one in sizes.values()):
-        raise HeadwiseError(f"{where}: sizes is {sizes!r}; it names each size, with the keys that it changes")
+        raise HeadwiseError(f"{where}: sizes is {sizes!r}; it maps the name of each size to its changes")
     if size is None:
         return values
     if not sizes:
-        raise HeadwiseError(f"{where} has no sizes, so --size={size} means nothing; leave it out")
+        raise HeadwiseError(f"{where} has no sizes, so --size={size} has no effect; leave it out")
     changes = sizes[one_of("--size", size, sizes)] or {}
     for key in changes:
         if key in NOT_OF_A_SIZE:
@@ -90,7 +90,7 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise HeadwiseError(f"{where} is {value!r}; it holds keys such as label and overrides")
+        raise HeadwiseError(f"{where} is {value!r}; it is a mapping with keys such as label and overrides")
     return value or {}
 
 
@@ -109,7 +109,7 @@ def _refuse_unknown(values: dict[str, Any], kind: type, where: str) -> None:
 
 
 def override(study: Study, key: str, value: str) -> None:
-    """Change a dotted key of the study's shared base, its budget, an axis or a variant, from a command line.
+    """Set a dotted key of the study's shared base, its budget, an axis or a variant from a command line.
 
     What variants set themselves stays as they set it.
 
@@ -118,12 +118,12 @@ def override(study: Study, key: str, value: str) -> None:
         value: as YAML.
 
     Raises:
-        HeadwiseError: no such key, no YAML, or one that no run of the study would take.
+        HeadwiseError: an unknown key, an invalid YAML value, or a key that would not affect any run.
     """
     try:
         parsed = reading.parse_yaml(value)
     except reading.Unreadable as error:
-        raise HeadwiseError(f"--{key}={value[:100]} is no YAML value: {error}") from None
+        raise HeadwiseError(f"--{key}={value[:100]} is not a YAML value: {error}") from None
     section, _, rest = key.partition(".")
     if section == "budget":
         one_of("budget", rest, ("kind", "value"))
@@ -151,7 +151,7 @@ def _known(key: str) -> str:
 
 
 def _refuse_ineffective(study: Study, key: str) -> None:
-    """Refuse a key of the base that something else decides in every run."""
+    """Refuse a key of the base that is overridden in every run."""
     study.refuse_decided(f"--{key}", key)
     reason = ""
     if key in study.axes:

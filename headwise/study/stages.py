@@ -1,4 +1,4 @@
-"""Stages: a variant that waits for others and takes what the best of them changes."""
+"""Stages: variants that wait for other variants and take overrides from the best of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from headwise.study.study import CRITERIA, HIGHEST, BestOf
 
 @dataclass(frozen=True)
 class Choice:
-    """Which variant a stage took.
+    """The choice of a stage.
 
     Attributes:
-        best: its name; None where none of them finished with such a value.
-        by: what was compared.
+        best: name of the chosen variant; None if no variant finished with a value.
+        by: the compared number.
         values: variant -> its mean over the seeds that finished, of those that have one.
         text: the choice and its reason, a sentence.
     """

@@ -134,4 +134,4 @@ def test_a_sweep_needs_an_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str
     file = tmp_path / "none.yaml"
     file.write_text(yaml.safe_dump({"base": BASE, "variants": {"a": {}}}))
     assert main(["sweep", str(file), "--plan"]) == 2
-    assert "has no axes to sweep over" in capsys.readouterr().err
+    assert "has no axes: give one" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_a_run_above_the_limit_goes_on_with_a_smaller_batch_and_learns_the_same(
     assert fit["wanted"] == 8
     assert [one["batch_size"] for one in fit["tried"]] == [8, 4]
     assert all(one["peak_mb"] > run.fit.limit / 1e6 for one in fit["tried"])
-    assert "going on with data.batch_size=2" in run.folder.log.read_text()
+    assert "starting again with data.batch_size=2" in run.folder.log.read_text()
     whole = train(dataclasses.replace(config(), out=str(tmp_path / "whole")))
     assert found.summary["tokens"] == whole["tokens"]
     assert found.summary["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)

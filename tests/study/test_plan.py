@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_runs_that_go_on(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "To go on: headwise study long.yaml" in errors
+    assert "To continue: headwise study long.yaml" in errors
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
     assert list((run / "checkpoints").glob("step_*/manifest.json"))
 

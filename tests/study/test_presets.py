@@ -82,7 +82,7 @@ def test_a_preset_runs_at_another_size(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["--model.dmodel=8"], "did you mean 'model.d_model'"),
         (["--training.max_steps=8"], "the budget decides"),
-        (["--model.attention.selective.source=latent", "--model.attention.kind"], "no --KEY=VALUE"),
+        (["--model.attention.selective.source=latent", "--model.attention.kind"], "is not --KEY=VALUE"),
         (["--axes.data.seq_len=8"], "a list of values"),
         (["--variants.nine.training.lr=1"], "variant 'nine"),
         (["--budget.sort=tokens"], "did you mean 'kind'|choose from kind, value"),

@@ -64,10 +64,10 @@ def test_the_file_as_it_stands_is_its_full_size(tmp_path: Path) -> None:
     ("sizes", "size", "message"),
     [
         (FILE["sizes"], "smol", "did you mean 'smoke'"),
-        (None, "smoke", "has no sizes, so --size=smoke means nothing"),
+        (None, "smoke", "has no sizes, so --size=smoke has no effect"),
         ({"smoke": {"seedz": [1]}}, "smoke", "unknown key 'seedz'"),
         ({"smoke": {"name": "x"}}, "smoke", "sets name, which is the same at every size"),
-        ({"smoke": 3}, "smoke", "names each size"),
+        ({"smoke": 3}, "smoke", "maps the name of each size"),
     ],
 )
 def test_a_wrong_size_is_refused(sizes: Any, size: str, message: str, tmp_path: Path) -> None:

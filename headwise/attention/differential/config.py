@@ -1,4 +1,4 @@
-"""`model.attention.differential`: which of the two versions, and where λ starts."""
+"""`model.attention.differential`: the version, and the initial value of λ."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DifferentialConfig:
         if self.version != 1:
             raise HeadwiseError(
                 f"model.attention.differential.lambda_init is {self.lambda_init}, and version {self.version} "
-                "has no such start: its λ is sigmoid(W_λ x); leave it out, or choose version 1"
+                "does not take it: its λ is sigmoid(W_λ x); leave it out, or choose version 1"
             )
 
     def validate(self, *, n_heads: int, head_dim: int) -> None:

@@ -103,7 +103,7 @@ class HoloAttention(FlashAttention):
 
     @classmethod
     def shift_invariant(cls, options: Any) -> bool:
-        """A rotation turns pairs of channels and convolution mixes all: hrr sees positions themselves."""
+        """Not for hrr: a rotation acts on pairs of channels, but convolution mixes all channels."""
         return options is None or options.form == "boundary"
 
     @classmethod
@@ -204,7 +204,7 @@ class HoloAttention(FlashAttention):
     def whole_context_only(self) -> str | None:
         """A sum holds every key or none."""
         if self.config.form == "hrr":
-            return "form hrr adds all pairs up in one vector of fixed size, from which none can be dropped"
+            return "form hrr sums all pairs in one vector of fixed size, from which no pair can be dropped"
         return super().whole_context_only()
 
     def fallback(self, batch: int, tokens: int) -> str | None:
@@ -213,8 +213,8 @@ class HoloAttention(FlashAttention):
             return None
         each = 4e-6 * batch * self.shape.n_heads * tokens**2
         return (
-            "attention runs on holo-plain, not on fused kernels: Poincaré distances have none. A layer then "
-            f"keeps several T x T tensors a head for the backward pass ({each:,.1f} MB each in float32)"
+            "attention runs on holo-plain: there is no fused kernel for Poincaré distances. A layer saves "
+            f"several T x T tensors per head for the backward pass ({each:,.1f} MB each in float32)"
         )
 
     @classmethod

@@ -87,8 +87,8 @@ class FeatureAttention(Attention):
         batch, heads, tokens, _ = q.shape
         if batch * heads * tokens**2 > MOST_WEIGHTS:
             return Unmeasured(
-                f"kind {self.kind!r} is measured by its weights in memory, and {batch} x {heads} x {tokens} "
-                f"x {tokens} of them are too many; measure fewer sequences at a time, or shorter ones"
+                f"measuring kind {self.kind!r} needs its weights in memory, and {batch} x {heads} x {tokens} "
+                f"x {tokens} weights are too many; measure fewer sequences at a time, or shorter ones"
             )
         with torch.autocast(q.device.type, enabled=False):
             weights = linear_weights(self.queries(q), self.keys(k), mask=mask, causal=causal)
@@ -97,7 +97,7 @@ class FeatureAttention(Attention):
     def whole_context_only(self) -> str | None:
         """A sum holds every key or none."""
         return (
-            f"kind {self.kind!r} adds all keys up in one state of fixed size, from which none can be dropped"
+            f"kind {self.kind!r} sums all keys in one state of fixed size, from which no key can be dropped"
         )
 
     def undecodable(self) -> str | None:
@@ -114,8 +114,8 @@ class FeatureAttention(Attention):
             return None
         each = 4e-6 * batch * self.shape.n_heads * tokens**2
         return (
-            f"attention runs on {self.engine}, not on {self.kind}-blocks: its mask is not the same keys for "
-            f"all queries. A layer then keeps T x T tensors a head ({each:,.1f} MB each in float32)"
+            f"attention runs on {self.engine}, not on {self.kind}-blocks: its mask does not hide the same "
+            f"keys from all queries. A layer keeps T x T tensors per head ({each:,.1f} MB each in float32)"
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Modifiers of attention: what a layer of any kind that takes them does besides, one file each.
+"""Modifiers of attention: additions to the layers of every kind that declares them, one file each.
 
     qk_norm         an RMSNorm on each head's queries and keys, before the rotation
     sink            one more logit in the softmax's denominator: 0, or learned by each head
@@ -6,8 +6,8 @@
     value_residual  values mixed with those of the first layer
     windows         query i sees the last keys alone; a pattern over layers
 
-Each is off by default and a key of `model.attention`. A kind names those that it takes in `supports`. What
-is off has no parameters and draws no random number.
+Each is a key of `model.attention` and off by default. A kind lists its modifiers in `supports`. A modifier
+that is off has no parameters and draws no random numbers.
 """
 
 from headwise.attention.modifiers.layer import ModifierLayer

@@ -21,7 +21,7 @@ Ranges = dict[int, list[tuple[int, int]]]
 
 
 class ModifierLayer(nn.Module):
-    """What a layer does besides its kind's attention.
+    """The modifiers of one layer.
 
     Args:
         shape: the layer's, `shape.modifiers` included.
@@ -68,7 +68,7 @@ class ModifierLayer(nn.Module):
             return v
         if carry.values is None:
             raise ValueError(
-                f"layer {self.layer} mixes the first layer's values in, and its carry has none: "
+                f"layer {self.layer} needs the first layer's values, but its carry has none: "
                 "run the first layer before it, with the same carry"
             )
         mixed: Tensor = self.value_residual(v, carry.values)
@@ -93,7 +93,7 @@ class ModifierLayer(nn.Module):
 
 
 def head_ranges(leaf: str, index: int, modifiers: Modifiers, head_dim: int) -> Ranges:
-    """Where a head lies in a modifier's parameter; as `Attention.head_ranges`.
+    """The ranges of a head in a modifier's parameter; as `Attention.head_ranges`.
 
     Args:
         leaf: the parameter's name below `modifiers.`.

@@ -1,4 +1,4 @@
-"""Which modifiers a layer has."""
+"""The options of a layer's modifiers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def window_of(windows: Sequence[int | str] | None, layer: int) -> int | None:
 
 
 def check(sink: str, output_gate: str, windows: Any) -> None:
-    """Refuse values that mean nothing.
+    """Refuse invalid values.
 
     Raises:
         HeadwiseError: names the key, the value and the range.

@@ -2,9 +2,9 @@
 
     q_i ← w_q * q_i / rms(q_i)      k_j ← w_k * k_j / rms(k_j)
 
-before the rotation. The weights have width D and serve every head of the layer. They start at 1, which is
-not the model without it: every query and key then has norm √D. The measure `query_norm` is of the
-normalised queries.
+before the rotation. The weights have width D and are shared by all heads of the layer. They start at 1: every
+query and key then has norm √D, so the model does not start as the model without the norms. The measure
+`query_norm` uses the normalised queries.
 """
 
 from __future__ import annotations

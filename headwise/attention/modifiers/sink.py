@@ -2,11 +2,11 @@
 
     y_i = Σ_j exp(s[i,j]) v_j / (exp(c) + Σ_l exp(s[i,l]))
 
-`zero` has c = 0 for every head, `learned` one c a head, which starts at 0 too. Neither starts as the model
-without a sink: that is c = -∞, from which no gradient leads away.
+`zero` has c = 0 for every head, `learned` one c per head, which also starts at 0. Neither starts as the model
+without a sink: that is c = -∞, where the gradient of c is 0.
 
-The measure `null_weight` is the sink's share, exp(c) / (exp(c) + Σ_l exp(s[i,l])). All other measures are of
-the weights over the keys, normalised to 1.
+The measure `null_weight` is the sink's share, exp(c) / (exp(c) + Σ_l exp(s[i,l])). All other measures use the
+weights over the keys, normalised to 1.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def null_weight(seen: Scores, sink: Tensor) -> Tensor:
     """The share of each query's weight that its sink takes, `(B, H, T)` float32; 1 where it sees no key.
 
     Args:
-        seen: what the layer's softmax is of.
+        seen: the scores of the layer's softmax.
         sink: `(H,)`.
     """
     q, k = seen.q, seen.k

@@ -2,8 +2,8 @@
 
     v_l ← λ_l v_l + μ_l v_1,   l > 1
 
-λ and μ are learned, one number each a layer, and start at 1 and 0: the model starts exactly as without. The
-first layer has neither. Its values reach the others through the forward pass's `Carry`.
+λ and μ are learned, one of each per layer, and start at 1 and 0: the model starts exactly as without them.
+The first layer has neither. Its values reach the other layers through the forward pass's `Carry`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ValueResidual(nn.Module):
-    """How one layer after the first mixes its values."""
+    """The weights with which one layer after the first mixes its values."""
 
     def __init__(self) -> None:
         super().__init__()

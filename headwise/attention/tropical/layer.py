@@ -1,13 +1,13 @@
 """`tropical`: attention in the max-plus semiring (per-head metrics study).
 
-    score[i,j] = max_d (q[i,d] + k[j,d]),   less its largest over j where scores are centred
+    score[i,j] = max_d (q[i,d] + k[j,d]),   minus its maximum over j if scores are centred
     y[i,d]     = max_j (score[i,j] + v[j,d])
 
-A head has no weights: each channel of y is one key's value plus a score. What is measured instead is the
-margin γ_i, how far values may move (by less than γ/2 each) before another key wins somewhere.
+A head has no weights: each channel of y is one key's value plus a score. The measure is the margin γ_i
+instead: if every value changes by less than γ/2, no winner changes.
 
-A rotation of both vectors keeps their dot product, but not the maximum of their sum: under RoPE a score
-depends on where query and key stand, not on their distance alone.
+A rotation of both vectors preserves their dot product, but not the maximum of their sum: with RoPE a score
+depends on the positions of query and key, and not only on their distance.
 """
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ class TropicalAttention(Attention):
         elif self.shape.head_dim > WIDEST:
             reason = f"heads of width {self.shape.head_dim} exceed the kernel's {WIDEST}"
         else:
-            reason = "the kernel does not know this dtype"
+            reason = "the kernel does not support this dtype"
         sums = batch * self.shape.n_heads * tokens**2 * self.shape.head_dim
         return (
-            f"attention runs on tropical-plain, not tropical-fused: {reason}. A layer then makes "
-            f"{2 * sums:.2g} sums in memory, some queries at a time, and takes many times as long as fused"
+            f"attention runs on tropical-plain, not tropical-fused: {reason}. A layer then computes "
+            f"{2 * sums:.2g} sums in memory, a block of queries at a time, and is many times slower"
         )
 
     @classmethod

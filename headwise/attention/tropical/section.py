@@ -1,4 +1,4 @@
-"""Margins in a report: how robust the winners of each tropical head are, at the end and over training."""
+"""Margins in a report: the robustness of the winners of each tropical head, at the end and over training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTE = (
 
 
 def collect(found: Found) -> list[dict[str, Any]]:
-    """Of each variant that has margins: those of its heads at the end, and their mean over training.
+    """The margins of each variant's heads at the end, and their mean over training.
 
     Returns:
         per variant: heads, `{layer, head, n, mean, std, ci95, least}`; lines, of each run the seed, the

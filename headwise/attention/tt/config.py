@@ -1,4 +1,4 @@
-"""`model.attention.tt.*`: ranks, factors, and what the cores start as."""
+"""`model.attention.tt.*`: ranks, factors, and the initialisation of the cores."""
 
 from __future__ import annotations
 

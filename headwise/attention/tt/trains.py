@@ -82,7 +82,7 @@ def layer_sizes(shape: AttentionShape, options: TensorTrainConfig) -> LayerSizes
         own = exact_factors(width, d - 1)
         if own is None:
             raise HeadwiseError(
-                f"model.head_dim is {width}, which is no product of {d - 1} factors; "
+                f"model.head_dim is {width}, which is not a product of {d - 1} factors; "
                 f"set {SECTION}.n_factors=2, or {SECTION}.share_cores=none, which pads"
             )
         together = [heads + 2 * kv_heads] if options.share_cores == "qkv" else [heads, kv_heads, kv_heads]
@@ -92,7 +92,7 @@ def layer_sizes(shape: AttentionShape, options: TensorTrainConfig) -> LayerSizes
     most = max(largest for matrix in sizes.all() for largest in matrix.maximal())
     if options.rank is not None and options.rank > most:
         raise HeadwiseError(
-            f"{SECTION}.rank is {options.rank}, and the matrices of this layer allow at most {most}: W_Q is "
+            f"{SECTION}.rank is {options.rank}, but the matrices of this layer allow at most {most}: W_Q is "
             f"{heads * width} x {shape.d_model}, in factors {qkv[0].rows} x {qkv[0].columns}"
         )
     return sizes

@@ -1,6 +1,6 @@
 """Tropical (max-plus) attention: sums become maxima, and products sums (per-head metrics study).
 
-    score[i,j] = max_d (q[i,d] + k[j,d]) + mask[i,j];  with centring, less its largest over j
+    score[i,j] = max_d (q[i,d] + k[j,d]) + mask[i,j];  with centring, minus its maximum over j
     y[i,d]     = max_j (score[i,j] + v[j,d])
     γ[i]       = min_d (best - second best over j of score[i,j] + v[j,d])
 

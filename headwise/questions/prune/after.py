@@ -1,4 +1,4 @@
-"""The model without the chosen heads, held against the model with their outputs at 0."""
+"""The model without the chosen heads, checked against the model with their outputs at 0."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def check(before: Speaker, after: Speaker, layers: Sequence[Layer], chosen: Remo
     low = before_dtype(before) in (torch.bfloat16, torch.float16)
     if not apart <= (50 * ROUNDING if low else ROUNDING):
         raise HeadwiseError(
-            f"{before.loaded.name} without the heads computes something else than with their outputs at 0 "
-            f"(logits differ by {apart:.2g} of the largest): its heads act on one another, so none can be "
+            f"{before.loaded.name} without the heads does not compute the same as with their outputs at 0 "
+            f"(logits differ by {apart:.2g} of the largest): its heads affect one another, so none can be "
             "removed"
         )
     return apart
@@ -119,8 +119,8 @@ def _kv_heads(layer: Layer, speaker: Speaker) -> int:
     parts = [getattr(layer.module, name, None) for name in PROJECTIONS]
     if not all(isinstance(part, nn.Linear) for part in parts):
         raise HeadwiseError(
-            f"{type(speaker.loaded.model).__name__} does not keep {', '.join(PROJECTIONS)} apart, so heads "
-            "cannot be taken out of it safely; pass --zero"
+            f"{type(speaker.loaded.model).__name__} does not have separate {', '.join(PROJECTIONS)}, so its "
+            "heads cannot be removed safely; pass --zero"
         )
     q, k = parts[0], parts[1]
     assert isinstance(q, nn.Linear)
@@ -151,8 +151,8 @@ def _output_of(layer: Layer, speaker: Speaker) -> str:
             if inputs % layer.n_heads == 0:
                 return name
     raise HeadwiseError(
-        f"{type(speaker.loaded.model).__name__} keeps the matrix that reads its heads elsewhere than in its "
-        "attention, so its heads cannot be removed here; `headwise intervene --remove` measures the loss "
+        f"{type(speaker.loaded.model).__name__} has the matrix that reads its heads outside of its attention "
+        "module, so its heads cannot be removed here; `headwise intervene --remove` measures the loss "
         "without them"
     )
 
@@ -170,7 +170,7 @@ def _smaller_pretrained(speaker: Speaker, layers: Sequence[Layer], chosen: Remov
     if len(left) > 1:
         raise HeadwiseError(
             f"the configuration of {type(before).__name__} has one number of heads for all layers; pass "
-            "--per-layer, which takes as many out of each, or --zero"
+            "--per-layer, which removes the same number from each, or --zero"
         )
     heads = left.pop()
     kv_heads = {heads * _kv_heads(layer, speaker) // layer.n_heads for layer in layers}

@@ -119,7 +119,7 @@ def _drawn(
     every = [at for group in layers for at in group]
     if counts[0] > len(every) - len(layers):
         raise HeadwiseError(
-            f"{counts[0]} of {len(every)} removable heads are more than leave one in each of {len(layers)} "
+            f"removing {counts[0]} of {len(every)} removable heads cannot leave one in each of {len(layers)} "
             "layers; give a smaller --fraction"
         )
     for _ in range(1000):

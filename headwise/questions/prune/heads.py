@@ -1,4 +1,4 @@
-"""What is known of each head before any is removed: the measure by which heads are ranked."""
+"""The measures of each head before any is removed, by which heads are ranked."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Options:
     source: Source = field(default_factory=Source)
 
     def validate(self) -> None:
-        """Refuse what means nothing, before a model is loaded.
+        """Refuse invalid options before a model is loaded.
 
         Raises:
             HeadwiseError: names the option.
@@ -130,7 +130,7 @@ def prune(
     trust = options.source.trust_remote_code
     speaker = load_speaker(name, dtype=dtype, device=device, trust_remote_code=trust)
     if not speaker.predicts_next:
-        raise HeadwiseError(f"{name} does not predict the next token, so removing heads has no loss to tell")
+        raise HeadwiseError(f"{name} does not predict the next token, so it has no loss to measure")
     evaluated, ranking, identity = open_sequences(
         options.source, speaker.loaded, options.sequences, options.context_length
     )
@@ -173,7 +173,7 @@ def prune(
 
 
 def _recorded(name: str, options: Options) -> dict[str, Heads]:
-    """What the folder of a run tells of its heads; empty for a model that is measured now.
+    """The recorded measures of a run's heads; empty for a model that is measured now.
 
     Raises:
         HeadwiseError: it lacks the measure that heads are to be ranked by.

@@ -44,7 +44,7 @@ def paired(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
         HeadwiseError: a loss is not finite.
     """
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise HeadwiseError("a loss is not finite, so nothing can be said of the heads; is the model sound?")
+        raise HeadwiseError("a loss is not finite, so the heads cannot be compared; check the model")
     return {
         "before": float(before.mean()), "after": float(after.mean()),
         "delta": summary(summarize(after - before)),

@@ -20,7 +20,7 @@ CHOSEN = {"low": "lowest", "high": "highest", "mixed": "lowest and highest"}
 
 
 def statements(record: dict[str, Any]) -> list[str]:
-    """Whether the measure predicts importance, whether removing by it beats random, and what it saves."""
+    """Whether the measure predicts importance, whether removing by it beats random, and the savings."""
     return [_law(record), *_against(record), _saves(record)]
 
 
@@ -32,7 +32,7 @@ def _law(record: dict[str, Any]) -> str:
         else "importance on other sequences"
     )
     if law is None:
-        return "Heads were drawn at random, and no measure of them is known that could predict importance."
+        return "Heads were drawn at random, and no measure is recorded that could predict importance."
     if law["rho"] is None:
         return f"Whether {name} predicts importance is not defined: {law['n']} heads, or values do not vary."
     numbers = (
@@ -41,7 +41,7 @@ def _law(record: dict[str, Any]) -> str:
     )
     holds = law["p"] < ALPHA and not law["low"] <= 0 <= law["high"]
     if not holds:
-        return f"{_upper(name)} does not show that it predicts which heads matter: {numbers}."
+        return f"There is no evidence that {name} predicts which heads matter: {numbers}."
     which = "high" if law["rho"] > 0 else "low"
     return f"{_upper(name)} predicts which heads matter: {numbers}; those with a {which} value cost more."
 
@@ -51,14 +51,14 @@ def _against(record: dict[str, Any]) -> list[str]:
     what = f"the {share} of heads" + ("" if record["mode"] == "random" else f" with the {_which(record)}")
     cost = f"Removing {what} changes the loss by {_signed(record['loss']['delta'])} nats per token"
     if against is None:
-        return [f"{cost}; no random removal was drawn to compare it with."]
+        return [f"{cost}; there is no random removal for comparison."]
     control = f"{against['delta']['n']} random removals by {_signed(against['delta'])}"
     if against["verdict"] == "control":
-        return [f"{cost}, drawn at random as the control is ({control})."]
+        return [f"{cost}; these heads are drawn at random, like the control ({control})."]
     verdict = {
-        "better": "it costs less than removing at random",
-        "worse": "it costs more than removing at random",
-        "undecided": "it is not told apart from removing at random",
+        "better": "it costs less than random removal",
+        "worse": "it costs more than random removal",
+        "undecided": "the data does not distinguish it from random removal",
     }[against["verdict"]]
     difference = (
         f"{_signed(against['over_draws'])} over draws, {_signed(against['over_sequences'])} over sequences"
@@ -80,26 +80,28 @@ def _saves(record: dict[str, Any]) -> str:
 
 
 def notes(record: dict[str, Any]) -> list[str]:
-    """How it was measured, and what to keep in mind."""
+    """The method, and its limits."""
     found = [
         f"Loss over {record['n_sequences']} sequences of {record['context_length']} tokens in "
         "the precision of the weights; ± is half of a 95% interval, paired over sequences.",
     ]
     if record["unit"] > 1:
         found.append(
-            f"Each key/value head serves {record['unit']} query heads, which leave with it; such a group "
-            "ranks by the mean of its heads."
+            f"Each key/value head serves {record['unit']} query heads, which are removed together; such a "
+            "group is ranked by the mean of its heads."
         )
     if record["evaluations"] is not None and record["mode"] != "random":
         found.append(
             f"Heads are ranked by their mean over the last {record['evaluations']} recorded evaluations."
         )
     elif record["mode"] != "random":
-        found.append("Heads are ranked by what was measured on other sequences of the same text.")
+        found.append("Heads are ranked by a measurement on other sequences of the same text.")
     if record["zeroed"]:
-        found.append("A zeroed head is still computed: a head that others read goes on acting on them.")
+        found.append("A zeroed head is still computed, so it still affects other heads that read it.")
     if record["mode"] != "random" and record["draws"]:
-        found.append("A random removal takes as many heads and leaves one in every layer.")
+        found.append(
+            "A random removal removes the same number of heads and leaves at least one in every layer."
+        )
     return found
 
 
@@ -118,7 +120,7 @@ def _row(name: str, change: dict[str, Any], removed: list[Any]) -> list[str]:
 
 
 def laws(record: dict[str, Any]) -> Table:
-    """Every measure at hand against the importance of heads."""
+    """The correlation of every recorded measure with the importance of heads."""
     rows = [
         [law["measure"], str(law["n"]), "not defined", "", "", ""] if law["rho"] is None else
         [law["measure"], str(law["n"]), f"{law['rho']:+.2f}", f"{law['low']:+.2f} to {law['high']:+.2f}",
@@ -126,9 +128,9 @@ def laws(record: dict[str, Any]) -> Table:
         for law in record["law"]
     ]  # fmt: skip
     note = (
-        "Spearman's rank correlation with the rise of the loss without each head alone; interval by "
-        "bootstrap over heads, p by permutation, and Holm's over all rows. Heads of one model depend on each "
-        "other."
+        "Spearman's rank correlation with the increase of the loss without each single head; interval by "
+        "bootstrap over heads, p by permutation, and Holm's p over all rows. Heads of one model depend on "
+        "each other."
     )
     return Table(["measure", "heads", "ρ", "95%", "p", "p, Holm"], rows, note)
 
@@ -142,7 +144,7 @@ def markdown(record: dict[str, Any]) -> str:
         "\n".join(f"- {line}" for line in statements(record)),
         "![Impact of pruning](prune.png)", "## Loss", _table(before_and_after(record)),
         "## Does a measure predict importance?",
-        _table(laws(record)) if record["law"] else "No measure is known.",
+        _table(laws(record)) if record["law"] else "No measure is recorded.",
         "## Heads", f"Removed (layer.head): {removed}", f"Heads by layer: {by_layer}",
         "## Notes", "\n".join(f"- {note}" for note in notes(record)),
     ]  # fmt: skip
@@ -150,7 +152,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def figure(records: list[dict[str, Any]]) -> Figure:
-    """What removals cost by the share removed, random ones in grey, and the measure against importance."""
+    """The cost of removals by the share removed, random ones in grey, and the measure against importance."""
     drawn, axes = new_figure(1, 2, 9.6, 3.6)
     impact(axes[0][0], records)
     record = next((r for r in records if any(h["value"] is not None for h in r["heads"])), None)
@@ -169,7 +171,7 @@ def figure(records: list[dict[str, Any]]) -> Figure:
     axes[0][1].axhline(0, color=INK, linewidth=0.8)
     axes[0][1].legend(frameon=False, fontsize=8)
     label = measure_of(record["by"]).label_with_unit
-    finish_axis(axes[0][1], "rise of the loss without each head alone (nats)", label)
+    finish_axis(axes[0][1], "increase of the loss without each single head (nats)", label)
     return drawn
 
 

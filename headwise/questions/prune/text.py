@@ -1,4 +1,4 @@
-"""What a pruned model is measured on: sequences that rank heads, and others that tell the loss."""
+"""The data of a pruning: sequences for ranking heads, and others for the loss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sequences:
 def open_sequences(
     source: Source, loaded: Loaded, n: int, length: int | None
 ) -> tuple[Sequences, Sequences, dict[str, Any]]:
-    """Twice `n` sequences: those that tell the loss, those that rank heads, and what data they are.
+    """Twice `n` sequences: those for the loss, those for ranking heads, and the identity of the data.
 
     The first half ranks heads: a run fills its head table, and measures importance, on its first sequences.
 
@@ -64,7 +64,7 @@ def open_sequences(
         ids = samples.batch(0, len(samples))
         inputs, targets, identity = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), samples.identity
     if len(inputs) < 2:
-        raise HeadwiseError(f"the data has {len(inputs)} whole sequences; pruning needs two at least")
+        raise HeadwiseError(f"the data has {len(inputs)} whole sequences; pruning needs at least two")
     half = len(inputs) // 2
     first, second = (Sequences(inputs[part], targets[part]) for part in (slice(half), slice(half, 2 * half)))
     return second, first, identity

@@ -312,7 +312,7 @@ def test_padding_has_no_rows_and_is_in_no_mean() -> None:
         ({"version": 3}, "version is 3; choose 1 or 2"),
         ({"version": 1, "lambda_init": 1.0}, r"lambda_init is 1.0; it must be at least 0 and below 1"),
         ({"version": 1, "lambda_init": float("nan")}, "lambda_init is nan"),
-        ({"version": 2, "lambda_init": 0.5}, "version 2 has no such start"),
+        ({"version": 2, "lambda_init": 0.5}, "version 2 does not take it"),
     ],
 )
 def test_values_without_a_meaning_are_refused_whichever_kind_is_chosen(

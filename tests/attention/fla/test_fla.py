@@ -181,7 +181,7 @@ def test_it_trains(package: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     flags += ["--training.max_steps=2", f"--out={out}", "--model.attention.kind=fla"]
     assert main(["train", *flags]) == 0
     assert math.isfinite(json.loads((out / "summary.json").read_text())["val_loss"])
-    assert "shows no weights" in (out / "log.txt").read_text()
+    assert "returns no weights" in (out / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,15 @@ def test_what_a_layer_cannot_do_is_refused(package: None, monkeypatch: pytest.Mo
         layer(x, attn_mask=torch.ones(1, 4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="'fla' does not support full"):
         layer(x, causal=False)
-    with pytest.raises(HeadwiseError, match="have positions of their own"):
+    with pytest.raises(HeadwiseError, match="encode positions themselves"):
         layer(x, rope=lambda q, k: (q, k))
     with pytest.raises(
         HeadwiseError, match=r"refuses its input \(torch.float64, \(1, 4, 16\)\): it does not"
     ):
         layer.double()(x.double())
-    with pytest.raises(HeadwiseError, match=r"gives \(1, 1, 16\) for \(1, 4, 16\): it does not stand alone"):
+    with pytest.raises(
+        HeadwiseError, match=r"returns \(1, 1, 16\) for \(1, 4, 16\): it cannot be used alone"
+    ):
         make(layer="RodimusAttention")(x)
     decoder = model()
     with pytest.raises(HeadwiseError, match=r"cannot be decoded token by token: .*cache of their own"):
@@ -226,7 +228,7 @@ def test_what_a_layer_cannot_do_is_refused(package: None, monkeypatch: pytest.Mo
             from_dict({"model.attention.kind": "fla", "training.max_steps": 1}), torch.device("cpu")
         ),
     ):
-        with pytest.raises(HeadwiseError, match="runs on a CUDA device alone"):
+        with pytest.raises(HeadwiseError, match="runs only on a CUDA device"):
             ask()
 
 

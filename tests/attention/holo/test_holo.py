@@ -232,7 +232,7 @@ def test_a_superposition_refuses_what_needs_weights() -> None:
         ValueError, match="'holo' does not support additive_mask with its options as they are"
     ):
         layer(x, attn_mask=torch.zeros(1, 4, 4))
-    assert "none can be dropped" in str(layer.whole_context_only())
+    assert "no pair can be dropped" in str(layer.whole_context_only())
     with pytest.raises(ValueError, match="3 slots for 9 tokens"):
         layer.cache(1, 3, 9, x)
     config = {"model.attention.kind": "holo", "model.attention.holo.form": "hrr", "training.max_steps": 1}

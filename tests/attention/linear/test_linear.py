@@ -56,7 +56,7 @@ def test_padding_stays_in_blocks_and_other_masks_do_not(kind: str) -> None:
     window = torch.ones(1, 9, 9, dtype=torch.bool).triu(-2)
     layer(x, attn_mask=window)
     assert layer.engine == f"{kind}-plain"
-    assert "not the same keys for all queries" in str(layer.fallback(2, 9))
+    assert "does not hide the same keys from all queries" in str(layer.fallback(2, 9))
 
 
 @both
@@ -68,7 +68,7 @@ def test_too_many_weights_are_not_measured_and_the_reason_is_given(
     layer.observer = seen.append
     layer(torch.randn(2, 9, 12, dtype=torch.float64))
     assert isinstance(seen[0], Unmeasured)
-    assert "2 x 4 x 9 x 9 of them are too many" in seen[0].reason
+    assert "2 x 4 x 9 x 9 weights are too many" in seen[0].reason
 
 
 @both
@@ -150,7 +150,7 @@ def test_what_needs_keys_or_a_softmax_is_refused(kind: str) -> None:
     layer, x = make(kind), torch.randn(1, 4, 12, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"'{kind}' does not support additive_mask"):
         layer(x, attn_mask=torch.zeros(1, 4, 4))
-    assert "none can be dropped" in str(layer.whole_context_only())
+    assert "no key can be dropped" in str(layer.whole_context_only())
     with pytest.raises(ValueError, match="3 slots for 9 tokens"):
         layer.cache(1, 3, 9, x)
 

@@ -34,7 +34,7 @@ def test_a_rank_that_is_too_large_is_refused_with_the_maximum(
     out = tmp_path / "run"
     argv = ["train", f"--config={PRESET}", *SMALL, "--model.attention.tt.rank=33", f"--out={out}"]
     assert main(argv) == 2
-    assert "model.attention.tt.rank is 33, and the matrices of this layer allow at most 32" in (
+    assert "model.attention.tt.rank is 33, but the matrices of this layer allow at most 32" in (
         capsys.readouterr().err
     )
     assert not out.exists()

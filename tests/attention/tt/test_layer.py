@@ -300,7 +300,7 @@ def test_heads_are_neither_added_nor_taken_out() -> None:
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"rank": 0}, "model.attention.tt.rank is 0; it must be at least 1"),
-    ({"rank": 65}, "rank is 65, and the matrices of this layer allow at most 64: W_Q is 64 x 64"),
+    ({"rank": 65}, "rank is 65, but the matrices of this layer allow at most 64: W_Q is 64 x 64"),
     ({"n_factors": 1}, "n_factors is 1; it must be at least 2"),
     ({"n_factors": 5}, "n_factors is 5; it must be at most 4"),
     ({"init": "svg"}, r"init 'svg' is not known \(did you mean 'svd'"),
@@ -319,7 +319,7 @@ def test_refuses_values_by_name(values: dict[str, Any], message: str) -> None:
 def test_refuses_dimensions_that_have_no_such_factors() -> None:
     with pytest.raises(HeadwiseError, match=r"model.d_model is 7, which is too small for 3 factors"):
         layer_sizes(AttentionShape(7, 2, 2, 8), TensorTrainConfig(n_factors=3))
-    with pytest.raises(HeadwiseError, match=r"model.head_dim is 13, which is no product of 2 factors"):
+    with pytest.raises(HeadwiseError, match=r"model.head_dim is 13, which is not a product of 2 factors"):
         layer_sizes(AttentionShape(32, 2, 2, 13), TensorTrainConfig(n_factors=3, share_cores="heads"))
 
 

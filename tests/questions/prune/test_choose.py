@@ -68,7 +68,7 @@ def test_a_random_choice_is_every_choice_that_leaves_a_head_in_each_layer() -> N
     assert drawn == {((0, a), (1, b)) for a in (0, 1) for b in (0, 1)}
     many = units_of(dict.fromkeys(range(40), 2), dict.fromkeys(range(40), 1))
     assert len(chosen("random", 0.5, values=[0] * 80, units=many)) == 40
-    with pytest.raises(HeadwiseError, match="3 of 4 removable heads are more than leave one in each of 2"):
+    with pytest.raises(HeadwiseError, match="removing 3 of 4 removable heads cannot leave one in each of 2"):
         chosen("random", 0.75, values=[0] * 4, units=units)
 
 

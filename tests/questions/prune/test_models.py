@@ -34,7 +34,7 @@ def test_a_group_of_every_layer_is_taken_out(hf_model, tokens: Tensor, name: str
     assert after.loaded.model.config.num_attention_heads == 2
     assert after.loaded.model.config.num_key_value_heads == 1
     assert check(speaker, after, layers, chosen, tokens) < 1e-4
-    with pytest.raises(HeadwiseError, match="computes something else than with their outputs at 0"):
+    with pytest.raises(HeadwiseError, match="does not compute the same as with their outputs at 0"):
         check(speaker, after, layers, {0: [2, 3], 1: [2, 3]}, tokens)
 
 
@@ -52,7 +52,7 @@ def test_heads_are_zeroed_in_the_matrix_that_reads_them(hf_model, tokens: Tensor
     ("name", "chosen", "zeroed", "said"),
     [
         ("llama", {0: [0, 1]}, False, "one number of heads for all layers; pass --per-layer"),
-        ("bert", {0: [0]}, True, "elsewhere than in its attention"),
+        ("bert", {0: [0]}, True, "outside of its attention module"),
     ],
 )
 def test_what_is_not_safe_is_refused(hf_model, tokens, name, chosen, zeroed, said) -> None:
@@ -63,7 +63,7 @@ def test_what_is_not_safe_is_refused(hf_model, tokens, name, chosen, zeroed, sai
 
 def test_projections_that_are_not_apart_are_refused(hf_model, tokens: Tensor) -> None:
     speaker, layers = opened(hf_model, "gpt2", tokens)
-    with pytest.raises(HeadwiseError, match=r"GPT2LMHeadModel does not keep q_proj.*pass --zero"):
+    with pytest.raises(HeadwiseError, match=r"GPT2LMHeadModel does not have separate q_proj.*pass --zero"):
         unit_sizes(speaker, layers, zeroed=False)
 
 
