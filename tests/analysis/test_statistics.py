@@ -16,13 +16,13 @@ probabilities = st.floats(0, 1, allow_nan=False)
 
 def test_half_width_of_the_per_head_metrics_study() -> None:
     assert half_width(0.006252, 3) == pytest.approx(0.015531, abs=5e-7)
-    assert t_quantile(3) == pytest.approx(4.302652729749464, rel=1e-12)
+    assert t_quantile(3) == pytest.approx(4.302652729749464, rel=2e-11)  # scipy 1.13 is off by 1.3e-11
 
 
 def test_summary_of_one_two_three() -> None:
     summary = summarize([1.0, 2.0, 3.0])
     assert (summary.n, summary.mean, summary.std) == (3, 2.0, 1.0)
-    assert summary.ci95 == pytest.approx(4.302652729749464 / math.sqrt(3), rel=1e-12)
+    assert summary.ci95 == pytest.approx(4.302652729749464 / math.sqrt(3), rel=2e-11)
     assert summary.low == pytest.approx(2.0 - summary.ci95)
     assert summary.high == pytest.approx(2.0 + summary.ci95)
 

@@ -86,7 +86,7 @@ def eager_weights(model, inputs) -> torch.Tensor:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = model(**inputs, output_attentions=True).attentions
-    if attentions is None:
+    if not attentions:
         pytest.skip(f"transformers {transformers.__version__} gives no weights of {type(model).__name__}")
     return torch.stack(attentions, dim=1)
 
