@@ -30,6 +30,10 @@ class Projection(nn.Module):
         """
         raise NotImplementedError
 
+    def rescale(self, factor: float) -> None:
+        """Multiply W by a number; the bias stays."""
+        raise NotImplementedError
+
     def dense(self) -> Tensor:
         """W, `(out_features, in_features)`: for analysis and export, never in training."""
         raise NotImplementedError

@@ -202,3 +202,10 @@ class ModelConfig:
                     f"model.heads_by_layer[{layer}] is {heads}, not a multiple of the "
                     f"{self.heads_that_share()} query heads that each key/value head serves"
                 )
+        kv_heads = {self.heads_of(layer)[1] for layer in range(self.n_layers)}
+        if self.attention.value_residual and len(kv_heads) > 1:
+            raise HeadwiseError(
+                f"model.heads_by_layer gives layers of {', '.join(map(str, sorted(kv_heads)))} key/value "
+                "heads, and model.attention.value_residual mixes the first layer's values into those of the "
+                "others: give each layer as many, or turn it off"
+            )

@@ -15,24 +15,32 @@ from torch import Tensor
 from headwise.attention import attention_kind
 from headwise.errors import HeadwiseError
 from headwise.model.config import ModelConfig
-from headwise.model.surgery import Inserted, without
+from headwise.model.surgery import Inserted, own_ranges, refuse_fixed_heads, without
 
 Removed = Mapping[int, Sequence[int]]
 """Query heads by layer."""
 
 
-def unit_size(n_heads: int, n_kv_heads: int) -> int:
-    """Query heads that leave together."""
-    return 1 if n_kv_heads == 1 else n_heads // n_kv_heads
+def unit_size(config: ModelConfig) -> int:
+    """Query heads that leave together, the same in every layer: one that was pruned to a single key/value
+    head cannot lose a part of what it serves, since the layers share one ratio."""
+    return 1 if config.kv_heads() == 1 else config.heads_that_share()
 
 
 def refuse(config: ModelConfig, source: str) -> None:
     """Refuse a model whose heads cannot be taken out one by one.
 
     Raises:
-        HeadwiseError: heads of its kind act on one another.
+        HeadwiseError: its kind has no single heads, or heads act on one another, in a layer or across them.
     """
+    refuse_fixed_heads(config, source)
     attention = config.attention
+    if attention.value_residual and config.kv_heads() > 1:
+        raise HeadwiseError(
+            f"{source} has model.attention.value_residual, under which each key/value head of a later layer "
+            "reads the values of the same one in the first layer: without a head these would be another's; "
+            "pass --zero, which leaves the head in place and takes its output"
+        )
     if attention_kind(attention.kind).heads_interact(attention.options()):
         raise HeadwiseError(
             f"{source} has attention kind {attention.kind!r}, whose heads act on one another: without a head "
@@ -89,17 +97,18 @@ def _places(config: ModelConfig, layer: int, heads: Sequence[int], leaf: str) ->
     if not heads:
         return {}
     (n_heads, kv_heads), width = config.heads_of(layer), config.width_of_head()
-    own = [(head * width, (head + 1) * width) for head in heads]
+    attention = config.attention
+    wide = attention_kind(attention.kind).query_width(width, attention.options())
     if leaf == "out.weight":
-        return {1: own}
+        return {1: [(head * width, (head + 1) * width) for head in heads]}
     if leaf in ("qkv.weight", "qkv.bias"):
-        size = unit_size(n_heads, kv_heads)
-        shared = [] if kv_heads < n_heads and kv_heads == 1 else sorted({head // size for head in heads})
-        rows = [n_heads + part * kv_heads + at for part in (0, 1) for at in shared]
-        return {0: own + [(row * width, (row + 1) * width) for row in rows]}
-    kind, options = attention_kind(config.attention.kind), config.attention.options()
+        own = [(head * wide, (head + 1) * wide) for head in heads]
+        size = unit_size(config)
+        gone = [] if kv_heads < n_heads and kv_heads == 1 else sorted({head // size for head in heads})
+        starts = [n_heads * wide + (part * kv_heads + at) * width for part in (0, 1) for at in gone]
+        return {0: own + [(start, start + width) for start in starts]}
     found: dict[int, list[tuple[int, int]]] = {}
     for head in heads:
-        for axis, ranges in kind.head_ranges(leaf, head, options).items():
+        for axis, ranges in own_ranges(config, leaf, head).items():
             found.setdefault(axis, []).extend(ranges)
     return found

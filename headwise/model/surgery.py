@@ -86,11 +86,16 @@ class Operation:
             return {0: list(self.rows().values())}
         if leaf == "out.weight":
             return {1: [self.columns()]}
-        attention = self.after.attention
-        if leaf.startswith("modifiers."):
-            own = leaf.removeprefix("modifiers.")
-            return modifiers.head_ranges(own, self.index, attention.modifiers(0), self.after.width_of_head())
-        return attention_kind(attention.kind).head_ranges(leaf, self.index, attention.options())
+        return own_ranges(self.after, leaf, self.index)
+
+
+def own_ranges(config: ModelConfig, leaf: str, index: int) -> Inserted:
+    """Where head `index` lies in a parameter that its kind or a modifier adds to the projections."""
+    attention = config.attention
+    if leaf.startswith("modifiers."):
+        own = leaf.removeprefix("modifiers.")
+        return modifiers.head_ranges(own, index, attention.modifiers(0), config.width_of_head())
+    return attention_kind(attention.kind).head_ranges(leaf, index, attention.options())
 
 
 def refuse(config: ModelConfig, init: str, source: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from headwise.model.config import ModelConfig
 from headwise.model.count import forward_flops_by_part
 from headwise.model.decoder import Decoder
 from headwise.model.generate import make_cache, read
-from headwise.model.pruning import prune, pruned, refuse, zero
+from headwise.model.pruning import prune, pruned, refuse, unit_size, zero
 from headwise.model.surgery import refuse as refuse_surgery
 from headwise.watch import watch
 from headwise.watch.hooks import attention_layers
@@ -80,6 +82,45 @@ def test_the_smaller_model_computes_what_is_left(name: str) -> None:
     )
 
 
+ADDED = {
+    "sink": ("flash", {}, {"sink": "learned", "qk_norm": True}),
+    "gate of heads": ("mha", {}, {"output_gate": "head", "windows": [3, "full"]}),
+    "gate of channels": ("flash", {}, {"output_gate": "element"}),
+    "two queries a head": ("differential", {}, {}),
+    "two halves a head": ("differential", {"version": 1}, {}),
+    "distances": ("holo", {"poincare": True, "tropical_temperature": True}, {}),
+    "superposition": ("holo", {"form": "hrr", "read": "reweight"}, {}),
+    "maxima": ("tropical", {}, {}),
+    "features": ("performer", {}, {}),
+}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", ADDED)
+@torch.no_grad()
+def test_what_kinds_and_modifiers_keep_of_a_head_leaves_with_it(name: str, kv_heads: int) -> None:
+    kind, options, on = ADDED[name]
+    attention = AttentionConfig(kind, **on)
+    for key, value in options.items():
+        setattr(attention.options(), key, value)
+    sizes = {"d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": kv_heads, "vocab_size": 31}
+    config = ModelConfig(**sizes, attention=attention)
+    config.validate()
+    before = Decoder(config, 16).double().eval()
+    for parameter in before.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    gone = {0: [0, 1], 2: [2, 3]} if kv_heads == 2 else {0: [0], 1: [1, 3]}
+    weights = {name: parameter.detach() for name, parameter in before.named_parameters()}
+    refuse(config, "X")
+    after = Decoder(pruned(config, gone), 16).double().eval()
+    kept = prune(weights, config, gone)
+    assert {n: p.shape for n, p in after.named_parameters()} == {n: p.shape for n, p in kept.items()}
+    after.load_state_dict(kept, strict=False)
+    before.load_state_dict(zero(weights, config, gone), strict=False)
+    tokens = torch.randint(31, (2, 9))
+    torch.testing.assert_close(after(tokens), before(tokens), atol=1e-9, rtol=1e-9)
+
+
 @torch.no_grad()
 def test_it_costs_and_holds_less_and_heads_are_measured_by_layer() -> None:
     before = model_of(config_of())
@@ -102,6 +143,8 @@ def test_pruning_again_counts_from_what_is_left() -> None:
     assert (once.heads_by_layer, twice.heads_by_layer) == ([4, 6, 6], [2, 2, 6])
     assert [twice.heads_of(layer) for layer in range(3)] == [(2, 1), (2, 1), (6, 3)]
     thrice = pruned(twice, {2: [0, 1, 4, 5]})
+    assert unit_size(once) == unit_size(twice) == 2
+    assert unit_size(thrice) == 1
     assert (thrice.heads_by_layer, thrice.n_heads, thrice.n_kv_heads, thrice.head_dim) == (None, 2, 1, 6)
 
 
@@ -133,7 +176,21 @@ def test_heads_that_act_on_one_another_are_refused() -> None:
         HeadwiseError, match=r"X has attention kind 'selective', whose heads act on one another.*--zero"
     ):
         refuse(config_of("selective"), "X")
+    with pytest.raises(
+        HeadwiseError, match=r"X: no head can be added or taken out: .*kind tt are tensor trains"
+    ):
+        refuse(config_of("tt"), "X")
     refuse(config_of(), "X")
+
+
+def test_values_of_the_first_layer_belong_to_heads_of_every_layer() -> None:
+    config = config_of()
+    config.attention.value_residual = True
+    with pytest.raises(HeadwiseError, match=r"X has model.attention.value_residual, under which.*--zero"):
+        refuse(config, "X")
+    with pytest.raises(HeadwiseError, match=r"gives layers of 3, 4 key/value heads, and .*value_residual"):
+        pruned(config, {0: [1]}).validate()
+    refuse(replace(config, n_kv_heads=1), "X")
 
 
 def test_surgery_needs_layers_alike() -> None:

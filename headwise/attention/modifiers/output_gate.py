@@ -3,7 +3,8 @@
     y_h ← y_h · sigmoid(W_g x)
 
 with one number a head (`head`) or one a channel (`element`). W_g has no bias and starts at 0, so that every
-gate starts at 1/2. The output projection starts doubled, so that the model starts exactly as without gates.
+gate starts at 1/2. The output projection starts doubled, so that the model starts exactly as without gates;
+where that projection is a product of parameters, to rounding.
 
 The measure `gate` is the mean gate of the head.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from headwise.attention.projection import Projection
 
 
 class OutputGate(nn.Module):
@@ -34,6 +37,8 @@ class OutputGate(nn.Module):
         nn.init.zeros_(self.project.weight)
         if isinstance(out, nn.Linear):
             out.weight.mul_(2)
+        elif isinstance(out, Projection):
+            out.rescale(2)
 
     def of(self, x: Tensor) -> Tensor:
         """The gates of `x (B, T, d_model)`, `(B, H, T, 1 or D)`."""

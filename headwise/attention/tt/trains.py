@@ -203,6 +203,14 @@ class TensorTrainProjection(Projection):
                     nn.init.normal_(parameter, std=spread)
 
     @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """All cores alike, so that the numbers of each stay of one size."""
+        for train in self.trains:
+            parameters = list(train.parameters())
+            for parameter in parameters:
+                parameter.mul_(factor ** (1 / len(parameters)))
+
+    @torch.no_grad()
     def dense(self) -> Tensor:
         """All matrices, one below the other."""
         return torch.cat(

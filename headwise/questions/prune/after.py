@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from headwise.attention.base import Attention
 from headwise.config.run import Config
 from headwise.errors import HeadwiseError
 from headwise.model import pruning
@@ -41,8 +40,7 @@ def unit_sizes(speaker: Speaker, layers: Sequence[Layer], *, zeroed: bool) -> di
         return {layer.number: 1 for layer in layers}
     if speaker.loaded.run is not None:
         pruning.refuse(speaker.loaded.run.model, speaker.loaded.name)
-        shapes = {layer.number: cast(Attention, layer.module).shape for layer in layers}
-        return {n: pruning.unit_size(shape.n_heads, shape.n_kv_heads) for n, shape in shapes.items()}
+        return {layer.number: pruning.unit_size(speaker.loaded.run.model) for layer in layers}
     return {layer.number: layer.n_heads // _kv_heads(layer, speaker) for layer in layers}
 
 

@@ -77,6 +77,17 @@ def test_a_gate_multiplies_the_output_of_its_head() -> None:
     torch.testing.assert_close(given[0], given[1] * gate[..., None])
 
 
+@pytest.mark.parametrize("gate", ["head", "element"])
+@pytest.mark.parametrize("kind", ["flash", "selective", "tt"])
+@torch.no_grad()
+def test_a_model_starts_as_without_gates_whatever_its_projections_are(kind: str, gate: str) -> None:
+    tokens, found = torch.randint(23, (2, 12)), []
+    for chosen in ("none", gate):
+        torch.manual_seed(3)
+        found.append(model_of(kind=kind, output_gate=chosen)(tokens))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-6)
+
+
 @torch.no_grad()
 def test_values_are_mixed_with_the_first_layers() -> None:
     first, later = layer_of(value_residual=True), layer_of(layer=1, value_residual=True)
