@@ -156,7 +156,7 @@ class _Phase(torch.autograd.Function):
         return u
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         u, size = ctx.saved_tensors
         along = 1j * u * (u.conj() * gradient).imag
         return torch.where(size > ctx.eps, along, gradient) / size.clamp_min(ctx.eps), None
