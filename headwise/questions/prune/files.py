@@ -57,11 +57,12 @@ class Speed(TypedDict):
 
 
 class Against(TypedDict):
-    """The removal against the random ones; below 0 it costs less."""
+    """The removal against the random ones; below 0 it costs less, and than so many of them."""
 
     delta: Interval
     over_draws: Interval
     over_sequences: Interval
+    costs_less_than: Count
     verdict: str
 
 

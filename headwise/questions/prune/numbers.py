@@ -79,7 +79,8 @@ def against_random(
         verdict = "worse"
     return {
         "delta": summary(summarize(float((one - before).mean()) for one in drawn)),
-        "over_draws": summary(over_draws), "over_sequences": summary(over_sequences), "verdict": verdict,
+        "over_draws": summary(over_draws), "over_sequences": summary(over_sequences),
+        "costs_less_than": sum(float(one.mean()) > float(after.mean()) for one in drawn), "verdict": verdict,
     }  # fmt: skip
 
 

@@ -63,7 +63,8 @@ def _against(record: dict[str, Any]) -> list[str]:
     difference = (
         f"{_signed(against['over_draws'])} over draws, {_signed(against['over_sequences'])} over sequences"
     )
-    return [f"{cost}, and {control}: {verdict} (difference {difference})."]
+    draws = f"it costs less than {against['costs_less_than']} of the {against['delta']['n']} draws"
+    return [f"{cost}, and {control}: {verdict} (difference {difference}; {draws})."]
 
 
 def _saves(record: dict[str, Any]) -> str:
