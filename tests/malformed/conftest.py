@@ -43,7 +43,8 @@ def made(root: Path) -> None:
     text = root / "text.txt"
     text.write_text("def f(x):\n    return x\n" * 200)
     run = root / "study" / "a" / "seed_0"
-    done("train", *COPY, "--training.max_steps=2", "--model.attention.kind=selective", "--out", run)
+    done("train", *COPY, "--training.max_steps=2", "--model.attention.kind=selective", "--out", run,
+         "--measure.entanglement.enabled=true", "--measure.entanglement.window=8")  # fmt: skip
     (root / "study" / "study.yaml").write_text(
         "name: study\nbaseline: a\nseeds: [0]\nbudget: {kind: steps, value: 2}\n"
         "variants:\n  a: {label: A, kind: selective, expected_engine: null, params_total: 9}\n"
@@ -52,6 +53,8 @@ def made(root: Path) -> None:
         '{"rows": [{"variant": "a", "kind": "flash", "limit_mb": 40.0, "until": 256, "max_seq_len": 128, '
         '"capped": false, "measured_by": "tensors", "tried": []}]}\n'
     )
+    done("prune", run, "--mode", "low", "--fraction", 0.5, "--zero", "--sequences", 2, "--draws", 1,
+         "--out", root / "pruned")  # fmt: skip
     done("budget", run, "--budgets", 1, 0.5, "--sequences", 2, "--out", root / "budgets")
     done("profile", run, "--n-samples", 2, "--context-length", 16, "--out", root / "profile")
     done("data", "prepare", text, "--tokenizer", "bytes", "--keep", "all", "--length", 16,

@@ -39,6 +39,8 @@ REPORTED = ["status.json", "summary.json", "env.json", "config.yaml", "metrics.c
 GENERATE = ["generate", RUN, "--prompt", "1 2", "--tokens", "2"]
 PROFILE = ["profile", RUN, "--n-samples", "2", "--context-length", "16", "--out", "profile"]
 PREPARE = ["--tokenizer", "bytes", "--keep", "all", "--length", "4", "--out", "OUT"]
+PRUNE = ["prune", RUN, "--mode", "low", "--fraction", "0.5", "--by", "entanglement", "--zero",
+         "--sequences", "2", "--draws", "1", "--device", "cpu", "--out", "OUT"]  # fmt: skip
 SWEEP = "q_scale_intervention_results.csv"
 
 CASES = [
@@ -48,6 +50,8 @@ CASES = [
     (f"{LAST}/model.safetensors", GENERATE, 6),
     (f"{RUN}/checkpoints/best.json", GENERATE, 6),
     (f"{RUN}/budget.json", ["budget", RUN, "--budgets", "1", "0.5", "--sequences", "2", "--out", "OUT"], 6),
+    (f"{RUN}/entanglement/step_00000002.parquet", PRUNE, 3),
+    ("pruned/prune.json", ["report", "pruned", "--out", "OUT"], 3),
     ("heads.json", ["geometry", "correlate", "heads.json"], 20),
     ("profile/heads/part_000000.parquet", ["geometry", RUN, "--json", "OUT", "--profile", "profile"], 12),
     (SWEEP, ["intervene", "gain", SWEEP, "--out", "OUT"], 6),
