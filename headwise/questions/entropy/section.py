@@ -112,7 +112,7 @@ def figure(name: str, entries: list[dict[str, Any]], variants: list[str]) -> Fig
             for layer, values in enumerate(zip(*line["by_layer"], strict=True)):
                 tone = colormaps["viridis"](0.9 * layer / max(1, layers - 1))
                 series.plot(line["steps"], values, color=tone, linewidth=1, marker="o", markersize=2)
-        finish_axis(series, "mean over heads, a line a layer and seed (dark: the first layer)", "step")
+        finish_axis(series, "mean over heads by layer (dark: the first)", "step")
         boxes.boxplot(shown["last"], positions=range(layers), widths=0.6, medianprops={"color": colour})
         boxes.set_xticks(range(layers), [str(layer) for layer in range(layers)])
         finish_axis(boxes, "heads at the last evaluation", "layer")

@@ -191,6 +191,7 @@ def impact(axis: Axes, records: list[dict[str, Any]]) -> None:
     if points:
         axis.plot(*zip(*points, strict=True), "o", color="#999999", markersize=3, label="random draws")
     axis.axhline(0, color=INK, linewidth=0.8)
+    axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axis.legend(frameon=False, fontsize=7)
     finish_axis(axis, "difference of the loss (nats per token)", "heads removed")
