@@ -121,8 +121,8 @@ class Attention(nn.Module):
             `selections`, `rules`, `switches` and `notes`.
         engine_table: `package.module:NAME` of a function that gives a Markdown table: which engine computes
             which option.
-        flop_formulas: of operators of its own that compute something other than matrix products: what each
-            counts as, for torch's FlopCounterMode. `flops_per_token` is tested against what it counts.
+        flop_formulas: of operators of its own, into which torch's FlopCounterMode does not see: what each
+            counts as, for it. `flops_per_token` is tested against what it counts.
         attached: attributes that are set for the length of a block and None otherwise; a copy has None.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -63,9 +64,14 @@ def _check(x: Tensor, cores: list[Tensor], out_features: int) -> None:
         )
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+
+
 def _forward(x: Tensor, cores: list[Tensor], out_features: int, order: Order) -> Tensor:
     _check(x, cores, out_features)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         return contraction.forward(x, cores, out_features, plan_of([core.shape for core in cores], order))
 
 
@@ -75,7 +81,7 @@ def _forward_room(x: Tensor, cores: list[Tensor], out_features: int, order: Orde
 
 
 def _backward(grad: Tensor, x: Tensor, cores: list[Tensor], order: Order, of_x: bool) -> Gradients:
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         chosen = plan_of([core.shape for core in cores], order)
         dx, found = contraction.backward(grad, x, cores, chosen, of_x=of_x)
     return x.new_empty(0) if dx is None else dx, found

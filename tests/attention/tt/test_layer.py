@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from headwise.attention import KINDS, AttentionConfig, AttentionShape
 from headwise.attention.tt import TensorTrainAttention, TensorTrainConfig
@@ -265,6 +266,13 @@ def test_flops_are_those_of_the_contraction() -> None:
     assert (set(sizes.rows), set(sizes.columns), sizes.ranks) == (set(rows), set(columns), ranks)
     one = 4 * sizes.rows[0] * sizes.columns[1] * (sizes.columns[0] + sizes.rows[1])
     assert forward_flops_by_part(model, 8)["attention_projections"] == 2 * 2 * 4 * one
+
+
+def test_flops_of_a_model_as_pytorch_counts_them() -> None:
+    model, tokens = model_of(rank=4, engine="mha"), torch.randint(17, (2, 9))
+    with FlopCounterMode(display=False, custom_mapping=model.attentions()[0].flop_formulas) as counter:
+        model(tokens)
+    assert counter.get_total_flops() == tokens.numel() * sum(forward_flops_by_part(model, 9).values())
 
 
 def test_cores_decay_as_matrices_do() -> None:
