@@ -236,7 +236,8 @@ class Attention(nn.Module):
         """Why this kind, with these options, does not take a modifier, as a sentence; None where it does."""
         if modifier in cls.supported(options):
             return None
-        reason = cls.declines.get(modifier, "it does not declare that it does")
+        taken = [name for name in MODIFIERS if name in cls.supported(options)]
+        reason = cls.declines.get(modifier, f"of the modifiers it takes {', '.join(taken) or 'none'}")
         return f"kind {cls.kind!r} cannot take it: {reason}"
 
     def attend(
