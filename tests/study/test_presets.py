@@ -86,7 +86,7 @@ def test_a_preset_runs_at_another_size(tmp_path: Path, monkeypatch: pytest.Monke
         (["--axes.data.seq_len=8"], "a list of values"),
         (["--variants.nine.training.lr=1"], "variant 'nine"),
         (["--budget.sort=tokens"], "did you mean 'kind'|choose from kind, value"),
-        (["--model.n_heads=[1"], "no YAML value"),
+        (["--model.n_heads=[1"], "not a YAML value"),
         (["--data.seq_len=x"], "data.seq_len"),
         (["--axes.data.seq_len=[8,16]", "--data.seq_len=8"], "is an axis"),
     ],
