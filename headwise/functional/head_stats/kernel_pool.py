@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Constants stand behind the tensors that they multiply: the interpreter of Triton 3.7 takes none in front.
 NEVER = tl.constexpr(1e15)
 # Share of weight by which the division at the end may be off.
 CLOSE = tl.constexpr(2e-7)
@@ -25,7 +26,7 @@ PAST = tl.constexpr(3e-7)
 def settled(lo, hi, w_lo, w_hi, total):
     """Whether the order of the keys in the bracket no longer matters."""
     width = hi - lo
-    return ((w_lo - w_hi) * width <= CLOSE * total) | (width <= EQUAL * tl.maximum(1.0, -lo))
+    return ((w_lo - w_hi) * width <= total * CLOSE) | (width <= tl.maximum(1.0, -lo) * EQUAL)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def search(
         t = between(lo, hi, w_lo, w_hi, target)
         if step % 3 == 2:
             t = 0.5 * (lo + hi)
-        t = tl.maximum(tl.minimum(t, hi - 2.0 * PAST * hi), lo + 0.5 * PAST * lo)
+        t = tl.maximum(tl.minimum(t, hi - hi * (2.0 * PAST)), lo + lo * (0.5 * PAST))
         weight = tl.zeros((BLOCK_M, 4), tl.float32)
         up = weight + NEVER
         down = weight
@@ -157,7 +158,7 @@ def search(
         w_lo = tl.where(enough, weight, w_lo)
         # By rounding alone may no key be left below t.
         found = tl.where(enough, weight - up < target, (weight + down >= target) | (down <= 0.0))
-        hi = tl.where(enough | found, hi, down + PAST * down)
+        hi = tl.where(enough | found, hi, down + down * PAST)
         w_hi = tl.where(enough | found, w_hi, weight)
         equal = settled(tl.log2(lo), tl.log2(hi), w_lo, w_hi, total) & ~found
         bound = tl.where(todo & found, t, tl.where(todo & equal, hi, bound))
