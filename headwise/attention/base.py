@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,16 @@ from headwise.measures.spec import Measure
 OFF = Modifiers()
 """No modifier is on."""
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class NormalisingRope(Protocol):
+    """A rotation that takes the norms before it along, in one pass over q and k."""
+
+    def after_norms(self, q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k normalised with these weights, then rotated."""
+        ...
+
 
 FEATURES = ("causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training", *MODIFIERS)
 
@@ -198,28 +208,41 @@ class Attention(nn.Module):
         """
         self._check(x, attn_mask, causal)
         carry = carry or Carry()
-        q_pre, k_pre, v = self.heads(x)
+        q_raw, k_raw, v = self.projected(x)
         if self.modifiers is not None:
             v = self.modifiers.values(v, carry)
-        q, k = rope(q_pre, k_pre) if rope is not None else (q_pre, k_pre)
+        q, k = self.rotated(q_raw, k_raw, rope)
         y = self.attend(x, q, k, v, mask=attn_mask, causal=causal, rope=rope, carry=carry)
         if self.observer is not None:
-            self.observer(self._observed(x, q, k, v, q_pre, k_pre, mask=attn_mask, causal=causal))
+            before = self.rotated(q_raw, k_raw, None)
+            self.observer(self._observed(x, q, k, v, *before, mask=attn_mask, causal=causal))
         if self.modifiers is not None:
             y = self.modifiers.outputs(x, y)
         out: Tensor = self.out(self.drop_heads(y).transpose(1, 2).flatten(2))
         return out
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`; q, k after their norm.
+        """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`; q, k after their norm."""
+        q, k, v = self.projected(x)
+        return *self.rotated(q, k, None), v
+
+    def rotated(self, q: Tensor, k: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+        """q and k as they were projected, after their norm and their rotation, where there are any."""
+        norm = None if self.modifiers is None else self.modifiers.qk_norm
+        if norm is not None and isinstance(rope, NormalisingRope):
+            return rope.after_norms(q, k, norm.q, norm.k)
+        if norm is not None:
+            q, k = norm(q, k)
+        return (q, k) if rope is None else rope(q, k)
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project `x (B, T, d_model)` to q `(B, H, T, D)` and k, v `(B, K, T, D)`, before any norm.
 
         A kind whose heads have several queries or keys gives these in turn, so that q has more than H heads.
         """
         shape = self.shape
         heads = self.qkv(x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
         q, k, v = heads.split((shape.n_heads, shape.n_kv_heads, shape.n_kv_heads), dim=1)
-        if self.modifiers is not None:
-            q, k = self.modifiers.queries_and_keys(q, k)
         return q, k, v
 
     def sink(self) -> Tensor | None:

@@ -221,7 +221,7 @@ class FlaAttention(Attention):
             )
         return y
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Refused.
 
         Raises:

@@ -20,6 +20,7 @@ from headwise.attention.modifiers import Modifiers
 from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
 from headwise.bench.layouts import poison
 from headwise.functional.fused_attention import fused_attention, takes
+from headwise.functional.mixing import gated
 from headwise.functional.softmax_attention import softmax_attention
 from headwise.model.rope import Rope
 from headwise.training.distributed import find_device
@@ -127,10 +128,10 @@ def core(
     def run() -> Tensor:
         queries, keys, values = q, k, v
         if layer.modifiers is not None:
-            queries, keys = layer.modifiers.queries_and_keys(q, k)
+            queries, keys = layer.rotated(q, k, None)
             values = layer.modifiers.values(v, Carry(values=first))
         y: Tensor = layer.core(queries, keys, values, mask=None, causal=True)
-        return y if modifiers.output_gate == "none" else y * torch.sigmoid(logits)
+        return y if modifiers.output_gate == "none" else gated(y, logits)
 
     leaves = [q, k, v, *(layer.modifiers.parameters() if layer.modifiers is not None else ())]
     leaves += [first] if modifiers.value_residual else []

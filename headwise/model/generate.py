@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.functional.rotation import rotate
 from headwise.model.cache import Cache
 from headwise.model.decoder import Block, Decoder, sinusoids
-from headwise.model.rope import rotate
 
 
 def make_cache(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from headwise.functional.rotation import rotated
+
 
 class Rope(nn.Module):
     """Rotates q and k by their positions. Tables grow with the longest sequence seen.
@@ -43,16 +45,17 @@ class Rope(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q `(B, H, T, D)` and k `(B, K, T, D)`; token t is at position t."""
+        tables = self._tables(q)
+        return rotated(q, tables), rotated(k, tables)
+
+    def after_norms(self, q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of q and k that are normalised first, with the weights `(D,)` of their norms."""
+        tables = self._tables(q)
+        return rotated(q, tables, q_norm), rotated(k, tables, k_norm)
+
+    def _tables(self, q: Tensor) -> tuple[Tensor, Tensor]:
         length = q.shape[-2]
         if length > self.cos.shape[0]:
             self.extend(length)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x (…, T, D)` by tables `(T, D)`, in their precision; the result has x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+        return self.cos[:length].to(dtype), self.sin[:length].to(dtype)

@@ -32,6 +32,8 @@ from headwise.functional import (
 from headwise.functional import budget as budgets
 from headwise.functional.dispatch import WIDEST_HEAD
 from headwise.functional.fused_attention import fused_attention, takes
+from headwise.functional.mixing import gated, mixed
+from headwise.functional.rotation import EPSILON, rotated
 from headwise.functional.softmax_attention import softmax_attention
 from headwise.watch.rotation import LAYOUTS as ROTATIONS
 from headwise.watch.rotation import Convention, Form, Tables, _unrotate
@@ -402,6 +404,84 @@ def maxima(draw: random.Random, device: torch.device) -> tuple[str, float, float
     return f"{name} {dtype} T={tokens} D={width} H={heads}/{kv_heads} {options} {layouts}", error, limit
 
 
+def against_definition(
+    draw: random.Random, device: torch.device, named: dict[str, Tensor], ours: Callable, exact: Callable
+) -> tuple[str, float]:
+    """The largest relative error of a result and of the gradients of `named`, by a definition in float64."""
+    poison(device)
+    results = []
+    for function, precise in ((ours, False), (exact, True)):
+        leaves = {name: (x.double() if precise else x).detach().requires_grad_() for name, x in named.items()}
+        y = function(**leaves)
+        upstream = (
+            results[0][1]
+            if precise
+            else laid_out(torch.randn_like(y), draw.choice(("contiguous", "heads inside", "cut")))
+        )
+        grads = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+        results.append(((y, *grads), upstream))
+    found = {
+        name: selective.relative(a, b, 0.1 if b.numel() < 300 else 0.0)
+        for name, a, b in zip(("y", *named), results[0][0], results[1][0], strict=True)
+    }
+    return worst(found)
+
+
+def norms_and_rotations(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
+    """Queries or keys normalised, rotated, or both, with every gradient."""
+    from headwise.functional.rotation.kernel_apply import apply
+
+    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device)
+    width = draw.choice((16, 20) if device.type == "cpu" else (16, 20, 64, 64, 96, 128, 256))
+    batch, heads = draw.choice((1, 2)), draw.choice((1, 2, 3, 5))
+    rotate, norm = draw.choice(((True, True), (True, False), (False, True)))
+    layouts = drawn(draw, ("x",), ("x",))
+    named = {"x": laid_out(torch.randn(batch, heads, tokens, width, device=device).to(dtype), layouts["x"])}
+    if norm:
+        named["weight"] = torch.randn(width, device=device).to(draw.choice((dtype, torch.float32)))
+    tables = tuple(torch.randn(2, tokens, width, device=device)) if rotate else None
+    exact = None if tables is None else (tables[0].double(), tables[1].double())
+    name, error = against_definition(
+        draw, device, named,
+        lambda x, weight=None: apply(x, tables, weight, EPSILON),
+        lambda x, weight=None: rotated(x, exact, weight),
+    )  # fmt: skip
+    return (
+        f"{name} {dtype} {(batch, heads, tokens, width)} {layouts} {rotate=} {norm=}",
+        error,
+        max(2 * ROUNDING[dtype], 1e-5),
+    )
+
+
+def mixes_and_gates(draw: random.Random, device: torch.device) -> tuple[str, float, float]:
+    """Values mixed with others by learned weights, and outputs under gates, with every gradient."""
+    from headwise.functional.mixing.kernel import gate, mix
+
+    dtype, tokens = dtype_of(draw, device), tokens_of(draw, device)
+    width = draw.choice((16, 20) if device.type == "cpu" else (16, 20, 64, 64, 96, 128, 256))
+    shape = (draw.choice((1, 2)), draw.choice((1, 2, 3, 5)), tokens, width)
+    gate_width = draw.choice((1, width))
+    layouts = drawn(draw, ("a", "b"), ("a", "b"))
+    a = laid_out(torch.randn(shape, device=device).to(dtype), layouts["a"])
+    if draw.random() < 0.5:
+        other = torch.randn(*shape[:3], gate_width, device=device).to(dtype)
+        name, error = against_definition(
+            draw, device, {"y": a, "logits": laid_out(other, layouts["b"])}, gate, gated
+        )  # fmt: skip
+    else:
+        b = laid_out(torch.randn(shape, device=device).to(dtype), layouts["b"])
+        named = {
+            "own": a,
+            "other": b,
+            "by": torch.randn((), device=device),
+            "by_other": torch.randn((), device=device),
+        }
+        name, error = against_definition(draw, device, named, mix, mixed)
+        if name in ("by", "by_other"):
+            error /= 4  # one number, and a sum over all whose terms cancel
+    return f"{name} {dtype} {shape} {gate_width=} {layouts}", error, max(2 * ROUNDING[dtype], 1e-5)
+
+
 Family = Callable[[random.Random, torch.device], tuple[str, float, float]]
 
 FAMILIES: dict[str, tuple[Family, int]] = {
@@ -414,6 +494,8 @@ FAMILIES: dict[str, tuple[Family, int]] = {
     "turns of a budget": (leaving, 30),
     "attention to slots": (slots, 30),
     "undone rotations": (rotations, 30),
+    "norms and rotations": (norms_and_rotations, 48),
+    "mixed and gated values": (mixes_and_gates, 48),
     "maxima of sums": (maxima, 40),
     "sinks and windows": (sinks_and_windows, 48),
     "selection under a sink": (selection_under_a_sink, 16),

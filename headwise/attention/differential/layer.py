@@ -90,7 +90,7 @@ class DifferentialAttention(Attention):
             nn.init.normal_(self.lambda_k, std=LAMBDA_STD)
             nn.init.ones_(self.norm)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `(B, 2H, T, W)`, k `(B, K or 2K, T, W)`, v `(B, K, T, D)`; W = D/2 and 2K under version 1."""
         shape = self.shape
         width = self.rotated_width(shape.head_dim, self.config)

@@ -52,13 +52,6 @@ class ModifierLayer(nn.Module):
         if self.gate is not None:
             self.gate.initialise(out)
 
-    def queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q `(B, H, T, D)` and k `(B, K, T, D)` before their rotation, normalised where that is on."""
-        if self.qk_norm is None:
-            return q, k
-        normalised: tuple[Tensor, Tensor] = self.qk_norm(q, k)
-        return normalised
-
     def values(self, v: Tensor, carry: Carry) -> Tensor:
         """v `(B, K, T, D)` mixed with the first layer's, which hands them on in `carry`."""
         if not self.hands_on_values:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attention.projection import Projection
+from headwise.functional.mixing import gated
 
 
 class OutputGate(nn.Module):
@@ -42,9 +43,12 @@ class OutputGate(nn.Module):
 
     def of(self, x: Tensor) -> Tensor:
         """The gates of `x (B, T, d_model)`, `(B, H, T, 1 or D)`."""
-        gates: Tensor = torch.sigmoid(self.project(x)).unflatten(-1, (-1, self.width)).transpose(1, 2)
-        return gates
+        return torch.sigmoid(self._logits(x))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Heads' outputs `y (B, H, T, D)`, gated by the layer's input `x (B, T, d_model)`."""
-        return y * self.of(x).to(y.dtype)
+        return gated(y, self._logits(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return logits

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-EPSILON = 1e-6
+from headwise.functional.rotation import rotated
 
 
 class QKNorm(nn.Module):
@@ -35,11 +34,4 @@ class QKNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q `(B, H, T, D)` and k `(B, K, T, D)` normalised, in their own dtype."""
-        return _normalised(q, self.q), _normalised(k, self.k)
-
-
-def _normalised(x: Tensor, weight: Tensor) -> Tensor:
-    """`weight * x / rms(x)` over the last axis of `x (B, H, T, D)`, laid out `(B, T, H, D)`."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.transpose(1, 2)
-        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), EPSILON).transpose(1, 2)
+        return rotated(q, weight=self.q), rotated(k, weight=self.k)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from headwise.functional.mixing import mixed
+
 
 class ValueResidual(nn.Module):
     """The weights with which one layer after the first mixes its values."""
@@ -27,4 +29,4 @@ class ValueResidual(nn.Module):
 
     def forward(self, v: Tensor, first: Tensor) -> Tensor:
         """Of the layer's values and the first layer's, both `(B, K, T, D)`."""
-        return self.own.to(v.dtype) * v + self.first.to(v.dtype) * first
+        return mixed(v, first, self.own, self.first)
