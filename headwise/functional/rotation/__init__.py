@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwise.functional.dispatch import fits_kernel
+from headwise.functional.rotation.op import rotated_after_norm
 
 EPSILON = 1e-6
 """Added to the mean square of a vector before its root is divided by."""
@@ -41,11 +42,11 @@ def rotated(x: Tensor, tables: tuple[Tensor, Tensor] | None = None, weight: Tens
     Returns:
         `(B, H, T, D)` in x's dtype. Kernels round once where the definition rounds after the norm too.
     """
-    if (
-        (tables is not None or weight is not None)
-        and fits_kernel(x, 256)
-        and not torch.compiler.is_compiling()
-    ):
+    kernel = fits_kernel(x, 256)
+    if kernel and torch.compiler.is_compiling():
+        if tables is not None and weight is not None:  # alone, each is fused with its neighbours
+            return rotated_after_norm(x, *tables, weight, EPSILON)
+    elif kernel and (tables is not None or weight is not None):
         from headwise.functional.rotation.kernel_apply import apply
 
         return apply(x, tables, weight, EPSILON)

@@ -91,6 +91,48 @@ def backward_kernel(
     tl.store(dx[:, None] + second, db.to(dx_ptr.dtype.element_ty), mask=high)
 
 
+def forward(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, epsilon: float
+) -> Tensor:
+    """x `(B, H, T, D)` normalised where there is a weight, and rotated where there are tables."""
+    x = packed(x)
+    cos, sin, weight = (None if part is None else part.contiguous() for part in (cos, sin, weight))
+    out = laid_out(x)
+    grid, sizes = launch(x, 2)
+    table = x if cos is None else cos
+    forward_kernel[grid](
+        x, table, x if sin is None else sin, x if weight is None else weight, out, *x.stride()[:3],
+        *out.stride()[:3], table.stride(-2), x.shape[2], epsilon, ROTATE=cos is not None,
+        NORM=weight is not None, **sizes,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and of the weight; x is needed where there is one."""
+    dy = packed(dy)
+    x = dy if x is None else packed(x)
+    cos, sin, weight = (None if part is None else part.contiguous() for part in (cos, sin, weight))
+    dx = laid_out(dy)
+    grid, sizes = launch(dy, 2)
+    table = dy if cos is None else cos
+    rows = 1 if weight is None else grid[0]
+    sums = torch.empty(rows, dy.shape[-1], dtype=torch.float32, device=dy.device)
+    backward_kernel[grid](
+        x, dy, table, dy if sin is None else sin, dy if weight is None else weight, dx, sums,
+        *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], table.stride(-2), dy.shape[2], epsilon,
+        ROTATE=cos is not None, NORM=weight is not None, **sizes,
+    )  # fmt: skip
+    return dx, None if weight is None else sums.sum(0).to(weight.dtype)
+
+
 class _Rotated(torch.autograd.Function):
     """Its gradient has none of its own."""
 
@@ -98,44 +140,20 @@ class _Rotated(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, epsilon: float
     ) -> Tensor:
-        x = packed(x)
-        out = laid_out(x)
-        grid, sizes = launch(x, 2)
-        table = cos if cos is not None else x
-        forward_kernel[grid](
-            x, table, sin if sin is not None else x, weight if weight is not None else x, out,
-            *x.stride()[:3], *out.stride()[:3], table.stride(-2), x.shape[2], epsilon,
-            ROTATE=cos is not None, NORM=weight is not None, **sizes,
-        )  # fmt: skip
         ctx.save_for_backward(x if weight is not None else None, cos, sin, weight)
         ctx.epsilon = epsilon
-        return out
+        return forward(x, cos, sin, weight, epsilon)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, cos, sin, weight = ctx.saved_tensors
-        dy = packed(dy)
-        dx = laid_out(dy)
-        grid, sizes = launch(dy, 2)
-        table = cos if cos is not None else dy
-        x = dy if x is None else x
-        rows = grid[0] if weight is not None else 1
-        sums = torch.empty(rows, dy.shape[-1], dtype=torch.float32, device=dy.device)
-        backward_kernel[grid](
-            x, dy, table, sin if sin is not None else dy, weight if weight is not None else dy, dx, sums,
-            *x.stride()[:3], *dy.stride()[:3], *dx.stride()[:3], table.stride(-2), dy.shape[2], ctx.epsilon,
-            ROTATE=cos is not None, NORM=weight is not None, **sizes,
-        )  # fmt: skip
-        d_weight = sums.sum(0).to(weight.dtype) if weight is not None and ctx.needs_input_grad[3] else None
+        dx, d_weight = backward(dy, x, cos, sin, weight, ctx.epsilon)
         return dx, None, None, d_weight, None
 
 
 def apply(x: Tensor, tables: tuple[Tensor, Tensor] | None, weight: Tensor | None, epsilon: float) -> Tensor:
     """As `headwise.functional.rotation.rotated`, of an x that the kernel takes."""
     cos, sin = tables if tables is not None else (None, None)
-    if cos is not None and sin is not None:
-        cos, sin = cos.contiguous(), sin.contiguous()
-    weight = None if weight is None else weight.contiguous()
     found: Tensor = _Rotated.apply(x, cos, sin, weight, epsilon)
     return found

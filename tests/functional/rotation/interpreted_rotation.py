@@ -6,6 +6,7 @@ import json
 
 import torch
 
+import headwise.functional.rotation  # noqa: F401  (registers the operator)
 from headwise.functional.rotation.kernel import unrotate
 from headwise.watch.rotation import Convention, Form, Tables, _unrotate
 
@@ -25,6 +26,12 @@ def main() -> None:
                 assert got.dtype == dtype
                 torch.testing.assert_close(got, expected, msg=f"{layout} {start} {pairs} {batch} {dtype}")
                 print(json.dumps({"case": f"{layout} {start} {pairs} {batch} {dtype}"}), flush=True)
+    x = torch.randn(2, 9, 3, 16).transpose(1, 2).requires_grad_()
+    weight, (cos, sin) = torch.randn(16, requires_grad=True), torch.randn(2, 9, 16)
+    operator = torch.ops.headwise_rotation.forward.default
+    for case, outcome in torch.library.opcheck(operator, (x, cos, sin, weight, 1e-6)).items():
+        assert outcome == "SUCCESS", outcome
+        print(json.dumps({"case": case}), flush=True)
 
 
 if __name__ == "__main__":

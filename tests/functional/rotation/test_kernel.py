@@ -7,4 +7,4 @@ from typing import Any
 
 
 def test_the_kernel_agrees_with_the_formula(interpreted: Callable[[str], list[dict[str, Any]]]) -> None:
-    assert len(interpreted("rotation")) == 18
+    assert len(interpreted("rotation")) == 22
