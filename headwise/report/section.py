@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from headwise.report.tables import Table
-from headwise.runs.read import Run
+from headwise.runs.read import Run, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,11 +27,13 @@ class Found:
         runs: all runs of the study.
         grids: variant -> [(run, whether it may be averaged, its `atlas.grid`)].
         curves: variant -> its curves over training.
+        study: the study itself, for its plan and its trials; None where there is none.
     """
 
     runs: list[Run]
     grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]]
     curves: dict[str, Any]
+    study: Study | None = None
 
 
 class Titled(NamedTuple):

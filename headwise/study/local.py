@@ -109,7 +109,7 @@ def state(run: PlannedRun) -> str:
 
 
 def _settled(run: PlannedRun) -> bool:
-    if state(run) in RESULTS:  # also a run that could not start here, but ended where it could
+    if state(run) in RESULTS or (run.trial and state(run) == "failed"):  # also a run that could not start here, but ended where it could
         return True
     if run.skip is None:
         return False
