@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 from headwise.analysis.statistics import paired, simultaneous, t_quantile
 
@@ -71,6 +73,21 @@ def noise_of_trials(confirmed: Sequence[float], seeds: int) -> float | None:
     return t_quantile(n) * std * math.sqrt(2 / seeds)
 
 
-def beyond(values: Sequence[float], best: float) -> tuple[bool, bool]:
-    """Whether any of the tried values lies below the best one, and whether any lies above."""
-    return any(value < best for value in values), any(value > best for value in values)
+class Bracket(Enum):
+    """Where the best of the tried values of a key lies among them."""
+
+    INSIDE = "inside"
+    BELOW = "below"
+    ABOVE = "above"
+
+
+def bracket(tried: Sequence[Any], best: Any) -> Bracket:
+    """Whether values were tried on both sides of the best one; else the side on which none was.
+
+    A list with fewer than three different numbers has no sides, and neither have words.
+    """
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in tried):
+        return Bracket.INSIDE
+    if len(set(tried)) < 3 or min(tried) < best < max(tried):
+        return Bracket.INSIDE
+    return Bracket.BELOW if best == min(tried) else Bracket.ABOVE

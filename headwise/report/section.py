@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from headwise.analysis.honesty import Flag
 from headwise.report.tables import Table
 from headwise.runs.read import Run, Study
 
@@ -63,6 +64,7 @@ class Section:
         collect: reads the runs; gives JSON-able data, or an empty list or dictionary where there is nothing.
         tables: of that data.
         figures: of that data and the names of all variants, which decide the colours.
+        flags: of that data, what a reader must know before believing a comparison.
         note: a sentence below the page's plots.
         exports: of all runs, files of text that lie beside the report, by name; none where there is nothing.
         script: file of JavaScript that draws the plots; it reads the data at `report.NAME`.
@@ -74,6 +76,7 @@ class Section:
     collect: Callable[[Found], Any]
     tables: Callable[[Any], list[Titled]]
     figures: Callable[[Any, list[str]], list[Drawn]] = lambda data, variants: []
+    flags: Callable[[Any], list[Flag]] = lambda data: []
     note: str = ""
     exports: Callable[[list[Run]], dict[str, str]] = lambda runs: {}
     script: Path | None = None

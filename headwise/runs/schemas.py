@@ -219,6 +219,7 @@ class SearchPlan(TypedDict):
     keys: dict[str, list[Any] | dict[str, Any]]
     sampler: str
     by: str
+    best: str
     each: str
     seeds: list[Count]
     confirm_seeds: list[Count]

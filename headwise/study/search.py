@@ -134,7 +134,7 @@ def record(study: Study, followed: Sequence[Followed]) -> dict[str, Any] | None:
                 "planned": one.planned, "trials": trials, "default": default and default.name,
                 "winner": one.trials.index(one.winner) if one.winner in one.trials else None,
             }  # fmt: skip
-    return dataclasses.asdict(study.search) | {"units": units}
+    return dataclasses.asdict(study.search) | {"best": CRITERIA[study.search.by], "units": units}
 
 
 def _default_place(study: Study, search: Search, unit: Place, winner: Trial) -> Place | None:
