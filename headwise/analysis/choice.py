@@ -40,11 +40,15 @@ def separation(best: str, values: Mapping[str, Mapping[int, float]]) -> Separati
     for name in others:
         difference = paired(values[best], values[name]).difference
         found[name] = simultaneous(difference, len(others))
-    close = [name for name, one in found.items() if one.low is None or one.high is None or one.low <= 0 <= one.high]
+    close = [
+        name for name, one in found.items() if one.low is None or one.high is None or one.low <= 0 <= one.high
+    ]
     close.sort(key=lambda name: abs(found[name].mean or 0.0))
     if not close:
         return Separation((), None)
-    listed = ", ".join(_against(name, found[name].mean, found[name].ci95, found[name].n) for name in close[:3])
+    listed = ", ".join(
+        _against(name, found[name].mean, found[name].ci95, found[name].n) for name in close[:3]
+    )
     more = f" and {len(close) - 3} more" if len(close) > 3 else ""
     return Separation(
         tuple(close), f"the choice is within the noise of seeds: {best} is not separated from {listed}{more}"

@@ -47,7 +47,9 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
     _add_gaps(lines, material, others)
     among = Found(study.runs, grids, lines, study)
     added = {section.name: section.collect(among) for section in sections}
-    doubts = [flag for section in sections if added[section.name] for flag in section.flags(added[section.name])]
+    doubts = [
+        flag for section in sections if added[section.name] for flag in section.flags(added[section.name])
+    ]
     flags = sorted(
         [*check(list(facts.values()), reference, others), *damaged, *_doubtful(study), *doubts],
         key=lambda flag: ("error", "warning", "note").index(flag.severity),

@@ -1,4 +1,4 @@
-"""Searches in a report: every trial, the winner's value in the search and on fresh seeds, and what that shows."""
+"""Searches in a report: every trial, the winner's value there and on fresh seeds, and what that shows."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def collect(among: Found) -> dict[str, Any]:
     """Every search of the study; empty where it has none.
 
     Returns:
-        `by`, `best` (lowest or highest), `keys` (each `{log, low, high}`, or None for a list), and `variants`,
-        each with its trials, its winner and what speaks for it.
+        `by`, `best` (lowest or highest), `keys` (each `{log, low, high}`, or None for a list), and
+        `variants`, each with its trials, its winner and what speaks for it.
     """
     study = among.study
     plan = study.plan.get("search") if study else None
@@ -38,7 +38,8 @@ def collect(among: Found) -> dict[str, Any]:
     }
     confirmed = {name: _read(study.path, name, plan["confirm_seeds"], plan["by"]) for name in units}
     defaults = {
-        name: _read(study.path, unit["default"], plan["confirm_seeds"], plan["by"]) for name, unit in units.items()
+        name: _read(study.path, unit["default"], plan["confirm_seeds"], plan["by"])
+        for name, unit in units.items()
     }
     pairs = {name: paired(defaults[name].by_seed, confirmed[name].by_seed).difference for name in units}
     compared = max(1, sum(one.n >= 2 for one in pairs.values()))
@@ -114,14 +115,21 @@ def _winner(
     if len(plan["seeds"]) > 1:
         named = {f"trial {n}": decisive[n] for n in (at, *others)}
         found_ = separation(f"trial {at}", named)
-        return about | {"close": [int(name.removeprefix("trial ")) for name in found_.close], "doubt": found_.doubt}
+        return about | {
+            "close": [int(name.removeprefix("trial ")) for name in found_.close],
+            "doubt": found_.doubt,
+        }
     noise = noise_of_trials(list(confirmed.by_seed.values()), len(plan["seeds"]))
     if noise is None:
-        return about | {"close": others, "doubt": "one seed of each trial, and no two confirmed, show no noise"}
+        return about | {
+            "close": others,
+            "doubt": "one seed of each trial, and no two confirmed, show no noise",
+        }
     close = [n for n in others if abs(means[n] - means[at]) <= noise]
     doubt = (
-        f"two single runs of one setting differ by up to {noise:.4g} by their seed alone (95%, from the spread of "
-        f"the confirmed seeds), and the second best, trial {others[0]}, is {about['runner_up']['gap']:.4g} away"
+        f"two single runs of one setting differ by up to {noise:.4g} by their seed alone (95%, from the "
+        f"spread over the fresh seeds), and the second best, trial {others[0]}, is "
+        f"{about['runner_up']['gap']:.4g} away"
     )
     return about | {"noise": noise, "close": close, "doubt": doubt if close else None}
 
@@ -139,8 +147,9 @@ def _sentences(plan: Mapping[str, Any], about: dict[str, Any]) -> list[str]:
         return ["None of the searched keys is one of this variant's: it runs as it is."]
     without = sum(trial["value"] is None for trial in trials)
     failed = f"; {without} of them have no value and count as worst" if without else ""
-    found = [f"{len(trials)} trials were looked at{failed}. {_shown(trials[at]['values'])} has the {plan['best']} "
-             f"{plan['by']}{' over all variants' if plan['each'] == 'study' else ''}."]  # fmt: skip
+    over = " over all variants" if plan["each"] == "study" else ""
+    chosen = f"{_shown(trials[at]['values'])} has the {plan['best']} {plan['by']}{over}."
+    found = [f"{len(trials)} trials were looked at{failed}. {chosen}"]
     runner_up = about.get("runner_up")
     if runner_up and about["doubt"]:
         count = len(about["close"])
@@ -163,16 +172,17 @@ def _against_default(plan: Mapping[str, Any], about: dict[str, Any]) -> str:
     if about["default"] is None:
         return "It was not compared with the configuration without a search."
     if gain["mean"] is None:
-        return "Its difference to the configuration without a search is not known: no seed in common has a value."
+        return "Its difference to the configuration without a search is not known: no seed has both values."
     if gain["ci95"] is None:
-        return f"Against the configuration without a search: {gain['mean']:+.4g} on one seed, which shows no noise."
+        difference = f"{gain['mean']:+.4g} on one seed, which shows no noise"
+        return f"Against the configuration without a search: {difference}."
     low, high = gain["mean"] - gain["ci95"], gain["mean"] + gain["ci95"]
     word = "within the noise of"
     if low > 0 or high < 0:
         word = "better than" if (gain["mean"] > 0) == (plan["best"] == HIGHEST) else "worse than"
     return (
-        f"On the fresh seeds it is {word} the configuration without a search: {plan['by']} {gain['mean']:+.4g} "
-        f"[{low:+.4g}, {high:+.4g}] ({gain['n']} seeds)."
+        f"On the fresh seeds it is {word} the configuration without a search: {plan['by']} "
+        f"{gain['mean']:+.4g} [{low:+.4g}, {high:+.4g}] ({gain['n']} seeds)."
     )
 
 
@@ -180,7 +190,7 @@ def _end(key: str, where: str, value: Any, given: Any) -> str:
     limit = given.get("low" if where == "below" else "high") if isinstance(given, dict) else None
     if limit is None or limit == value:
         return f"No trial lies {where} {key}={value}, so the best may lie beyond: widen the range."
-    return f"No trial lies {where} {key}={value}, and the range goes on to {limit}: the best may lie there; try more."
+    return f"No trial lies {where} {key}={value}, and the range goes on to {limit}: make more trials."
 
 
 def flags(data: dict[str, Any]) -> list[Flag]:
@@ -210,12 +220,13 @@ def tables(data: dict[str, Any]) -> list[Titled]:
         mean = one["confirmed"]["mean"]
         optimism = None if searched is None or mean is None else mean - searched
         rows.append([
-            one["variant"], f"{len(all_)} of {one['planned']}", "" if at is None else _shown(all_[at]["values"]),
-            _number(searched, metric), plus_minus(one["confirmed"], by), str(one["confirmed"]["n"]),
+            one["variant"], f"{len(all_)} of {one['planned']}",
+            "" if at is None else _shown(all_[at]["values"]), _number(searched, metric),
+            plus_minus(one["confirmed"], by), str(one["confirmed"]["n"]),
             "" if optimism is None else f"{optimism:+.4g}",
             plus_minus(one["default"], by) if one["default"] else "",
         ])  # fmt: skip
-        texts.append([one["variant"], " ".join(one["text"])])
+        texts += [[one["variant"], text] for text in one["text"]]
         for number, trial in enumerate(all_):
             cells = ["" if key not in trial["values"] else str(trial["values"][key]) for key in data["keys"]]
             best = "winner" if number == at else trial["outcome"]
@@ -228,12 +239,12 @@ def tables(data: dict[str, Any]) -> list[Titled]:
         "The value in the search is the best of all trials, so it is too good on average. The value on fresh "
         f"seeds ({seeds}) is free of that, and only these runs are compared with the baseline."
     )
+    every = Table(["variant", "trial", *data["keys"], f"{metric.label}{unit}", "outcome"], trials)
     return [
         Titled(Table(headers, rows, note)),
         Titled(Table(["variant", "what the search shows"], texts), "What was found"),
-        Titled(Table(["variant", "trial", *data["keys"], f"{metric.label}{unit}", "outcome"], trials), "All trials",
-               folded=len(trials) > 12),
-    ]  # fmt: skip
+        Titled(every, "All trials", folded=len(trials) > 12),
+    ]
 
 
 def _number(value: float | None, metric: Metric) -> str:
@@ -251,7 +262,12 @@ def _figure(data: dict[str, Any], variants: list[str]) -> Figure:
     keys, metric = list(data["keys"]), METRICS.get(data["by"], Metric(data["by"]))
     figure, axes = new_figure(1, len(keys), 4.6 * len(keys), 3.4)
     for axis, key in zip(axes[0], keys, strict=True):
-        every = [trial["values"][key] for one in data["variants"] for trial in one["trials"] if key in trial["values"]]
+        every = [
+            trial["values"][key]
+            for one in data["variants"]
+            for trial in one["trials"]
+            if key in trial["values"]
+        ]
         places = None if all(_is_number(value) for value in every) else list(dict.fromkeys(map(str, every)))
         for number, one in enumerate(data["variants"]):
             colour = COLOURS[variants.index(one["variant"]) % 8 if one["variant"] in variants else number % 8]
@@ -261,9 +277,10 @@ def _figure(data: dict[str, Any], variants: list[str]) -> Figure:
             mean, best = one["confirmed"]["mean"], one["winner"]
             if best is not None and mean is not None and key in one["trials"][best]["values"]:
                 x = one["trials"][best]["values"][key]
+                x = x if places is None else places.index(str(x))
                 axis.errorbar(
-                    [x if places is None else places.index(str(x))], [mean], yerr=[one["confirmed"]["ci95"] or 0],
-                    fmt="D", color=colour, markersize=7, markerfacecolor="none", capsize=3,
+                    [x], [mean], yerr=[one["confirmed"]["ci95"] or 0], fmt="D", color=colour, markersize=7,
+                    markerfacecolor="none", capsize=3,
                 )  # fmt: skip
         if places is not None:
             axis.set_xticks(range(len(places)), places)
@@ -284,6 +301,6 @@ def is_log(given: dict[str, Any] | None, values: list[Any]) -> bool:
 
 
 SEARCHES = Section(
-    name="search", title="Search", link="Search", collect=collect, tables=tables, figures=figures, flags=flags,
-    script=Path(__file__).with_name("templates") / "search.js",
+    name="search", title="Search", link="Search", collect=collect, tables=tables, figures=figures,
+    flags=flags, script=Path(__file__).with_name("templates") / "search.js",
 )  # fmt: skip

@@ -205,7 +205,7 @@ class PlannedTrial(TypedDict):
 
 
 class SearchedUnit(TypedDict):
-    """The search of one variant: its trials, the place of the best among them, the folder without a search."""
+    """The search of one variant: its trials, the place of the best among them, and what it was without."""
 
     planned: Count
     trials: Annotated[list[PlannedTrial], Meta(max_length=10_000)]

@@ -62,7 +62,9 @@ def values_of(folder: Path, seeds: Sequence[int], by: str) -> Values:
             found[seed] = float(value)
         elif not reason:
             said = str(status.get("reason") or "")
-            reason = f"no finite {by}" if states[seed] == "finished" else f"{states[seed]}{said and ': '}{said}"
+            reason = (
+                f"no finite {by}" if states[seed] == "finished" else f"{states[seed]}{said and ': '}{said}"
+            )
         if summary.get("data_checksum"):
             data[seed] = str(summary["data_checksum"])
     return Values(found, states, reason, data)

@@ -30,12 +30,18 @@ def configure(study: Study, place: Place) -> Config:
         values["training.timeout_s"] = study.timeout_s
     if study.plugins:
         values["plugins"] = study.plugins
-    return _made(json.dumps(values | {"device": study.device}), tuple(KINDS))
+    made = _made(json.dumps(values | {"device": study.device}), tuple(KINDS))
+    if isinstance(made, HeadwiseError):
+        raise HeadwiseError(str(made))
+    return made
 
 
 @functools.lru_cache(maxsize=4096)  # a search asks for one configuration again and again
-def _made(values: str, kinds: tuple[str, ...]) -> Config:
-    return from_dict(json.loads(values))
+def _made(values: str, kinds: tuple[str, ...]) -> Config | HeadwiseError:
+    try:
+        return from_dict(json.loads(values))
+    except HeadwiseError as error:
+        return error.with_traceback(None)
 
 
 def _refuse_missing_kind(place: Place, values: dict[str, Any]) -> None:

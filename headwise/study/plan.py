@@ -83,7 +83,9 @@ def plan(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[Pla
     if study.match_parameters and new:
         others = references(study, found)
         of_baseline = {place.name: configure(study, place) for place in found}
-        configs = {name: match_parameters(config, of_baseline[others[name]]) for name, config in configs.items()}
+        configs = {
+            name: match_parameters(config, of_baseline[others[name]]) for name, config in configs.items()
+        }
     trials = {place.name: place.trial for place in found}
     runs: list[PlannedRun] = []
     for seed in dict.fromkeys([*study.seeds, *itertools.chain(*seeds.values())]):
@@ -108,7 +110,7 @@ def plan(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[Pla
 
 
 def waiting(study: Study, root: Path) -> dict[str, str]:
-    """The variants that have no runs yet, with the reason: what each waits for, or why nothing can be chosen."""
+    """The variants without runs, with the reason: what each waits for, or why nothing can be chosen."""
     found = {unit.name: one.waits for one in follow_all(study, root) if one.waits for unit in one.units}
     for name, variant in study.variants.items():
         if variant.best_of is not None:

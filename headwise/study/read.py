@@ -52,11 +52,11 @@ def _study(values: dict[str, Any], path: str | Path, where: str) -> Study:
         study.variants[name] = _variant(variant, f"{where}: variant {name!r}")
     if search is not None:
         study.search = _search(search, where)
-        given = ["seeds"] if "seeds" in values else [n for n, one in study.variants.items() if one.seeds]
-        if given:
+        given = [f"variant {name!r}" for name, one in study.variants.items() if one.seeds]
+        if given := ["the study"] * ("seeds" in values) + given:
             raise HeadwiseError(
-                f"{where}: {given[0]!r} has seeds that would change nothing: a search has search.seeds for its "
-                "trials and search.confirm_seeds for what is compared"
+                f"{where}: {given[0]} has seeds that would change nothing: a search has search.seeds for "
+                "its trials and search.confirm_seeds for what is compared"
             )
     study.validate()
     return study

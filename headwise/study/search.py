@@ -114,7 +114,7 @@ def _confirmed(study: Study, search: Search, unit: Place, winner: Trial) -> Plac
 
 
 def record(study: Study, followed: Sequence[Followed]) -> dict[str, Any] | None:
-    """The searches as `study.yaml` has them: the settings, and the trials of every variant with their folders."""
+    """The searches as `study.yaml` has them: the settings, and every variant's trials with their folders."""
     if study.search is None:
         return None
     units: dict[str, Any] = {}
@@ -253,7 +253,7 @@ def propose(
     """The next trials after those that have ended, a pure function of its arguments.
 
     Args:
-        known: values and result of every earlier trial; a result is None where it failed, which counts as worst.
+        known: values and result of every earlier trial; None, where it failed, counts as worst.
     """
     if search.sampler == "grid":
         return [] if known else list(search.grid(space))
@@ -264,7 +264,9 @@ def propose(
 
 
 @lru_cache(maxsize=1024)  # plans are made again and again
-def _drawn(sampler: str, seed: int, end: str, keys: str, known: str, count: int) -> tuple[dict[str, Any], ...]:
+def _drawn(
+    sampler: str, seed: int, end: str, keys: str, known: str, count: int
+) -> tuple[dict[str, Any], ...]:
     import numpy as np
     import optuna
 

@@ -137,7 +137,9 @@ class Search:
             HeadwiseError: one line with the value received and what to do.
         """
         if not self.keys:
-            raise HeadwiseError("search.keys is empty; name what is searched, such as training.lr: [1e-3, 1e-2]")
+            raise HeadwiseError(
+                "search.keys is empty; name what is searched, such as training.lr: [1e-3, 1e-2]"
+            )
         one_of("search.sampler", self.sampler, SAMPLERS)
         one_of("search.each", self.each, EACH)
         in_range("search.trials", self.trials, 1, MOST_TRIALS)
@@ -168,7 +170,9 @@ class Search:
         return self.most_trials() * len(self.seeds) + confirmed
 
     def _check_grid(self, space: Space) -> None:
-        if self.trials is None and (open_ := [k for k, v in space.items() if isinstance(v, Range) and not v.points]):
+        if self.trials is None and (
+            open_ := [k for k, v in space.items() if isinstance(v, Range) and not v.points]
+        ):
             raise HeadwiseError(
                 f"search.keys.{open_[0]} is a range without points, and search.trials is not given: a grid "
                 "needs one of them"
@@ -208,7 +212,9 @@ class Search:
         """The values of a grid: ranges without points share what the trials leave them."""
         taken = math.prod(one.points or 1 if isinstance(one, Range) else one.size for one in space.values())
         free = sum(isinstance(one, Range) and not one.points for one in space.values())
-        share = max(2, math.floor((max(1, (self.trials or 0) // taken) + 1e-9) ** (1 / free))) if free else None
+        share = (
+            max(2, math.floor((max(1, (self.trials or 0) // taken) + 1e-9) ** (1 / free))) if free else None
+        )
         return {key: one.grid(share) for key, one in space.items()}
 
 
@@ -228,8 +234,8 @@ def parsed(key: str, values: Any) -> Choices | Range:
     where = f"search.keys.{key}"
     if key not in known_keys():
         raise HeadwiseError(
-            f"search.keys has the unknown key {key!r}{did_you_mean(key, known_keys())}; `headwise train --help` "
-            "lists the keys of the configuration"
+            f"search.keys has the unknown key {key!r}{did_you_mean(key, known_keys())}; "
+            "`headwise train --help` lists the keys of the configuration"
         )
     _refuse_meaningless(where, key)
     if isinstance(values, dict):
@@ -248,7 +254,9 @@ def _refuse_meaningless(where: str, key: str) -> None:
     elif key == "model.attention.kind":
         reason = "kinds of attention are compared, not searched: make each a variant"
     elif key.startswith("data.") and key != SAME_DATA:
-        reason = f"it changes what the loss is measured on, and of data only {SAME_DATA} is searched: use axes"
+        reason = (
+            f"it changes what the loss is measured on, and of data only {SAME_DATA} is searched: use axes"
+        )
     elif key.partition(".")[0] in ("measure", "out", "device", "expected_engine", "plugins"):
         reason = "it changes nothing that a model learns"
     if reason:

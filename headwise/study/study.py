@@ -269,7 +269,7 @@ class Study:
             raise HeadwiseError(f"{where}: a variant that waits for others is no baseline; choose another")
 
     def _check_search(self, search: Search) -> None:
-        """Refuse a search that cannot be made in this study, and take its seeds for those that are compared."""
+        """Refuse a search that cannot be made in this study; its fresh seeds are those that are compared."""
         search.validate()
         one_of("search.by", search.by, CRITERIA)
         where = "search.keys."
@@ -280,18 +280,20 @@ class Study:
                 raise HeadwiseError(f"{where}{key} is an axis, too; leave it out of axes or of search.keys")
             if setting:
                 raise HeadwiseError(
-                    f"{where}{key} is set by variant {setting[0]!r}, so that a search would change nothing there; "
-                    "leave it out of the variant or of search.keys"
+                    f"{where}{key} is set by variant {setting[0]!r}, so that a search would change nothing "
+                    "there; leave it out of the variant or of search.keys"
                 )
         if stages := [name for name, variant in self.variants.items() if variant.best_of]:
             raise HeadwiseError(
-                f"variant {stages[0]!r} waits for the best of others, and the study has a search: a stage takes "
-                "overrides, and what a search finds is none; make two studies"
+                f"variant {stages[0]!r} waits for the best of others, and the study has a search: a stage "
+                "takes overrides, and what a search finds is none; make two studies"
             )
         sized = [key for key in search.keys if not key.startswith("training.")]
         for name in ("match_parameters", "max_length_at"):
             if sized and getattr(self, name):
-                raise HeadwiseError(f"{name} needs models of known size, and {where}{sized[0]} changes it: leave one out")
+                raise HeadwiseError(
+                    f"{name} needs models of known size, and {where}{sized[0]} changes it: leave one out"
+                )
         self.use_seeds(list(search.confirm_seeds))
 
     def _check_budget(self) -> None:
