@@ -24,7 +24,8 @@ def read_study(path: str | Path, size: str | None = None) -> Study:
         size: one of the file's `sizes`, whose keys replace the file's; the file as it stands where None.
 
     Raises:
-        HeadwiseError: missing, unreadable, with a key that no study has, or without this size.
+        HeadwiseError: missing, unreadable, with a mistake as it stands or at any of its sizes, or without
+            this size.
     """
     try:
         values = reading.read_yaml(path)
@@ -32,11 +33,32 @@ def read_study(path: str | Path, size: str | None = None) -> Study:
         raise HeadwiseError(f"study {error}") from error
     if not isinstance(values, dict):
         raise HeadwiseError(f"study {path} is empty; it needs variants, seeds and a budget")
-    where, sizes = f"study {path}", _sizes(values, f"study {path}")
-    study = _study(_at_size(dict(values), None, where), path, where)
-    for name in sizes:  # all of them, so that no mistake in the file is noticed only where it counts
-        _study(_at_size(dict(values), name, where), path, f"{where} at size {name!r}")
-    return study if size is None else _study(_at_size(dict(values), size, where), path, where)
+    where = f"study {path}"
+    sizes = _sizes(values, where)
+    if size is not None and not sizes:
+        raise HeadwiseError(f"{where} has no sizes, so --size={size} has no effect; leave it out")
+    if size is not None:
+        one_of("--size", size, sizes)
+    plain = {key: value for key, value in values.items() if key != "sizes"}
+    study = _study(plain, path, where)
+    for name, changes in sizes.items():  # each is checked, whichever is used
+        found = _study_at_size(plain, name, changes or {}, path, where)
+        study = found if name == size else study
+    return study
+
+
+def _study_at_size(
+    values: dict[str, Any], size: str, changes: dict[str, Any], path: str | Path, where: str
+) -> Study:
+    for key in changes:
+        if key in NOT_OF_A_SIZE:
+            raise HeadwiseError(f"{where}: size {size!r} sets {key}, which is the same at every size")
+    own = f"{where} at size {size!r}"
+    try:
+        return _study(_merged(values, changes) | {"size": size}, path, own)
+    except HeadwiseError as error:
+        text = str(error)
+        raise HeadwiseError(text if text.startswith(own) else f"{own}: {text}") from error
 
 
 def _study(values: dict[str, Any], path: str | Path, where: str) -> Study:
@@ -81,21 +103,6 @@ def _variant(values: Any, where: str) -> Variant:
         _refuse_unknown(stage, BestOf, f"{where}: best_of")
         variant.best_of = BestOf(**_typed(stage, BestOf, f"{where}: best_of"))
     return variant
-
-
-def _at_size(values: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:
-    """The file's values with those of a size over them."""
-    sizes = _sizes(values, where)
-    values.pop("sizes", None)
-    if size is None:
-        return values
-    if not sizes:
-        raise HeadwiseError(f"{where} has no sizes, so --size={size} has no effect; leave it out")
-    changes = sizes[one_of("--size", size, sizes)] or {}
-    for key in changes:
-        if key in NOT_OF_A_SIZE:
-            raise HeadwiseError(f"{where}: size {size!r} sets {key}, which is the same at every size")
-    return _merged(values, changes) | {"size": size}
 
 
 def _sizes(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -24,6 +24,6 @@
         error_y: { type: "data", array: [one.confirmed.ci95 ?? 0], thickness: 1.2, color: colour(one.variant) },
         marker: { color: colour(one.variant), symbol: "diamond-open", size: 13, line: { width: 2 } }, hovertemplate: "%{y:.4f}",
       }];
-    }), { height: 340, showlegend: true, legend: { orientation: "h", y: -0.25 }, x: { title: key, type: numeric ? (log ? "log" : "linear") : "category" }, y: { title: found.by }, hovermode: "closest" }));
+    }), { height: 340, showlegend: true, legend: { orientation: "h", y: -0.25 }, x: { title: key, type: numeric ? (log ? "log" : "-") : "category" }, y: { title: found.by }, hovermode: "closest" }));
   }
 })();
