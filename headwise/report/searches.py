@@ -146,15 +146,16 @@ def _sentences(plan: Mapping[str, Any], about: dict[str, Any]) -> list[str]:
     if at is None:
         return ["None of the searched keys is one of this variant's: it runs as it is."]
     without = sum(trial["value"] is None for trial in trials)
-    failed = f"; {without} of them have no value and count as worst" if without else ""
+    failed = f" ({without} of them without a value, which counts as worst)" if without else ""
     over = " over all variants" if plan["each"] == "study" else ""
-    chosen = f"{_shown(trials[at]['values'])} has the {plan['best']} {plan['by']}{over}."
-    found = [f"{len(trials)} trials were looked at{failed}. {chosen}"]
+    chosen = f"{_shown(trials[at]['values'])} has the {plan['best']} {plan['by']}{over}"
+    found = [f"Of the {len(trials)} trials that were looked at{failed}, {chosen}."]
     runner_up = about.get("runner_up")
     if runner_up and about["doubt"]:
         count = len(about["close"])
         found.append(
-            f"{count} other trial{' is' if count == 1 else 's are'} not separated from it: {about['doubt']}."
+            f"Not separated from it {'is 1 other trial' if count == 1 else f'are {count} other trials'}: "
+            f"{about['doubt']}."
         )
     elif runner_up:
         found.append(

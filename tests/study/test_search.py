@@ -207,7 +207,7 @@ def test_a_trial_that_breaks_counts_as_worst_and_is_not_run_again(state: str, tm
     assert all(_settled(run) for run in runs)
     a = reported(study, tmp_path)["search"]["variants"][0]
     assert (a["trials"][1]["value"], a["trials"][1]["outcome"]) == (None, f"{state}: on purpose")
-    assert "1 of them have no value" in a["text"][0]
+    assert "1 of them without a value" in a["text"][0]
     assert a["default"] is None, "the winner is the configuration as it is"
 
 

@@ -1,4 +1,4 @@
-// Searches: the number that decides against every searched key; a diamond is the winner on fresh seeds.
+// Searches: the number that decides against every searched key; a ring is the winner on fresh seeds.
 (() => {
   const found = report.search;
   const number = (value) => typeof value === "number";
@@ -22,7 +22,7 @@
       return [dots, {
         x: [at(winner)], y: [one.confirmed.mean], mode: "markers", name: `${one.variant} on fresh seeds`,
         error_y: { type: "data", array: [one.confirmed.ci95 ?? 0], thickness: 1.2, color: colour(one.variant) },
-        marker: { color: colour(one.variant), symbol: "diamond-open", size: 13, line: { width: 2 } }, hovertemplate: "%{y:.4f}",
+        marker: { color: colour(one.variant), symbol: "circle-open", size: 15, line: { width: 2 } }, hovertemplate: "%{y:.4f}",
       }];
     }), { height: 340, showlegend: true, legend: { orientation: "h", y: -0.25 }, x: { title: key, type: numeric ? (log ? "log" : "-") : "category" }, y: { title: found.by }, hovermode: "closest" }));
   }
