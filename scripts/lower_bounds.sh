@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3.11}" -m venv "$work/venv"
 bin=$work/venv/bin
 # shellcheck disable=SC2086
-"$bin/python" scripts/lower_bounds.py test datasets ${KEEP:+$(printf -- '--keep %s ' $KEEP)} > "$work/lowest.txt"
+"$bin/python" scripts/lower_bounds.py test datasets search ${KEEP:+$(printf -- '--keep %s ' $KEEP)} > "$work/lowest.txt"
 "$bin/pip" --disable-pip-version-check install --quiet --requirement "$work/lowest.txt"
 "$bin/pip" --disable-pip-version-check install --quiet --no-deps --editable .
 "$bin/pip" --disable-pip-version-check check

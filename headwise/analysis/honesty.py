@@ -21,6 +21,7 @@ SEVERITIES = ("error", "warning", "note")
 SHORT = {
     "parameters": "other number of parameters", "data_wait": "waits for data",
     "at_a_time": "runs side by side", "nonfinite": "non-finite steps", "spikes": "gradient spikes",
+    "choice_in_noise": "choice within the noise", "search_end": "best at an end of what was searched",
     "untrained": "learned nothing", "nonfinite_loss": "non-finite loss",
 }  # fmt: skip
 CUT_SHORT = {"diverged": "error", "timed_out": "error", "failed": "error", "out_of_memory": "warning",

@@ -40,7 +40,8 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
         description=description,
         usage=f"headwise {verb} FILE [options] [--SECTION.KEY=VALUE ...]",
         epilog="Dotted keys change what all runs share (--model.d_model=768 --data.seq_len=1024), the budget "
-        "(--budget.kind=tokens --budget.value=1e9), an axis (--axes.data.seq_len=[512,1024]) or a variant "
+        "(--budget.kind=tokens --budget.value=1e9), an axis (--axes.data.seq_len=[512,1024]), the search "
+        "(--search.trials=8 --search.keys.training.lr=[1e-3,1e-2]) or a variant "
         "(--variants.NAME.training.lr=3e-4). A variant's own keys take precedence over shared ones. Another "
         "size is another study and needs its own --out.",
         allow_abbrev=False,
@@ -74,6 +75,8 @@ def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> S
     study.memory_limit = arguments.memory_limit or study.memory_limit
     study.max_length_at = arguments.max_length_at or study.max_length_at
     if arguments.seed:
+        if study.search:
+            raise HeadwiseError("--seed would change nothing: use --search.seeds and --search.confirm_seeds")
         study.use_seeds(arguments.seed)
     study.timeout_s = arguments.timeout_s or study.timeout_s
     study.command = command
@@ -100,12 +103,12 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
     from headwise.runs.folder import RESULTS
     from headwise.study.lengths import search_lengths
     from headwise.study.local import state
-    from headwise.study.plan import plan, waiting
+    from headwise.study.plan import plan, still_to_come, waiting
 
     folder = root / study.name
     must_be_folder(folder)
     if only_plan:
-        _show_plan(plan(study, root), waiting(study, root))
+        _show_plan(plan(study, root), waiting(study, root), still_to_come(study, root))
         return 0
     with alone(folder / LOCK, f"works on the study {folder}"):
         sweep(folder)
@@ -127,7 +130,8 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
         return 130
     for name, reason in pending.items():
         print(f"{name} was not run: it {reason}", file=sys.stderr)
-    fine = all(one in ("finished", "skipped", "out_of_memory") for one in states)
+    compared = [one for run, one in zip(runs, states, strict=True) if not run.trial]
+    fine = all(one in ("finished", "skipped", "out_of_memory") for one in compared)
     return 0 if fine and not pending else 1
 
 
@@ -135,15 +139,17 @@ def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
     """Run everything, stages after the variants that they wait for; False first if Ctrl-C stopped it."""
     from headwise.study.display import StudyDisplay
     from headwise.study.local import run_all
-    from headwise.study.plan import plan, write_plan
+    from headwise.study.plan import plan, still_to_come, write_plan
 
     runs, folder = plan(study, root), root / study.name
     display = StudyDisplay(len(runs))
+    write_plan(study, runs, root)
     try:
         while True:
-            write_plan(study, runs, root)
+            display.total = len(runs) + still_to_come(study, root)
             complete = run_all(runs, workers=study.workers, show=display, on_end=lambda: _write_table(folder))
-            more = plan(study, root) if complete else runs
+            more = plan(study, root, runs) if complete else runs
+            write_plan(study, more, root)
             if len(more) == len(runs):
                 return complete, runs
             runs = more
@@ -156,13 +162,16 @@ def _write_table(folder: Path) -> None:
     from headwise.report.exports import write_sweep
     from headwise.runs.read import Study
 
-    write_sweep(Study.read(folder).runs, folder, folder)
+    study = Study.read(folder)
+    write_sweep(study.runs + study.trials, folder, folder)
 
 
-def _show_plan(runs: list[PlannedRun], pending: dict[str, str]) -> None:
+def _show_plan(runs: list[PlannedRun], pending: dict[str, str], more: int) -> None:
     from headwise.study.local import state
 
     for run in runs:
         print(f"{run.folder.path}  {run.skip or state(run)}")
     for name, reason in pending.items():
         print(f"{name}  pending: {reason}")
+    if more:
+        print(f"{len(runs)} runs are planned, and at most {more} follow from their results")

@@ -125,6 +125,15 @@ def keys() -> list[str]:
     return [key for key, _ in flatten(to_dict(Config()))]
 
 
+def type_of(key: str) -> Any:
+    """The type of a dotted key of the configuration, as its section annotates it."""
+    *sections, name = key.split(".")
+    holder: Any = Config()
+    for section in sections:
+        holder = getattr(holder, section)
+    return get_type_hints(type(holder))[name]
+
+
 def add_arguments(parser: ArgumentParser, argv: Sequence[str] = ()) -> None:
     """Give a jsonargparse parser `--config` and every key of `Config`.
 

@@ -8,10 +8,11 @@ from headwise.questions.entropy.section import ENTROPIES
 from headwise.questions.prune.section import PRUNING
 from headwise.questions.surgery.section import SURGERY
 from headwise.report.scaling import SCALING
+from headwise.report.searches import SEARCHES
 from headwise.report.section import Section
 
 
 def sections() -> list[Section]:
     """Those of every registered kind, then those of questions; each shows itself where runs have its data."""
     places = dict.fromkeys(place for kind in KINDS.values() for place in kind.sections)
-    return [*(resolve(place) for place in places), SCALING, ENTROPIES, SURGERY, PRUNING]
+    return [*(resolve(place) for place in places), SEARCHES, SCALING, ENTROPIES, SURGERY, PRUNING]

@@ -80,8 +80,8 @@ def build(
     pictures = {title: f"figures/{name}" for title, name in drawn.items()}
     write_text(paths["markdown"], markdown.render(data, pictures, sections))
     write_text(paths["html"], html.render(data, maps.pack(prompts), sections))
-    paths["sweep"] = exports.write_sweep(study.runs, study.path, root)
-    paths["all"] = exports.write_all(study.runs, study.path, root)
+    paths["sweep"] = exports.write_sweep(study.runs + study.trials, study.path, root)
+    paths["all"] = exports.write_all(study.runs + study.trials, study.path, root)
     return paths
 
 

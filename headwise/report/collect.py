@@ -43,14 +43,18 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
     grids, damaged = _grids(by_variant, used)
     reference = _reference(study, by_variant)
     others = _references(study, by_variant, reference)
+    lines = {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))}
+    _add_gaps(lines, material, others)
+    among = Found(study.runs, grids, lines, study)
+    added = {section.name: section.collect(among) for section in sections}
+    doubts = [
+        flag for section in sections if added[section.name] for flag in section.flags(added[section.name])
+    ]
     flags = sorted(
-        [*check(list(facts.values()), reference, others), *damaged],
+        [*check(list(facts.values()), reference, others), *damaged, *_doubtful(study), *doubts],
         key=lambda flag: ("error", "warning", "note").index(flag.severity),
     )
     plan = study.plan
-    lines = {name: found for name, runs in by_variant.items() if (found := _curves(runs, used))}
-    _add_gaps(lines, material, others)
-    among = Found(study.runs, grids, lines)
     return finite({
         "run_id": study.name,
         "title": plan.get("title") or study.name,
@@ -78,7 +82,7 @@ def collect(study: Study, sections: Sequence[Section] = ()) -> dict[str, Any]:
         "chosen": _chosen(study),
         "different_data": different_data(list(facts.values()), others),
         "curves": lines,
-        **{section.name: section.collect(among) for section in sections},
+        **added,
         "chance_loss": most(run.get("chance_loss") for run in study.runs),
         "atlas": atlas(grids),
         "environment": _environment(study.runs),
@@ -157,6 +161,17 @@ def _chosen(study: Study) -> list[dict[str, str]]:
             found.append({"variant": name, "text": f"takes the best of what it waited for: {text}"})
         elif (plan or {}).get("waits"):
             found.append({"variant": name, "text": plan["waits"]})
+    return found
+
+
+def _doubtful(study: Study) -> list[Flag]:
+    """Stages whose choice may be noise."""
+    found = []
+    for name, plan in study.variants.items():
+        chosen = (plan or {}).get("chosen") or {}
+        if chosen.get("doubt"):
+            text = f"{name} takes the best of others by {chosen.get('by')}, and {chosen['doubt']}."
+            found.append(Flag("warning", "choice_in_noise", text, name))
     return found
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from headwise.analysis.honesty import Flag
 from headwise.report.tables import Table
-from headwise.runs.read import Run
+from headwise.runs.read import Run, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,11 +28,13 @@ class Found:
         runs: all runs of the study.
         grids: variant -> [(run, whether it may be averaged, its `atlas.grid`)].
         curves: variant -> its curves over training.
+        study: the study itself, for its plan and its trials; None where there is none.
     """
 
     runs: list[Run]
     grids: dict[str, list[tuple[Run, bool, dict[str, Any]]]]
     curves: dict[str, Any]
+    study: Study | None = None
 
 
 class Titled(NamedTuple):
@@ -61,6 +64,7 @@ class Section:
         collect: reads the runs; gives JSON-able data, or an empty list or dictionary where there is nothing.
         tables: of that data.
         figures: of that data and the names of all variants, which decide the colours.
+        flags: of that data, what a reader must know before believing a comparison.
         note: a sentence below the page's plots.
         exports: of all runs, files of text that lie beside the report, by name; none where there is nothing.
         script: file of JavaScript that draws the plots; it reads the data at `report.NAME`.
@@ -72,6 +76,7 @@ class Section:
     collect: Callable[[Found], Any]
     tables: Callable[[Any], list[Titled]]
     figures: Callable[[Any, list[str]], list[Drawn]] = lambda data, variants: []
+    flags: Callable[[Any], list[Flag]] = lambda data: []
     note: str = ""
     exports: Callable[[list[Run]], dict[str, str]] = lambda runs: {}
     script: Path | None = None

@@ -219,6 +219,19 @@ class Study:
         """The variant that the others are compared with."""
         return self.plan.get("baseline")
 
+    @cached_property
+    def trials(self) -> list[Run]:
+        """The runs that a search tried out, which are compared with nothing, and what it was without one."""
+        search = self.plan.get("search") or {}
+        found = []
+        for unit in (search.get("units") or {}).values():
+            tried = [(trial["folder"], search["seeds"]) for trial in unit["trials"]]
+            for folder, seeds in [*tried, (unit["default"], search["confirm_seeds"])]:
+                if folder is not None:
+                    home = place_inside(self.path, folder, f"{self.path / 'study.yaml'}")
+                    found += [Run(home / f"seed_{seed}", folder, seed) for seed in seeds]
+        return found
+
     @classmethod
     def read(cls, path: str | Path) -> Study:
         """Read a study folder, a single run folder, or any folder with runs somewhere below.

@@ -179,6 +179,7 @@ class Chosen(TypedDict, total=False):
     by: str
     values: dict[str, float]
     text: str
+    doubt: str | None
 
 
 class PlannedVariant(TypedDict, total=False):
@@ -193,6 +194,36 @@ class PlannedVariant(TypedDict, total=False):
     params_total: Count | None
     overrides: dict[str, Any] | None
     seeds: list[Count] | None
+
+
+class PlannedTrial(TypedDict):
+    """A trial of a search in `study.yaml`; without a folder it could not be run."""
+
+    folder: str | None
+    values: dict[str, Any]
+    reason: str
+
+
+class SearchedUnit(TypedDict):
+    """The search of one variant: its trials, the place of the best among them, and what it was without."""
+
+    planned: Count
+    trials: Annotated[list[PlannedTrial], Meta(max_length=10_000)]
+    default: str | None
+    winner: Count | None
+
+
+class SearchPlan(TypedDict):
+    """`search` of `study.yaml`."""
+
+    keys: dict[str, list[Any] | dict[str, Any]]
+    sampler: str
+    by: str
+    best: str
+    each: str
+    seeds: list[Count]
+    confirm_seeds: list[Count]
+    units: dict[str, SearchedUnit]
 
 
 class Budget(TypedDict, total=False):
@@ -212,6 +243,7 @@ class StudyPlan(TypedDict, total=False):
     baseline: str | None
     variants: dict[str, PlannedVariant | None] | None
     seeds: list[Count] | None
+    search: SearchPlan | None
     budget: Budget | None
     smallest_difference: float | str
     criteria: list[str]

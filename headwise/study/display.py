@@ -14,9 +14,14 @@ from headwise.study.plan import PlannedRun
 
 
 class StudyDisplay:
-    """A bar over all runs with an ETA and what is running; on a pipe, a line for each run that ends."""
+    """A bar over all runs with an ETA and what is running; on a pipe, a line for each run that ends.
+
+    Attributes:
+        total: all runs, also those that are planned once the results of others are known.
+    """
 
     def __init__(self, total: int) -> None:
+        self.total = total
         self._began = time.monotonic()
         self._drawn = 0.0
         self._said: set[str] = set()
@@ -39,7 +44,7 @@ class StudyDisplay:
         statuses = {id(run): run.folder.read_status() for run in runs}
         states = {id(run): state(run) for run in runs}
         shares = [_share(statuses[id(run)], states[id(run)]) for run in runs]
-        done = sum(shares) / len(shares)
+        done = sum(shares) / max(self.total, len(shares))
         self._first = done if self._first is None else self._first
         text = f"{_count(states.values())}  {self._left(done)}"
         for run in runs:

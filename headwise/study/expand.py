@@ -25,6 +25,8 @@ class Place:
         origin: the variant's own name.
         at: axis -> value, for the axes that apply to this kind.
         overrides: dotted keys and values of the variant and the axes.
+        seeds: those it runs on, where they are not its variant's.
+        trial: whether a search tries it out, so that it is in no comparison.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Place:
     origin: str
     at: dict[str, Any]
     overrides: dict[str, Any]
+    seeds: tuple[int, ...] = ()
+    trial: bool = False
 
 
 def places(study: Study) -> list[Place]:

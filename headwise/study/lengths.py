@@ -14,10 +14,10 @@ from headwise.config.run import Config
 from headwise.errors import HeadwiseError
 from headwise.files import write_json
 from headwise.runs.schemas import Lengths
+from headwise.study.configure import configure
 from headwise.study.expand import Place, places
 from headwise.study.longest import search_length
 from headwise.study.memory_size import parse_size
-from headwise.study.plan import configure
 from headwise.study.study import Study
 
 FILE = "max_lengths.json"

@@ -109,8 +109,9 @@ def state(run: PlannedRun) -> str:
 
 
 def _settled(run: PlannedRun) -> bool:
-    if state(run) in RESULTS:  # also a run that could not start here, but ended where it could
-        return True
+    now = state(run)
+    if now in RESULTS or (now == "failed" and run.trial):
+        return True  # also a run that could not start here, but ended where it could
     if run.skip is None:
         return False
     if not run.folder.holds_run():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,21 @@ from typing import Any
 import torch
 
 from headwise import reading
-from headwise.attention import KINDS, attention_kind
-from headwise.config.run import Config, flatten, from_dict, load, to_dict
-from headwise.errors import HeadwiseError, did_you_mean
+from headwise.attention import attention_kind
+from headwise.config.run import Config, flatten, load, to_dict
+from headwise.errors import HeadwiseError
 from headwise.files import write_text
 from headwise.model.count import parameters_by_part
 from headwise.model.decoder import Decoder
 from headwise.names import refuse_clash
 from headwise.runs.folder import FORMAT, RunFolder
+from headwise.study.configure import configure
 from headwise.study.expand import Place, places, references
 from headwise.study.fit import NO_FIT, Fit, adopted, fit_of
 from headwise.study.folders import refuse_newer_plan, variant_folder
+from headwise.study.search import follow_all, record, search_places, to_come
 from headwise.study.stages import Choice, choose
-from headwise.study.study import BUDGETS, KIND, Study, Variant
+from headwise.study.study import KIND, Study, Variant
 from headwise.training.distributed import find_device
 from headwise.training.run import SAME_RUN, refuse_device
 
@@ -40,12 +44,14 @@ class PlannedRun:
         config: complete, `out` set.
         skip: why it cannot run here; None where it can.
         fit: what happens when its memory does not suffice.
+        trial: whether a search tries it out: then a failure is its result, and it is in no comparison.
     """
 
     variant: str
     config: Config
     skip: str | None = None
     fit: Fit = NO_FIT
+    trial: bool = False
 
     @property
     def folder(self) -> RunFolder:
@@ -54,10 +60,14 @@ class PlannedRun:
         return RunFolder(Path(self.config.out))
 
 
-def plan(study: Study, root: Path) -> list[PlannedRun]:
+def plan(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[PlannedRun]:
     """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
 
-    A stage has runs once the variants that it waits for have ended.
+    A stage has runs once the variants that it waits for have ended; a search has the trials that are known,
+    and its winner once all of them have ended.
+
+    Args:
+        known: runs of an earlier plan of this study, which are taken as they are.
 
     Raises:
         HeadwiseError: a configuration that cannot be, or a folder that holds another one.
@@ -66,35 +76,42 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
     refuse_newer_plan(root / study.name)
     found = _places(study, root)
     refuse_clash(((place.name, place.given) for place in found), "variants")
-    configs = {variant_folder(place.name): configure(study, place) for place in found}
-    if study.match_parameters:
+    before = {(run.variant, run.config.seed): run for run in known}
+    seeds = {variant_folder(place.name): place.seeds or study.seeds_of(place.origin) for place in found}
+    new = [place for place in found if any((place.name, seed) not in before for seed in seeds[place.name])]
+    configs = {place.name: configure(study, place) for place in new}
+    if study.match_parameters and new:
         others = references(study, found)
-        baselines = {name: configs[others[name]] for name in configs}
-        configs = {name: match_parameters(config, baselines[name]) for name, config in configs.items()}
-    origins = {place.name: place.origin for place in found}
-    runs = []
-    own = [seed for variant in study.variants for seed in study.seeds_of(variant)]
-    for seed in dict.fromkeys([*study.seeds, *own]):
-        for name, config in configs.items():
-            if seed not in study.seeds_of(origins[name]):
+        of_baseline = {place.name: configure(study, place) for place in found}
+        configs = {
+            name: match_parameters(config, of_baseline[others[name]]) for name, config in configs.items()
+        }
+    trials = {place.name: place.trial for place in found}
+    runs: list[PlannedRun] = []
+    for seed in dict.fromkeys([*study.seeds, *itertools.chain(*seeds.values())]):
+        for name in seeds:
+            if seed not in seeds[name]:
+                continue
+            if (name, seed) in before:
+                runs.append(before[name, seed])
                 continue
             out = str(root / study.name / name / f"seed_{seed}")
-            config = dataclasses.replace(config, seed=seed, out=out)
+            config = dataclasses.replace(configs[name], seed=seed, out=out)
             try:
                 refuse_device(config, device)
                 skip = None
             except HeadwiseError as error:
                 skip = str(error)
-            runs.append(adopted(PlannedRun(name, config, skip, fit_of(study))))
-    for run in runs:
-        _refuse_other(run)
-        _refuse_no_source(run)
+            run = adopted(PlannedRun(name, config, skip, fit_of(study), trials[name]))
+            _refuse_other(run)
+            _refuse_no_source(run)
+            runs.append(run)
     return runs
 
 
 def waiting(study: Study, root: Path) -> dict[str, str]:
-    """The stages that have no runs, with the reason: what each waits for, or that nothing can be chosen."""
-    found = {}
+    """The variants without runs, with the reason: what each waits for, or why nothing can be chosen."""
+    found = {unit.name: one.waits for one in follow_all(study, root) if one.waits for unit in one.units}
     for name, variant in study.variants.items():
         if variant.best_of is not None:
             choice = _chosen(study, root, name)
@@ -105,7 +122,14 @@ def waiting(study: Study, root: Path) -> dict[str, str]:
     return found
 
 
+def still_to_come(study: Study, root: Path) -> int:
+    """Runs of searches that are not planned yet, at most."""
+    return to_come(follow_all(study, root), study.search)
+
+
 def _places(study: Study, root: Path) -> list[Place]:
+    if study.search is not None:
+        return search_places(study, follow_all(study, root))
     found = []
     for place in places(study):
         variant = study.variants[place.origin]
@@ -124,35 +148,6 @@ def _chosen(study: Study, root: Path, name: str) -> Choice | None:
     assert stage is not None
     seeds = {other: study.seeds_of(other) for other in stage.among}
     return choose(stage, root / study.name, seeds)
-
-
-def configure(study: Study, place: Place) -> Config:
-    """The configuration of a variant at a combination of the axes, without seed and folder.
-
-    Raises:
-        HeadwiseError: it cannot be; says which variant where its kind of attention is not installed.
-    """
-    values: dict[str, Any] = dict(flatten(study.base)) | place.overrides
-    _refuse_missing_kind(place, values)
-    if study.budget:
-        for kind, limit in BUDGETS.items():
-            values[f"training.{limit}"] = study.budget["value"] if kind == study.budget["kind"] else None
-            if kind != "flops" and values[f"training.{limit}"] is not None:
-                values[f"training.{limit}"] = int(study.budget["value"])
-    if study.timeout_s:
-        values["training.timeout_s"] = study.timeout_s
-    if study.plugins:
-        values["plugins"] = study.plugins
-    return from_dict(values | {"device": study.device})
-
-
-def _refuse_missing_kind(place: Place, values: dict[str, Any]) -> None:
-    kind = values.get(KIND)
-    if isinstance(kind, str) and kind not in KINDS:
-        raise HeadwiseError(
-            f"variant {place.origin!r} names the attention kind {kind!r}, which is not installed"
-            f"{did_you_mean(kind, KINDS)}; installed are {', '.join(KINDS)}"
-        )
 
 
 def count_parameters(config: Config) -> int:
@@ -204,8 +199,8 @@ def _refuse_no_source(run: PlannedRun) -> None:
 
 def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
     """Write study.yaml, which the report reads, and return the study's folder."""
-    found = _places(study, root)
-    others = references(study, found)
+    found = [place for place in _places(study, root) if not place.trial]
+    others = references(study, places(study))
     by_name = {run.variant: run.config for run in runs}
     variants: dict[str, Any] = {}
     for place in found:
@@ -226,12 +221,14 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
         if origin.best_of is not None and (choice := _chosen(study, root, place.origin)):
             variants[place.name]["chosen"] = dataclasses.asdict(choice)
     for name, reason in waiting(study, root).items():
-        label = study.variants[name].label or name
-        variants[name] = {"label": label, "waits": reason, "seeds": study.seeds_of(name)}
-    baseline = next(place.name for place in found if place.origin == study.baseline)
+        origin = study.variants[name.partition("@")[0]]
+        label = origin.label or name
+        variants[name] = {"label": label, "waits": reason, "seeds": origin.seeds or study.seeds}
+    baseline = next(place.name for place in places(study) if place.origin == study.baseline)
     values = dataclasses.asdict(study) | {
         "baseline": baseline,
         "variants": variants,
+        "search": record(study, follow_all(study, root)),
         "device": str(find_device(study.device)),
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -10,6 +10,7 @@ from headwise import reading
 from headwise.attention.kinds import load_plugins
 from headwise.config.run import flatten, keys
 from headwise.errors import HeadwiseError, did_you_mean, one_of
+from headwise.study.space import Search
 from headwise.study.study import BestOf, Study, Variant, is_number
 
 NOT_OF_A_SIZE = ("name", "sizes", "size", "command")
@@ -23,7 +24,8 @@ def read_study(path: str | Path, size: str | None = None) -> Study:
         size: one of the file's `sizes`, whose keys replace the file's; the file as it stands where None.
 
     Raises:
-        HeadwiseError: missing, unreadable, with a key that no study has, or without this size.
+        HeadwiseError: missing, unreadable, with a mistake as it stands or at any of its sizes, or without
+            this size.
     """
     try:
         values = reading.read_yaml(path)
@@ -31,18 +33,63 @@ def read_study(path: str | Path, size: str | None = None) -> Study:
         raise HeadwiseError(f"study {error}") from error
     if not isinstance(values, dict):
         raise HeadwiseError(f"study {path} is empty; it needs variants, seeds and a budget")
-    values = _at_size(dict(values), size, f"study {path}")
-    _refuse_unknown(values, Study, f"study {path}")
+    where = f"study {path}"
+    sizes = _sizes(values, where)
+    if size is not None and not sizes:
+        raise HeadwiseError(f"{where} has no sizes, so --size={size} has no effect; leave it out")
+    if size is not None:
+        one_of("--size", size, sizes)
+    plain = {key: value for key, value in values.items() if key != "sizes"}
+    study = _study(plain, path, where)
+    for name, changes in sizes.items():  # each is checked, whichever is used
+        found = _study_at_size(plain, name, changes or {}, path, where)
+        study = found if name == size else study
+    return study
+
+
+def _study_at_size(
+    values: dict[str, Any], size: str, changes: dict[str, Any], path: str | Path, where: str
+) -> Study:
+    for key in changes:
+        if key in NOT_OF_A_SIZE:
+            raise HeadwiseError(f"{where}: size {size!r} sets {key}, which is the same at every size")
+    own = f"{where} at size {size!r}"
+    try:
+        return _study(_merged(values, changes) | {"size": size}, path, own)
+    except HeadwiseError as error:
+        text = str(error)
+        raise HeadwiseError(text if text.startswith(own) else f"{own}: {text}") from error
+
+
+def _study(values: dict[str, Any], path: str | Path, where: str) -> Study:
+    """The study of a file's values at one of its sizes, validated."""
+    _refuse_unknown(values, Study, where)
     values = {"name": Path(path).stem} | {key: value for key, value in values.items() if value is not None}
-    variants = values.pop("variants", None) or {}
+    variants, search = values.pop("variants", None) or {}, values.pop("search", None)
     if not isinstance(variants, dict):
-        raise HeadwiseError(f"study {path}: variants is {variants!r}; it maps names to their changes")
-    study = Study(**_typed(values, Study, f"study {path}"))
+        raise HeadwiseError(f"{where}: variants is {variants!r}; it maps names to their changes")
+    study = Study(**_typed(values, Study, where))
     load_plugins(study.plugins)
     for name, variant in variants.items():
-        study.variants[name] = _variant(variant, f"study {path}: variant {name!r}")
+        study.variants[name] = _variant(variant, f"{where}: variant {name!r}")
+    if search is not None:
+        study.search = _search(search, where)
+        given = [f"variant {name!r}" for name, one in study.variants.items() if one.seeds]
+        if given := ["the study"] * ("seeds" in values) + given:
+            raise HeadwiseError(
+                f"{where}: {given[0]} has seeds that would change nothing: a search has search.seeds for "
+                "its trials and search.confirm_seeds for what is compared"
+            )
     study.validate()
     return study
+
+
+def _search(values: Any, where: str) -> Search:
+    if not isinstance(values, dict):
+        raise HeadwiseError(f"{where}: search is {values!r}; it needs the keys keys, sampler and trials")
+    _refuse_unknown(values, Search, f"{where}: search")
+    known = {key: value for key, value in values.items() if value is not None}
+    return Search(**_typed(known, Search, f"{where}: search"))
 
 
 def _variant(values: Any, where: str) -> Variant:
@@ -58,20 +105,11 @@ def _variant(values: Any, where: str) -> Variant:
     return variant
 
 
-def _at_size(values: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:
-    """The file's values with those of a size over them."""
-    sizes = values.pop("sizes", None) or {}
+def _sizes(values: dict[str, Any], where: str) -> dict[str, Any]:
+    sizes = values.get("sizes") or {}
     if not isinstance(sizes, dict) or not all(isinstance(one, dict | None) for one in sizes.values()):
         raise HeadwiseError(f"{where}: sizes is {sizes!r}; it maps the name of each size to its changes")
-    if size is None:
-        return values
-    if not sizes:
-        raise HeadwiseError(f"{where} has no sizes, so --size={size} has no effect; leave it out")
-    changes = sizes[one_of("--size", size, sizes)] or {}
-    for key in changes:
-        if key in NOT_OF_A_SIZE:
-            raise HeadwiseError(f"{where}: size {size!r} sets {key}, which is the same at every size")
-    return _merged(values, changes) | {"size": size}
+    return sizes
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +152,8 @@ def override(study: Study, key: str, value: str) -> None:
     What variants set themselves stays as they set it.
 
     Args:
-        key: `model.d_model`, say, or `budget.value`, `axes.data.seq_len`, `variants.NAME.training.lr`.
+        key: `model.d_model`, say, or `budget.value`, `axes.data.seq_len`, `search.trials`,
+            `search.keys.training.lr`, `variants.NAME.training.lr`.
         value: as YAML.
 
     Raises:
@@ -132,6 +171,8 @@ def override(study: Study, key: str, value: str) -> None:
         if not isinstance(parsed, list) or not parsed:
             raise HeadwiseError(f"--{key}={value}: an axis is a list of values, such as [1, 2]")
         study.axes[_known(rest)] = parsed
+    elif section == "search":
+        _override_search(study, key, rest, parsed)
     elif section == "variants":
         name = next((name for name in study.variants if rest.startswith(f"{name}.")), None)
         if name is None:
@@ -140,6 +181,17 @@ def override(study: Study, key: str, value: str) -> None:
     else:
         _refuse_ineffective(study, _known(key))
         study.base = dict(flatten(study.base)) | {key: parsed}
+
+
+def _override_search(study: Study, key: str, rest: str, value: Any) -> None:
+    search = study.search or Search()
+    section, _, searched = rest.partition(".")
+    if section == "keys" and searched:
+        search.keys = search.keys | {_known(searched): value}
+    else:
+        one_of("search key", rest, [f.name for f in dataclasses.fields(Search)])
+        search = Search(**_typed(dataclasses.asdict(search) | {rest: value}, Search, f"--{key}"))
+    study.search = search
 
 
 def _known(key: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from headwise.runs.folder import RESULTS, RunFolder, state_of
-from headwise.study.study import CRITERIA, HIGHEST, BestOf
+from headwise.analysis.choice import HIGHEST, separation
+from headwise.runs.values import values_of
+from headwise.study.study import CRITERIA, BestOf
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class Choice:
         by: the compared number.
         values: variant -> its mean over the seeds that finished, of those that have one.
         text: the choice and its reason, a sentence.
+        doubt: why the choice may be noise, a clause; None where the best is separated from all others.
     """
 
     best: str | None
     by: str
     values: dict[str, float]
     text: str
+    doubt: str | None = None
 
 
 def choose(stage: BestOf, folder: Path, seeds: dict[str, list[int]]) -> Choice | None:
@@ -34,17 +36,10 @@ def choose(stage: BestOf, folder: Path, seeds: dict[str, list[int]]) -> Choice |
         folder: of the study.
         seeds: of each variant.
     """
-    values: dict[str, float] = {}
-    for name in stage.among:
-        runs = [RunFolder(folder / name / f"seed_{seed}") for seed in seeds[name]]
-        states = [state_of(run.read_status()) for run in runs]
-        if any(state not in (*RESULTS, "skipped") for state in states):
-            return None
-        found = [run.read_summary().get(stage.by) for run, state in zip(runs, states, strict=True)
-                 if state == "finished"]  # fmt: skip
-        known = [float(value) for value in found if value is not None and math.isfinite(value)]
-        if known:
-            values[name] = sum(known) / len(known)
+    found = {name: values_of(folder / name, seeds[name], stage.by) for name in stage.among}
+    if not all(one.ended() for one in found.values()):
+        return None
+    values = {name: one.mean for name, one in found.items() if one.mean is not None}
     if not values:
         text = f"no run of {', '.join(stage.among)} finished with a {stage.by}, so none is the best of them"
         return Choice(None, stage.by, values, text)
@@ -53,4 +48,6 @@ def choose(stage: BestOf, folder: Path, seeds: dict[str, list[int]]) -> Choice |
     listed = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
     without = [name for name in stage.among if name not in values]
     missing = f"; without a finished run: {', '.join(without)}" if without else ""
-    return Choice(best, stage.by, values, f"{best} has the {end} {stage.by} of {listed}{missing}")
+    doubt = separation(best, {name: found[name].by_seed for name in values}).doubt
+    text = f"{best} has the {end} {stage.by} of {listed}{missing}{f'; {doubt}' if doubt else ''}"
+    return Choice(best, stage.by, values, text, doubt)

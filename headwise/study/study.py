@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from headwise.analysis.choice import HIGHEST, LOWEST
 from headwise.analysis.conclusion import DEFAULT_SMALLEST, smallest_difference
 from headwise.analysis.verdict import DEFAULT_CRITERIA, check_criteria
 from headwise.config.run import keys
@@ -28,12 +29,12 @@ from headwise.errors import HeadwiseError, did_you_mean, in_range, one_of
 from headwise.names import folder_name, refuse_clash
 from headwise.study.folders import variant_name
 from headwise.study.memory_size import parse_size
+from headwise.study.space import Search
 
 BUDGETS = {"flops": "max_flops", "steps": "max_steps", "tokens": "max_tokens"}
 MOST_RUNS = 10_000
 KIND = "model.attention.kind"
 
-LOWEST, HIGHEST = "lowest", "highest"
 CRITERIA = {
     "val_loss": LOWEST, "val_bits_per_byte": LOWEST, "val_perplexity": LOWEST, "val_accuracy": HIGHEST,
     "train_loss": LOWEST, "tokens_per_sec": HIGHEST, "step_time_ms": LOWEST, "peak_vram_mb": LOWEST,
@@ -100,6 +101,7 @@ class Study:
         axes: dotted key to values; every variant runs at every combination. An axis that is an option of one
             kind of attention applies to the runs of that kind alone.
         seeds: one run of each.
+        search: keys whose values are tried out first; only the winners' runs on fresh seeds are compared.
         budget: `{kind: flops | steps | tokens, value: number}`, equal for all variants.
         smallest_difference: of the loss that matters: in nats, or as a share of the baseline's loss (`0.5%`).
         criteria: which of memory, length, entropy_signal, quality earn a GO.
@@ -127,6 +129,7 @@ class Study:
     variants: dict[str, Variant] = field(default_factory=dict)
     axes: dict[str, list[Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    search: Search | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     smallest_difference: float | str = DEFAULT_SMALLEST
     criteria: list[str] = field(default_factory=lambda: list(DEFAULT_CRITERIA))
@@ -156,6 +159,8 @@ class Study:
         refuse_clash(zip(self.variants, self.variants, strict=True), "variants")
         self.baseline = self.baseline or next(iter(self.variants))
         one_of("baseline", self.baseline, self.variants)
+        if self.search is not None:
+            self._check_search(self.search)
         for name, variant in self.variants.items():
             self._check_seeds(name)
             self._check_reference(name, variant)
@@ -173,6 +178,8 @@ class Study:
                 parse_size(key, size)
         combinations = math.prod(len(values) for values in self.axes.values())
         runs = combinations * sum(len(self.seeds_of(name)) for name in self.variants)
+        if self.search is not None:
+            runs = combinations * len(self.variants) * self.search.most_runs()
         if runs > MOST_RUNS:
             raise HeadwiseError(
                 f"study {self.name!r} has {runs:,} runs, and at most {MOST_RUNS:,} are planned"
@@ -260,6 +267,34 @@ class Study:
         one_of(f"{where}.by", stage.by, CRITERIA)
         if self.baseline == name or any(v.against == name for v in self.variants.values()):
             raise HeadwiseError(f"{where}: a variant that waits for others is no baseline; choose another")
+
+    def _check_search(self, search: Search) -> None:
+        """Refuse a search that cannot be made in this study; its fresh seeds are those that are compared."""
+        search.validate()
+        one_of("search.by", search.by, CRITERIA)
+        where = "search.keys."
+        for key in search.keys:
+            self.refuse_decided(where + key, key)
+            setting = [name for name, variant in self.variants.items() if key in variant.overrides]
+            if key in self.axes:
+                raise HeadwiseError(f"{where}{key} is an axis, too; leave it out of axes or of search.keys")
+            if setting:
+                raise HeadwiseError(
+                    f"{where}{key} is set by variant {setting[0]!r}, so that a search would change nothing "
+                    "there; leave it out of the variant or of search.keys"
+                )
+        if stages := [name for name, variant in self.variants.items() if variant.best_of]:
+            raise HeadwiseError(
+                f"variant {stages[0]!r} waits for the best of others, and the study has a search: a stage "
+                "takes overrides, and what a search finds is none; make two studies"
+            )
+        sized = [key for key in search.keys if not key.startswith("training.")]
+        for name in ("match_parameters", "max_length_at"):
+            if sized and getattr(self, name):
+                raise HeadwiseError(
+                    f"{name} needs models of known size, and {where}{sized[0]} changes it: leave one out"
+                )
+        self.use_seeds(list(search.confirm_seeds))
 
     def _check_budget(self) -> None:
         if not self.budget:

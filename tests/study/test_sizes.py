@@ -75,6 +75,17 @@ def test_a_wrong_size_is_refused(sizes: Any, size: str, message: str, tmp_path: 
         read_study(written(tmp_path, sizes=sizes), size)
 
 
+def test_a_mistake_in_the_file_is_noticed_at_every_size(tmp_path: Path) -> None:
+    axes = FILE["axes"] | {"data.seq_length": [1, 2]}
+    with pytest.raises(
+        HeadwiseError, match=r"unknown axis 'data.seq_length' \(did you mean 'data.seq_len'\?\)"
+    ):
+        read_study(written(tmp_path, axes=axes), "smoke")
+    sizes = FILE["sizes"] | {"small": {"axes": {"data.seqlen": [64]}}}
+    with pytest.raises(HeadwiseError, match=r"at size 'small'.*unknown axis 'data.seqlen'"):
+        read_study(written(tmp_path, sizes=sizes), "smoke")
+
+
 PRESETS = ["attention-variants", "attention-ablations"]
 SIZES = [None, "full", "small", "smoke"]
 

@@ -9,6 +9,7 @@ import pytest
 
 from headwise.config.run import to_yaml
 from headwise.errors import HeadwiseError
+from headwise.report.collect import collect
 from headwise.runs.read import Study as Planned
 from headwise.study.plan import PlannedRun, plan, waiting, write_plan
 from headwise.study.study import BestOf, Study, Variant
@@ -71,7 +72,27 @@ def test_it_takes_the_model_of_the_best_and_keeps_its_own_data(by: str, best: st
     assert written["best"] == best
     assert written["values"] == pytest.approx({"a": 2.1, "b": 1.9})
     end = "lowest" if by == "val_loss" else "highest"
-    assert written["text"] == f"{best} has the {end} {by} of a 2.1, b 1.9"
+    assert written["text"].startswith(
+        f"{best} has the {end} {by} of a 2.1, b 1.9; the choice is within the noise"
+    )
+
+
+def test_a_choice_within_the_noise_of_seeds_says_so_and_is_flagged(tmp_path: Path) -> None:
+    def flags(losses: dict[str, list[float | None]], root: Path) -> tuple[str, list[str]]:
+        made = staged()
+        ended(plan(made, root), losses)
+        write_plan(made, plan(made, root), root)
+        data = collect(Planned.read(root / "s"))
+        return data["chosen"][0]["text"], [f["text"] for f in data["flags"] if f["code"] == "choice_in_noise"]
+
+    text, found = flags({"a": [2.0, 2.2], "b": [2.3, 1.5]}, tmp_path / "noise")
+    assert "b is not separated from a (difference +0.2 [-6.153, +6.553], 2 seeds)" in text
+    assert found == [
+        "best takes the best of others by val_loss, and the choice is within the noise of seeds: b is not "
+        "separated from a (difference +0.2 [-6.153, +6.553], 2 seeds)."
+    ]
+    text, found = flags({"a": [2.0, 2.2], "b": [1.5, 1.701]}, tmp_path / "clear")
+    assert ("noise" in text, found) == (False, [])
 
 
 def test_a_variant_that_diverged_is_not_the_best_and_none_may_be(tmp_path: Path) -> None:
