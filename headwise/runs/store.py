@@ -1,0 +1,438 @@
+"""Verified copies of runs: `push` writes one, `pull` fetches one, `verify` reads one back.
+
+A push writes the files, reads each of them back (or takes the SHA-256 that the hub computed), writes the
+manifest last and reads that back too. Until then the place holds a claim, and no copy. A push that was
+interrupted goes on where it was, and so does a pull: files that are whole stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from headwise import reading
+from headwise.errors import HeadwiseError
+from headwise.files import DRAFT, alone, must_be_folder, shortened, sweep, writing
+from headwise.names import place_inside
+from headwise.reading.opening import size_of
+from headwise.runs import copies
+from headwise.runs.folder import BEGINNING, RESULTS, RunFolder, state_of
+from headwise.runs.manifest import (
+    CLAIM,
+    FORMAT,
+    MANIFEST,
+    FileOfCopy,
+    LocalFile,
+    Manifest,
+    checkpoint_step,
+    files_of,
+    identity_of,
+    is_weights,
+    read_claim,
+    read_manifest,
+    to_bytes,
+)  # fmt: skip
+from headwise.runs.read import find_runs, read_plan
+from headwise.runs.remote import BATCH_BYTES, BATCH_FILES, CHUNK, Found, Store, open_store
+
+__all__ = ["Copy", "open_store", "pull", "push", "verify"]
+
+BESIDE = (".gitattributes", "README.md")
+"""Files that a new repository has."""
+
+
+class Progress(Protocol):
+    """Told of what is being done, and of the bytes of it."""
+
+    def begin(self, what: str, total: int) -> None:
+        """`what` begins, of `total` bytes."""
+
+    def count(self, n_bytes: int) -> None:
+        """So many more are done."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, what: str, total: int) -> None:
+        """Nothing."""
+
+    def count(self, n_bytes: int) -> None:
+        """Nothing."""
+
+
+SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A verified copy.
+
+    Attributes:
+        url: where it lies.
+        kind: of one `run`, or of a `folder` of runs.
+        files, size: how many, and their bytes; those of the runs inside included.
+        moved: bytes that were written or fetched now; the rest was there.
+        runs: copies of the runs inside.
+    """
+
+    url: str
+    kind: str
+    files: int
+    size: int
+    moved: int
+    runs: tuple[Copy, ...] = ()
+
+
+def push(
+    folder: str | Path, target: str | Path, *, snapshot: bool = False, progress: Progress = SILENT
+) -> Copy:
+    """Copy a run, or a folder of runs, to a store, and verify the copy.
+
+    Where the copy lies is recorded in `copies.json` of the run's folder.
+
+    Args:
+        target: a path or a URL, as `open_store` takes it; the copy's files lie below it.
+        snapshot: copy a run that is running, as it is now.
+
+    Raises:
+        HeadwiseError: the run is running; the place holds something else, or a later state; what was written
+            cannot be read back; or the store cannot be reached. What was written stays for the next push.
+    """
+    path = Path(os.path.realpath(folder))
+    if not path.is_dir():
+        raise HeadwiseError(f"no folder {shortened(folder)} to push; give a run's folder, or one with runs")
+    store = open_store(target)
+    if store.folder is not None:
+        there = Path(os.path.realpath(store.folder))
+        if there.is_relative_to(path) or path.is_relative_to(there):
+            raise HeadwiseError(f"{target} lies in {folder}, or the other way round; give a place elsewhere")
+    runs = [run.path for run in find_runs(path)]
+    if not runs:
+        raise HeadwiseError(f"no runs below {shortened(folder)}: a run is a folder with a status.json")
+    if not snapshot:
+        for run in runs:
+            _refuse_running(RunFolder(run))
+    if runs == [path]:
+        return _push_run(RunFolder(path), store, progress)
+    return _push_folder(path, runs, store, progress)
+
+
+def pull(source: str | Path, folder: str | Path, *, progress: Progress = SILENT) -> Copy:
+    """Fetch a copy into `folder`, which appears whole and verified, or not at all.
+
+    A folder in which a run was planned and never began is replaced.
+
+    Raises:
+        HeadwiseError: there is no whole copy, a file of it is damaged, `folder` is taken, the disk is full, or
+            the store cannot be reached.
+    """
+    store, folder = open_store(source), Path(folder)
+    must_be_folder(folder)
+    _refuse_taken(folder)
+    whole = folder.absolute()
+    partial = whole.with_name(f".{whole.name[:100]}.pull")
+    with alone(whole.with_name(f"{partial.name}.lock"), f"pulls into {folder}"), writing(folder):
+        partial.mkdir(parents=True, exist_ok=True)
+        copy = _fetch(store, _needed(store), partial, progress)
+        _take_place(partial, whole)
+    return copy
+
+
+def verify(store: Store, manifest: Manifest | None = None, *, progress: Progress = SILENT) -> Manifest:
+    """Read a copy of one run back; returns its manifest.
+
+    Raises:
+        HeadwiseError: there is none, a file is missing or is not what it was, or the store cannot be reached.
+    """
+    manifest = manifest or _needed(store)
+    there = store.files()
+    progress.begin(f"verifying {store.url}", sum(file["size"] for file in manifest["files"]))
+    for file in manifest["files"]:
+        if not _is_there(store, there, file, progress.count):
+            raise HeadwiseError(f"{file['name']} of {store.url} is missing or damaged")
+    return manifest
+
+
+def _push_folder(path: Path, runs: list[Path], store: Store, progress: Progress) -> Copy:
+    """Each run as a copy of its own, then what lies beside them, and last the manifest that names them."""
+    plan = read_plan(path)
+    about = f"{plan.get('name')}\0{plan.get('baseline')}\0{plan.get('question')}" if plan else path.name
+    identity = hashlib.sha256(b"folder\0" + about.encode()).hexdigest()
+    before = _begin(store, identity, path)
+    inside = tuple(
+        _push_run(RunFolder(run), store.below(run.relative_to(path).as_posix()), progress) for run in runs
+    )
+    names = {run.relative_to(path).as_posix() for run in runs} | set(before["runs"] if before else ())
+    own = files_of(path, tuple(runs))
+    with _still(own) as still:
+        manifest = _listed(still, "folder", identity, "", 0, progress)
+        manifest["runs"] = sorted(names)
+        moved = _write(store, manifest, still, before, progress)
+    copies.record(path, store, manifest)
+    size = sum(file["size"] for file in manifest["files"])
+    return Copy(
+        store.url, "folder", len(own) + sum(copy.files for copy in inside),
+        size + sum(copy.size for copy in inside), moved + sum(copy.moved for copy in inside), inside,
+    )  # fmt: skip
+
+
+def _push_run(folder: RunFolder, store: Store, progress: Progress) -> Copy:
+    identity = identity_of(folder)
+    before = _begin(store, identity, folder.path)
+    status = folder.read_status()
+    with _still(files_of(folder.path)) as files:
+        manifest = _listed(files, "run", identity, state_of(status), int(status.get("step") or 0), progress)
+        if before is not None:
+            _refuse_to_lose(before, manifest, store)
+        moved = _write(store, manifest, files, before, progress)
+    copies.record(folder.path, store, manifest)
+    return Copy(store.url, "run", len(files), sum(file.size for file in files), moved)
+
+
+def _begin(store: Store, identity: str, folder: Path) -> Manifest | None:
+    """The manifest of an earlier copy of the same; refuses a place that holds anything else."""
+    before, claim = read_manifest(store), read_claim(store)
+    for found in (before, claim):
+        if found is not None and found["identity"] != identity:
+            raise HeadwiseError(
+                f"{store.url} holds a copy of something else than {folder}; give another place"
+            )
+    if before is None and claim is None and (others := set(store.files()) - set(BESIDE)):
+        raise HeadwiseError(
+            f"{store.url} holds other files, such as {min(others)[:80]}; give an empty place for the copy"
+        )
+    return before
+
+
+def _refuse_to_lose(before: Manifest, now: Manifest, store: Store) -> None:
+    """Refuse to replace a copy by less than it holds."""
+    ours = {file["name"]: file["sha256"] for file in now["files"]}
+    if before["step"] > now["step"]:
+        raise HeadwiseError(
+            f"{store.url} holds a later state of this run (step {before['step']:,}, here {now['step']:,}); "
+            "give another place"
+        )
+    newest = max(map(checkpoint_step, ours), default=-1)
+    for file in filter(lambda file: is_weights(file["name"]), before["files"]):
+        name = file["name"]
+        if ours.get(name) == file["sha256"]:
+            continue
+        outlived = before["state"] not in RESULTS and -1 < checkpoint_step(name) < newest
+        if name in ours or not outlived:
+            what = "other weights" if name in ours else "weights that this folder does not hold"
+            raise HeadwiseError(f"{store.url} holds {what} ({name}); give another place")
+
+
+def _listed(
+    files: list[LocalFile], kind: str, identity: str, state: str, step: int, progress: Progress
+) -> Manifest:
+    progress.begin("reading", sum(file.size for file in files))
+    listed: list[FileOfCopy] = []
+    for file in files:
+        size, digest = _digest(file.path, progress.count)
+        listed.append({"name": file.name, "size": size, "sha256": digest})
+    return {
+        "format": FORMAT, "kind": "run" if kind == "run" else "folder", "identity": identity, "state": state,
+        "step": step, "files": listed, "runs": [],
+    }  # fmt: skip
+
+
+def _write(
+    store: Store, manifest: Manifest, files: list[LocalFile], before: Manifest | None, progress: Progress
+) -> int:
+    """Write what is not there yet, verify all of it, then the manifest; returns the bytes that were written."""
+    there = store.files()
+    progress.begin(f"comparing with {store.url}", sum(file["size"] for file in manifest["files"]))
+    paths = {file.name: file.path for file in files}
+    absent = [f for f in manifest["files"] if not _is_there(store, there, f, progress.count)]
+    if not absent and before == manifest and CLAIM not in there:
+        return 0
+    claim = to_bytes({"format": FORMAT, "identity": manifest["identity"]})
+    moved = sum(file["size"] for file in absent)
+    progress.begin(f"writing to {store.url}", moved)
+    store.put([(CLAIM, claim)])
+    for batch in _batches(absent):
+        store.put([(file["name"], paths[file["name"]]) for file in batch], progress.count)
+    there = store.files() if absent else there
+    progress.begin(f"reading back from {store.url}", moved)
+    for file in absent:
+        if not _is_there(store, there, file, progress.count):
+            raise HeadwiseError(
+                f"{file['name']} did not arrive whole at {store.url}, or it changed meanwhile; push again"
+            )
+    if store.read(CLAIM, limit=len(claim)) != claim:
+        raise HeadwiseError(f"another push writes to {store.url}; wait for it, then push again")
+    content = to_bytes(manifest)
+    store.put([(MANIFEST, content)])
+    if store.read(MANIFEST, limit=len(content)) != content:
+        raise HeadwiseError(f"{store.url} does not give back the manifest that was written; push again")
+    kept = {file["name"] for file in manifest["files"]}
+    stale = [file["name"] for file in (before or manifest)["files"] if file["name"] not in kept]
+    store.delete([CLAIM, *(name for name in stale if name in there)])
+    return moved
+
+
+def _batches(files: list[FileOfCopy]) -> Iterator[list[FileOfCopy]]:
+    batch: list[FileOfCopy] = []
+    for file in files:
+        if batch and (
+            len(batch) >= BATCH_FILES or sum(f["size"] for f in batch) + file["size"] > BATCH_BYTES
+        ):
+            yield batch
+            batch = []
+        batch.append(file)
+    if batch:
+        yield batch
+
+
+def _is_there(
+    store: Store, there: dict[str, Found], file: FileOfCopy, counted: Callable[[int], None]
+) -> bool:
+    found = there.get(file["name"])
+    if found is None or found.size != file["size"]:
+        counted(file["size"])
+        return False
+    return store.digest(file["name"], found, counted) == file["sha256"]
+
+
+def _needed(store: Store) -> Manifest:
+    manifest = read_manifest(store)
+    if manifest is None:
+        begun = read_claim(store) is not None
+        raise HeadwiseError(
+            f"the push to {store.url} has not ended; run it again, then pull"
+            if begun
+            else f"{store.url} holds no copy of a run: {MANIFEST} is missing"
+        )
+    return manifest
+
+
+def _fetch(store: Store, manifest: Manifest, folder: Path, progress: Progress) -> Copy:
+    """Fetch a copy into a folder that others do not see, and delete there what is not of it."""
+    inside = [(name, store.below(name)) for name in manifest["runs"]]
+    nested = [(name, at, _needed(at)) for name, at in inside]
+    if any(run["kind"] != "run" for _, _, run in nested):
+        raise HeadwiseError(f"{store.url} names a folder of runs as a run; its manifest is damaged")
+    files, moved = len(manifest["files"]), 0
+    size = sum(file["size"] for file in manifest["files"])
+    everything = size + sum(file["size"] for _, _, run in nested for file in run["files"])
+    if (free := shutil.disk_usage(folder).free) < everything:
+        raise HeadwiseError(
+            f"{store.url} has {size_of(everything)}, and {folder.parent} {size_of(free)} free"
+        )
+    progress.begin(f"fetching {store.url}", size)
+    expected = {file["name"] for file in manifest["files"]}
+    for file in manifest["files"]:
+        moved += _fetch_file(store, file, folder, progress.count)
+    runs = []
+    for name, at, run in nested:
+        place = place_inside(folder, name, store.url)
+        place.mkdir(parents=True, exist_ok=True)
+        runs.append(_fetch(at, run, place, progress))
+    _delete_others(folder, expected, tuple(manifest["runs"]))
+    copies.record(folder, store, manifest)
+    return Copy(
+        store.url, manifest["kind"], files + sum(copy.files for copy in runs),
+        size + sum(copy.size for copy in runs), moved + sum(copy.moved for copy in runs), tuple(runs),
+    )  # fmt: skip
+
+
+def _fetch_file(store: Store, file: FileOfCopy, folder: Path, counted: Callable[[int], None]) -> int:
+    """Fetch one file unless it is here already; returns the bytes that were fetched."""
+    place = place_inside(folder, file["name"], store.url)
+    if place.is_file() and _digest(place) == (file["size"], file["sha256"]):
+        counted(file["size"])
+        return 0
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft, digest, size = place.with_name(".pulled"), hashlib.sha256(), 0
+    with draft.open("wb") as out:
+        for chunk in store.chunks(file["name"], limit=file["size"]):
+            digest.update(chunk)
+            size += len(chunk)
+            out.write(chunk)
+            counted(len(chunk))
+        out.flush()
+        os.fsync(out.fileno())
+    if (size, digest.hexdigest()) != (file["size"], file["sha256"]):
+        draft.unlink()
+        raise HeadwiseError(f"{file['name']} of {store.url} is damaged: its SHA-256 is not the manifest's")
+    os.replace(draft, place)
+    return size
+
+
+def _delete_others(folder: Path, expected: set[str], runs: tuple[str, ...]) -> None:
+    """Delete what an earlier pull left that is not of this copy."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        name = path.relative_to(folder).as_posix()
+        if name in expected or any(name == run or name.startswith(f"{run}/") for run in runs):
+            continue
+        if not path.is_dir() or path.is_symlink():
+            path.unlink()
+        elif not any(path.iterdir()):
+            path.rmdir()
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    if folder.is_dir():
+        _refuse_taken(folder)
+        sweep(folder)
+        for name in BEGINNING:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    os.replace(partial, folder)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_taken(folder: Path) -> None:
+    if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):
+        RunFolder(folder).refuse_taken()  # a planned run may lie there
+
+
+def _refuse_running(folder: RunFolder) -> None:
+    status = folder.read_status()
+    if state_of(status) == "running":
+        raise HeadwiseError(
+            f"{folder.path} is running (process {status.get('pid')} of {status.get('host')}): wait for its end, "
+            "or push what there is of it with --snapshot"
+        )
+
+
+@contextmanager
+def _still(files: list[LocalFile]) -> Iterator[list[LocalFile]]:
+    """The files as they are now: what a run appends to is set aside, the rest is never written in place."""
+    with ExitStack() as stack:
+        still = []
+        aside: Path | None = None
+        for number, file in enumerate(files):
+            if file.path.suffix not in (".csv", ".txt", ".json", ".jsonl", ".log"):
+                still.append(file)
+                continue
+            if aside is None:
+                aside = Path(stack.enter_context(tempfile.TemporaryDirectory(suffix=DRAFT)))
+            place = aside / str(number)
+            with reading.opened(file.path) as source, place.open("wb") as out:
+                shutil.copyfileobj(source, out, CHUNK)
+            still.append(LocalFile(file.name, place, place.stat().st_size))
+        yield still
+
+
+def _digest(path: Path, counted: Callable[[int], None] = lambda _: None) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with reading.opened(path) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            counted(len(chunk))
+    return size, digest.hexdigest()
