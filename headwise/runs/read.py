@@ -25,13 +25,21 @@ from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.names import place_inside
 from headwise.reading.csvfile import LIMIT as CSV_LIMIT
-from headwise.runs.folder import STALE_S, STATES, known_format, state_of
+from headwise.runs.folder import METRICS, STALE_S, STATES, known_format, state_of
 from headwise.runs.schemas import Environment, Lengths, RunConfig, Status, StudyPlan, Summary
 
 if TYPE_CHECKING:
     import polars
 
 MARKS = ("status.json", "summary.json", "metrics.csv")
+PLAIN_LOG = 1 << 20
+"""Bytes of a metrics.csv that is judged without polars."""
+
+_NUMBER = r"-?[0-9]{1,18}(?:\.[0-9]{1,40})?(?:e[+-]?[0-9]{1,2})?"
+_PLAIN_LOG = re.compile(
+    rf"{','.join(METRICS)}\r?\n(?:[0-9]{{1,18}},[a-z]+(?:,(?:{_NUMBER})?){{{len(METRICS) - 2}}}\r?\n)*"
+)
+"""A log with `METRICS` as its columns and numbers in its cells."""
 
 
 class Unreadable(HeadwiseError):
@@ -102,7 +110,8 @@ class Run:
         """Why the run cannot be used, where one of its files is damaged or missing."""
         for name in ("status", "summary", "config", "env", "metrics"):
             try:
-                getattr(self, name)
+                if name != "metrics" or not _is_plain_log(self.path / "metrics.csv"):
+                    getattr(self, name)
             except Unreadable as error:
                 return str(error)
         if self.status.get("state") == "finished" and not self.summary:
@@ -171,16 +180,27 @@ class Run:
         return (self.plan or {}).get(name)
 
     def _from_files(self, name: str) -> Any:
+        if name not in ("step", "max_steps"):
+            return self.facts.get(name)
         try:
-            if name == "kind":
-                return self.config.get("model", {}).get("attention", {}).get("kind")
-            if name == "data_checksum":
-                return self.env.get("data", {}).get("checksum")
-            if name in ("step", "max_steps"):
-                return self.status.get(name)
-            return self.env.get(name, self.config.get(name))
-        except (Unreadable, AttributeError):  # a section that is not a mapping has no fields
+            return self.status.get(name)
+        except Unreadable:
             return None
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `get` knows from env.json and config.yaml: the values on top, the kind, the data's checksum."""
+        found: dict[str, Any] = {}
+        with suppress(Unreadable):
+            config = self.config
+            found |= {key: value for key, value in config.items() if not isinstance(value, dict)}
+            kind = config.get("model", {}).get("attention", {}).get("kind")
+            found |= {} if kind is None else {"kind": kind}
+        with suppress(Unreadable):
+            found |= self.env
+            checksum = self.env.get("data", {}).get("checksum")
+            found |= {} if checksum is None else {"data_checksum": checksum}
+        return found
 
     def curve(self, split: str, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (n,) and values (n,) of one column of `metrics.csv`, where it is not empty."""
@@ -309,14 +329,30 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 def find_runs(root: str | Path) -> list[Run]:
     """Every run folder at or below `root`, ordered by path; folders inside a run are not searched."""
-    runs = []
-    for folder, subfolders, files in os.walk(root):
-        path = Path(folder)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if any(mark in files for mark in MARKS):
-            subfolders.clear()
-            runs.append(Run(path, path.parent.name if _in_seed_folder(path) else None))
-    return runs
+    return [run_at(Path(folder)) for folder in _run_folders(str(root))]
+
+
+def run_at(path: Path) -> Run:
+    """The run of a folder that is in no study's plan."""
+    return Run(path, path.parent.name if _in_seed_folder(path) else None)
+
+
+def _run_folders(root: str) -> Iterator[str]:
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        inside: list[str] = []
+        is_run = False
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    is_run = is_run or entry.name in MARKS
+                elif not entry.name.startswith(".") and not entry.is_symlink():
+                    inside.append(entry.name)
+        if is_run:
+            yield folder
+        else:
+            waiting += [os.path.join(folder, name) for name in sorted(inside, reverse=True)]
 
 
 def _planned_runs(path: Path, plan: dict[str, Any]) -> Iterator[Run]:
@@ -383,6 +419,18 @@ def _yaml(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) 
     with _unreadable():
         content = reading.read_yaml(path, schema, accept=accept)
     return content
+
+
+def _is_plain_log(path: Path) -> bool:
+    """Whether metrics.csv has today's columns and a plain number in every cell: then nothing is wrong with it.
+
+    It is judged without polars, which takes a hundred times as long for a short file. A last line without its
+    newline does not count.
+    """
+    with suppress(reading.Unreadable):
+        text = reading.read_text(path, limit=PLAIN_LOG)
+        return _PLAIN_LOG.fullmatch(text, 0, text.rfind("\n") + 1) is not None
+    return False
 
 
 def _metrics(path: Path) -> polars.DataFrame:
