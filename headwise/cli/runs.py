@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     if not runs and not args.json:
         print(f"no runs below {args.root}: a run is a folder with a status.json")
         return 0
-    known = _known_columns(runs)
+    known = _known_columns(runs) if args.filter or args.sort else []
     chosen = [run for run in runs if all(_matches(run, f, known, root) for f in args.filter)]
     if args.sort:
         chosen = _sorted(chosen, args.sort, known, root)

@@ -237,7 +237,7 @@ def _listed(
     progress.begin("reading", sum(file.size for file in files))
     listed: list[FileOfCopy] = []
     for file in files:
-        size, digest = _digest(file.path, progress.count)
+        size, digest = digest_of(file.path, progress.count)
         listed.append({"name": file.name, "size": size, "sha256": digest})
     return {
         "format": FORMAT, "kind": "run" if kind == "run" else "folder", "identity": identity, "state": state,
@@ -348,7 +348,7 @@ def _fetch(store: Store, manifest: Manifest, folder: Path, progress: Progress) -
 def _fetch_file(store: Store, file: FileOfCopy, folder: Path, counted: Callable[[int], None]) -> int:
     """Fetch one file unless it is here already; returns the bytes that were fetched."""
     place = place_inside(folder, file["name"], store.url)
-    if place.is_file() and _digest(place) == (file["size"], file["sha256"]):
+    if place.is_file() and digest_of(place) == (file["size"], file["sha256"]):
         counted(file["size"])
         return 0
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -428,7 +428,8 @@ def _still(files: list[LocalFile]) -> Iterator[list[LocalFile]]:
         yield still
 
 
-def _digest(path: Path, counted: Callable[[int], None] = lambda _: None) -> tuple[int, str]:
+def digest_of(path: Path, counted: Callable[[int], None] = lambda _: None) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with reading.opened(path) as file:
         while chunk := file.read(CHUNK):
