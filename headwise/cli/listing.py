@@ -29,7 +29,9 @@ class Column:
     colours: Mapping[str, str] | None = None
 
 
-def table(columns: Sequence[Column], width: int | None, *, colour: bool = False) -> tuple[list[str], list[str]]:
+def table(
+    columns: Sequence[Column], width: int | None, *, colour: bool = False
+) -> tuple[list[str], list[str]]:
     """The lines of a table, its titles first, and the titles of the columns that were left out.
 
     Args:

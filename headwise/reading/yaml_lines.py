@@ -1,7 +1,7 @@
 """YAML as configurations are written, a key and a plain value a line: read line by line, or not at all.
 
-Ten thousand runs have ten thousand configurations, and most lines of one are lines of all. What is not of this
-form goes to `yaml_values.build`, which reads the same value from what is.
+Ten thousand runs have ten thousand configurations, and most lines of one are lines of all. What is not of
+this form goes to `yaml_values.build`, which reads the same value from what is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from headwise.reading.opening import Unreadable
 from headwise.reading.yaml_values import plain
 
-_LINE = re.compile(r"( *)([A-Za-z_][A-Za-z0-9_.@/+-]*):(?: (-?[A-Za-z0-9_./+][A-Za-z0-9_./@=+-]*|\[\]|\{\}))?")
+_LINE = re.compile(
+    r"( *)([A-Za-z_][A-Za-z0-9_.@/+-]*):(?: (-?[A-Za-z0-9_./+][A-Za-z0-9_./@=+-]*|\[\]|\{\}))?"
+)
 LONGEST_LINE = 500
 
 

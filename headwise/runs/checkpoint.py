@@ -167,7 +167,7 @@ def mark_best(folder: Path, checkpoint: str, loss: float) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints and the best; none where best.json cannot tell which it is."""
+    """Delete all but the last `keep` checkpoints and the best; none where best.json is damaged."""
     kept = best(folder)
     if kept is None and os.path.lexists(folder / "best.json"):
         return

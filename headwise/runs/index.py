@@ -1,8 +1,8 @@
 """A cache of what lists read of runs: `.headwise-index` in the folder that is listed.
 
-It may be deleted at any time. An entry counts while the files that it was read from are the same: inode, size,
-time of change and of modification. What a run's state comes to is judged anew each time, so a run whose process
-died is not listed as running.
+It may be deleted at any time. An entry counts while the files that it was read from are the same: inode,
+size, time of change and of modification. What a run's state comes to is judged anew each time, so a run whose
+process died is not listed as running.
 """
 
 from __future__ import annotations

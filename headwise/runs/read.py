@@ -189,7 +189,7 @@ class Run:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What `get` knows from env.json and config.yaml: the values on top, the kind, the data's checksum."""
+        """What `get` takes from env.json and config.yaml: values on top, the kind, the data's checksum."""
         found: dict[str, Any] = {}
         with suppress(Unreadable):
             config = self.config
@@ -422,7 +422,7 @@ def _yaml(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) 
 
 
 def _is_plain_log(path: Path) -> bool:
-    """Whether metrics.csv has today's columns and a plain number in every cell: then nothing is wrong with it.
+    """Whether metrics.csv has today's columns and plain numbers in its cells: then it is not damaged.
 
     It is judged without polars, which takes a hundred times as long for a short file. A last line without its
     newline does not count.

@@ -44,9 +44,6 @@ from headwise.runs.remote import BATCH_BYTES, BATCH_FILES, CHUNK, Found, Store, 
 
 __all__ = ["Copy", "open_store", "pull", "push", "verify"]
 
-BESIDE = (".gitattributes", "README.md")
-"""Files that a new repository has."""
-
 
 class Progress(Protocol):
     """Told of what is being done, and of the bytes of it."""
@@ -80,6 +77,7 @@ class Copy:
         kind: of one `run`, or of a `folder` of runs.
         files, size: how many, and their bytes; those of the runs inside included.
         moved: bytes that were written or fetched now; the rest was there.
+        lasting: it does not end with this process, as one in memory does.
         runs: copies of the runs inside.
     """
 
@@ -88,6 +86,7 @@ class Copy:
     files: int
     size: int
     moved: int
+    lasting: bool = True
     runs: tuple[Copy, ...] = ()
 
 
@@ -131,8 +130,8 @@ def pull(source: str | Path, folder: str | Path, *, progress: Progress = SILENT)
     A folder in which a run was planned and never began is replaced.
 
     Raises:
-        HeadwiseError: there is no whole copy, a file of it is damaged, `folder` is taken, the disk is full, or
-            the store cannot be reached.
+        HeadwiseError: there is no whole copy, a file of it is damaged, `folder` is taken, the disk is full,
+            or the store cannot be reached.
     """
     store, folder = open_store(source), Path(folder)
     must_be_folder(folder)
@@ -177,11 +176,7 @@ def _push_folder(path: Path, runs: list[Path], store: Store, progress: Progress)
         manifest["runs"] = sorted(names)
         moved = _write(store, manifest, still, before, progress)
     copies.record(path, store, manifest)
-    size = sum(file["size"] for file in manifest["files"])
-    return Copy(
-        store.url, "folder", len(own) + sum(copy.files for copy in inside),
-        size + sum(copy.size for copy in inside), moved + sum(copy.moved for copy in inside), inside,
-    )  # fmt: skip
+    return _copy(store, manifest, moved, inside)
 
 
 def _push_run(folder: RunFolder, store: Store, progress: Progress) -> Copy:
@@ -194,7 +189,20 @@ def _push_run(folder: RunFolder, store: Store, progress: Progress) -> Copy:
             _refuse_to_lose(before, manifest, store)
         moved = _write(store, manifest, files, before, progress)
     copies.record(folder.path, store, manifest)
-    return Copy(store.url, "run", len(files), sum(file.size for file in files), moved)
+    return _copy(store, manifest, moved)
+
+
+def _copy(store: Store, manifest: Manifest, moved: int, runs: tuple[Copy, ...] = ()) -> Copy:
+    size = sum(file["size"] for file in manifest["files"])
+    return Copy(
+        store.url,
+        manifest["kind"],
+        len(manifest["files"]) + sum(copy.files for copy in runs),
+        size + sum(copy.size for copy in runs),
+        moved + sum(copy.moved for copy in runs),
+        store.lasting,
+        runs,
+    )
 
 
 def _begin(store: Store, identity: str, folder: Path) -> Manifest | None:
@@ -205,11 +213,17 @@ def _begin(store: Store, identity: str, folder: Path) -> Manifest | None:
             raise HeadwiseError(
                 f"{store.url} holds a copy of something else than {folder}; give another place"
             )
-    if before is None and claim is None and (others := set(store.files()) - set(BESIDE)):
+    others = set() if before or claim else {name for name in store.files() if not _is_beside(name)}
+    if others:
         raise HeadwiseError(
             f"{store.url} holds other files, such as {min(others)[:80]}; give an empty place for the copy"
         )
     return before
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a file is one that a new repository has, or hidden: no copy has such a file."""
+    return name == "README.md" or name.startswith(".")
 
 
 def _refuse_to_lose(before: Manifest, now: Manifest, store: Store) -> None:
@@ -248,7 +262,7 @@ def _listed(
 def _write(
     store: Store, manifest: Manifest, files: list[LocalFile], before: Manifest | None, progress: Progress
 ) -> int:
-    """Write what is not there yet, verify all of it, then the manifest; returns the bytes that were written."""
+    """Write what is not there yet, verify all of it, then the manifest; returns the bytes written."""
     there = store.files()
     progress.begin(f"comparing with {store.url}", sum(file["size"] for file in manifest["files"]))
     paths = {file.name: file.path for file in files}
@@ -321,7 +335,7 @@ def _fetch(store: Store, manifest: Manifest, folder: Path, progress: Progress) -
     nested = [(name, at, _needed(at)) for name, at in inside]
     if any(run["kind"] != "run" for _, _, run in nested):
         raise HeadwiseError(f"{store.url} names a folder of runs as a run; its manifest is damaged")
-    files, moved = len(manifest["files"]), 0
+    moved = 0
     size = sum(file["size"] for file in manifest["files"])
     everything = size + sum(file["size"] for _, _, run in nested for file in run["files"])
     if (free := shutil.disk_usage(folder).free) < everything:
@@ -339,10 +353,7 @@ def _fetch(store: Store, manifest: Manifest, folder: Path, progress: Progress) -
         runs.append(_fetch(at, run, place, progress))
     _delete_others(folder, expected, tuple(manifest["runs"]))
     copies.record(folder, store, manifest)
-    return Copy(
-        store.url, manifest["kind"], files + sum(copy.files for copy in runs),
-        size + sum(copy.size for copy in runs), moved + sum(copy.moved for copy in runs), tuple(runs),
-    )  # fmt: skip
+    return _copy(store, manifest, moved, tuple(runs))
 
 
 def _fetch_file(store: Store, file: FileOfCopy, folder: Path, counted: Callable[[int], None]) -> int:
@@ -404,8 +415,8 @@ def _refuse_running(folder: RunFolder) -> None:
     status = folder.read_status()
     if state_of(status) == "running":
         raise HeadwiseError(
-            f"{folder.path} is running (process {status.get('pid')} of {status.get('host')}): wait for its end, "
-            "or push what there is of it with --snapshot"
+            f"{folder.path} is running (process {status.get('pid')} of {status.get('host')}): wait for its "
+            "end, or push what there is of it with --snapshot"
         )
 
 
