@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 GAP = "  "
+NARROWEST = 8
+"""Cells that text is wrapped into where all else was left out."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def table(
         while sum((widths | least)[c.title] for c in shown) + len(GAP) * (len(shown) - 1) > width:
             leaving = [column for column in shown if column.leaves is not None]
             if not leaving:
+                least = {title: min(cells, NARROWEST) for title, cells in least.items()}
                 break
             shown.remove(min(leaving, key=lambda column: column.leaves or 0))
         _narrow([c for c in shown if c.wraps], shown, widths, least, width)

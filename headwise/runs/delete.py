@@ -67,8 +67,8 @@ def may_delete(
         roots: where those others are looked for; if none is given, in `runs` and beside the runs.
 
     Raises:
-        HeadwiseError: a folder is no run, or the run is running; other runs start from it; or no verified copy
-            holds its weights. Names the first.
+        HeadwiseError: a folder is no run, or its run is running; other runs start from it; or no verified
+            copy holds its weights. Names the first.
     """
     paths = [_run_folder(folder) for folder in folders]
     if not although_used:

@@ -58,12 +58,17 @@ class _Decoders:
 
 
 def listed(
-    root: str | Path, *, least: int = LEAST, told: Callable[[int, int], None] = lambda done, of: None
+    root: str | Path,
+    *,
+    least: int = LEAST,
+    settled_s: float = SETTLED_S,
+    told: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Run]:
     """Every run at or below `root` as `find_runs` finds it; what a list shows of it has been read.
 
     Args:
         least: write the index when at least so many runs were read anew.
+        settled_s: seconds since a run's files changed last, for it to be kept in the index.
         told: how many runs were read, and of how many.
     """
     root = Path(root)
@@ -77,7 +82,7 @@ def listed(
         stamps = _stamps(place)
         entry = before.get(place[start:])
         if entry is None or entry.stamps != stamps or not _fill(run, entry):
-            entry, anew = _entry(run, stamps), anew + 1
+            entry, anew = _entry(run, stamps, settled_s), anew + 1
             told(number + 1, len(runs))
         if entry is not None:
             entries[place[start:]] = entry
@@ -112,12 +117,12 @@ def _fill(run: Run, entry: _Entry) -> bool:
     return True
 
 
-def _entry(run: Run, stamps: list[int]) -> _Entry | None:
+def _entry(run: Run, stamps: list[int], settled_s: float) -> _Entry | None:
     """Read a run; None where its entry cannot be kept."""
     problem, facts = run.problem, run.facts
     body = _Body(_part(run, "status"), _part(run, "summary"), facts, problem)
     newest = max(max(stamps[2::4]), max(stamps[3::4]))
-    if time.time_ns() - newest < SETTLED_S * 1e9:
+    if time.time_ns() - newest < settled_s * 1e9:
         return None
     try:
         content = msgspec.msgpack.encode(body)

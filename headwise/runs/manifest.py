@@ -1,8 +1,8 @@
 """What a copy of a run holds: `headwise-copy.json`, which a push writes last.
 
 A copy of one run lists its files. A copy of a folder of runs lists the folder's own files, and the names of
-the runs, each of which is a copy inside with a manifest of its own. `headwise-push.json` lies there while a push
-is under way, and tells whose it is.
+the runs, each of which is a copy inside with a manifest of its own. While a push is under way,
+`headwise-push.json` lies there and tells whose it is.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
 """Runs and studies as folders: found by reading, judged by what their files say.
 
 A run is any folder with a `status.json`, `summary.json` or `metrics.csv`; a study is a folder
-with a `study.yaml`. Nothing else is kept anywhere, so nothing can disagree with the folders.
+with a `study.yaml`. Nothing else is kept anywhere, so nothing can disagree with the folders;
+`index.py` caches what lists read, by the identity of the files.
 Files are read when asked for. A damaged file makes the run's state `failed`, with the reason.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,26 +23,15 @@ import numpy as np
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.names import place_inside
-from headwise.reading.csvfile import LIMIT as CSV_LIMIT
-from headwise.runs.folder import METRICS, STALE_S, STATES, known_format, state_of
+from headwise.runs.folder import STALE_S, STATES, known_format, state_of
+from headwise.runs.log import Unreadable as Unreadable
+from headwise.runs.log import is_plain_log, read_log, unreadable
 from headwise.runs.schemas import Environment, Lengths, RunConfig, Status, StudyPlan, Summary
 
 if TYPE_CHECKING:
     import polars
 
 MARKS = ("status.json", "summary.json", "metrics.csv")
-PLAIN_LOG = 1 << 20
-"""Bytes of a metrics.csv that is judged without polars."""
-
-_NUMBER = r"-?[0-9]{1,18}(?:\.[0-9]{1,40})?(?:e[+-]?[0-9]{1,2})?"
-_PLAIN_LOG = re.compile(
-    rf"{','.join(METRICS)}\r?\n(?:[0-9]{{1,18}},[a-z]+(?:,(?:{_NUMBER})?){{{len(METRICS) - 2}}}\r?\n)*"
-)
-"""A log with `METRICS` as its columns and numbers in its cells."""
-
-
-class Unreadable(HeadwiseError):
-    """A file of a run folder exists and cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,7 @@ class Run:
         A last line without its newline (the process was killed while writing) is dropped; of a
         step that was repeated after a resume the later line counts. Raises `Unreadable`.
         """
-        return _metrics(self.path / "metrics.csv")
+        return read_log(self.path / "metrics.csv")
 
     @cached_property
     def heads(self) -> polars.DataFrame | None:
@@ -110,7 +98,7 @@ class Run:
         """Why the run cannot be used, where one of its files is damaged or missing."""
         for name in ("status", "summary", "config", "env", "metrics"):
             try:
-                if name != "metrics" or not _is_plain_log(self.path / "metrics.csv"):
+                if name != "metrics" or not is_plain_log(self.path / "metrics.csv"):
                     getattr(self, name)
             except Unreadable as error:
                 return str(error)
@@ -409,76 +397,16 @@ def _silence(status: dict[str, Any]) -> str:
 
 def _json(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    with _unreadable():
+    with unreadable():
         content = reading.read_json(path, schema, accept=accept)
     return content
 
 
 def _yaml(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    with _unreadable():
+    with unreadable():
         content = reading.read_yaml(path, schema, accept=accept)
     return content
-
-
-def _is_plain_log(path: Path) -> bool:
-    """Whether metrics.csv has today's columns and plain numbers in its cells: then it is not damaged.
-
-    It is judged without polars, which takes a hundred times as long for a short file. A last line without its
-    newline does not count.
-    """
-    with suppress(reading.Unreadable):
-        text = reading.read_text(path, limit=PLAIN_LOG)
-        return _PLAIN_LOG.fullmatch(text, 0, text.rfind("\n") + 1) is not None
-    return False
-
-
-def _metrics(path: Path) -> polars.DataFrame:
-    import polars as pl
-
-    text = ""
-    with _unreadable():
-        text = reading.read_text(path, limit=CSV_LIMIT)
-    if not text:
-        return pl.DataFrame(schema={"step": pl.Int64, "split": pl.String})
-    whole = text[: text.rfind("\n") + 1]
-    _must_be_even(whole, path)
-    with _unreadable(), reading.library_problems(path):
-        frame = pl.read_csv(whole.encode(), infer_schema=False, truncate_ragged_lines=True)
-    if not {"step", "split"} <= set(frame.columns):
-        raise Unreadable(f"unreadable {path.name}: no columns step and split in its first line")
-    numbers = [pl.col(c).cast(pl.Float64, strict=False) for c in frame.columns if c not in ("step", "split")]
-    empty = frame.null_count()
-    frame = frame.with_columns(pl.col("step").cast(pl.Int64, strict=False), *numbers)
-    for name in frame.columns:
-        if frame[name].null_count() > (0 if name == "step" else empty[name].item()):
-            raise Unreadable(f"unreadable {path.name}: a value of column {name} is not a number")
-    return frame.unique(["step", "split"], keep="last", maintain_order=True).sort("step", maintain_order=True)
-
-
-def _must_be_even(text: str, path: Path) -> None:
-    """Refuse lines with more or fewer cells than the first, which a reader would cut or fill."""
-    width = None
-    try:
-        for number, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
-            width = width or len(line)
-            if len(line) != width:
-                raise Unreadable(
-                    f"unreadable {path.name}: line {number} has {len(line)} cells for {width} columns"
-                )
-    except csv.Error as error:
-        raise Unreadable(f"unreadable {path.name}: {error}") from None
-
-
-@contextmanager
-def _unreadable() -> Iterator[None]:
-    """Whatever is wrong with a file within, by its name; nothing where there is no file."""
-    try:
-        yield
-    except reading.Missing:
-        pass
-    except reading.Unreadable as error:
-        raise Unreadable(f"unreadable {Path(str(error.path)).name}: {error.reason}") from error
 
 
 def _int(text: str) -> int | None:
