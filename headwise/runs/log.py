@@ -23,7 +23,7 @@ PLAIN_LOG = 1 << 20
 
 _NUMBER = r"-?[0-9]{1,18}(?:\.[0-9]{1,40})?(?:e[+-]?[0-9]{1,2})?"
 _PLAIN_LOG = re.compile(
-    rf"{','.join(METRICS)}\r\n(?:[0-9]{{1,18}},[a-z]+(?:,(?:{_NUMBER})?){{{len(METRICS) - 2}}}\r\n)*"
+    rf"{','.join(METRICS)}(\r?\n)(?:[0-9]{{1,18}},[a-z]+(?:,(?:{_NUMBER})?){{{len(METRICS) - 2}}}\1)*"
 )
 """A log with `METRICS` as its columns and numbers in its cells."""
 
