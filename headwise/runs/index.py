@@ -7,10 +7,11 @@ process died is not listed as running.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +72,11 @@ def listed(
         settled_s: seconds since a run's files changed last, for it to be kept in the index.
         told: how many runs were read, and of how many.
     """
-    root = Path(root)
+    with _uncollected():
+        return _listed(Path(root), least, settled_s, told)
+
+
+def _listed(root: Path, least: int, settled_s: float, told: Callable[[int, int], None]) -> list[Run]:
     runs = find_runs(root)
     before = _read(root)
     entries: dict[str, _Entry] = {}
@@ -89,6 +94,18 @@ def listed(
     if anew >= least:
         _write(root, entries)
     return runs
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would go through all that was read again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _stamps(place: str) -> list[int]:
