@@ -1,4 +1,4 @@
-"""`headwise runs`: list, filter and sort the runs below a folder."""
+"""`headwise runs`: list, filter and sort the runs below a folder; push, pull and delete runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import math
 import operator
 import re
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError, did_you_mean
-from headwise.runs.read import Run, Unreadable, find_runs
+from headwise.runs.index import listed
+from headwise.runs.read import Run, Unreadable
 
 COLUMNS = {
     "run": "run", "kind": "kind", "seed": "seed", "state": "state", "step": "step",
@@ -21,6 +24,16 @@ COLUMNS = {
     "wall_s": "wall s", "reason": "reason",
 }  # fmt: skip
 FURTHER = ("variant", "path", "max_steps", "engine", "device", "data_checksum")
+LEAVE = (
+    "wall_s", "val_accuracy", "params_total", "val_bits_per_byte", "tokens_per_sec", "train_loss", "seed",
+    "step", "kind",
+)  # fmt: skip
+"""Columns that a narrow terminal does not show, the first of them first."""
+
+WRAP = {"run": 40, "reason": 16}
+"""Cells that columns of text are wrapped into at the narrowest."""
+
+ACTIONS = ("push", "pull", "delete")
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt,
     "<=": operator.le, ">=": operator.ge,
@@ -29,15 +42,20 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 
 def main(argv: list[str]) -> int:
     """Print the runs as a table, or as JSON."""
+    if argv and argv[0] in ACTIONS:
+        from headwise.cli import runs_copies
+
+        code: int = getattr(runs_copies, argv[0])(argv[1:])
+        return code
     args = _parser().parse_args(argv)
     root = Path(args.root)
     if not root.is_dir():
         raise HeadwiseError(f"no folder {args.root!r} to look for runs in; give the folder that holds them")
-    runs = find_runs(root)
+    runs = listed(root, told=_told())
     if not runs and not args.json:
         print(f"no runs below {args.root}: a run is a folder with a status.json")
         return 0
-    known = _known_columns(runs)
+    known = _known_columns(runs) if args.filter or args.sort else []
     chosen = [run for run in runs if all(_matches(run, f, known, root) for f in args.filter)]
     if args.sort:
         chosen = _sorted(chosen, args.sort, known, root)
@@ -48,19 +66,25 @@ def main(argv: list[str]) -> int:
     elif not chosen:
         print(f"none of the {len(runs)} runs below {args.root} matches {' '.join(args.filter)}")
     else:
-        _print_table(chosen, root, f"{len(chosen)} of {len(runs)} runs below {args.root}")
+        title = f"{len(chosen):,} of {len(runs):,} runs below {args.root}"
+        _print_table(chosen, root, title, (args.sort or "").removeprefix("-"))
     return 0
 
 
 def value(run: Run, column: str, root: Path) -> Any:
     """One cell; `run` is the folder below `root`."""
     if column == "run":
-        return run.path.relative_to(root).as_posix() if run.path != root else root.resolve().name
+        return str(run.path)[len(str(root)) :].lstrip("/") if run.path != root else root.resolve().name
     return run.get(column)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="headwise runs", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="headwise runs",
+        description="List, filter and sort the runs below a folder.",
+        epilog="`headwise runs push`, `pull` and `delete` copy runs to a store, fetch them and delete them; "
+        "each has its own --help. A folder of such a name is listed as ./push.",
+    )
     parser.add_argument("root", nargs="?", default="runs", help="folder to search (default: runs)")
     parser.add_argument("--sort", metavar="COLUMN", help="ascending; -COLUMN descending, as --sort=-step")
     parser.add_argument(
@@ -136,33 +160,59 @@ def _record(run: Run, root: Path) -> dict[str, Any]:
     return summary | cells
 
 
-def _print_table(runs: list[Run], root: Path, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _told() -> Callable[[int, int], None]:
+    """Says on a terminal, a few times a second, how many runs were read, where that takes long."""
+    if not sys.stderr.isatty():
+        return lambda done, of: None
+    begun = shown = time.monotonic()
+
+    def told(done: int, of: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 0.5 or (done == of and shown > begun):
+            shown = now
+            left = (now - begun) / done * (of - done)
+            end = "\r\x1b[K" if done == of else ""
+            line = f"\rread {done:,} of {of:,} runs, {done / (now - begun):,.0f} a second, {left:.0f} s left"
+            print(f"{line}\x1b[K{end}", end="", file=sys.stderr, flush=True)
+
+    return told
+
+
+def _print_table(runs: list[Run], root: Path, title: str, sorted_by: str) -> None:
+    from headwise.cli.listing import Column, plain, table
 
     colours = {"finished": "green", "running": "cyan", "planned": "dim", "skipped": "dim",
-               "interrupted": "yellow", "timed_out": "yellow", "out_of_memory": "yellow"}  # fmt: skip
-    rows = [{name: value(run, name, root) for name in COLUMNS} for run in runs]
-    shown = [n for n in COLUMNS if any(row[n] not in (None, "") for row in rows)]
-    if all("seed_" in row["run"] for row in rows) and "seed" in shown:
-        shown.remove("seed")
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for name in shown:
-        numeric = any(isinstance(row[name], int | float) for row in rows)
-        table.add_column(
-            COLUMNS[name], justify="right" if numeric else "left",
-            no_wrap=name != "reason", overflow="fold",
-        )  # fmt: skip
-    for row in rows:
-        cells = [Text(_cell(name, row[name])) for name in shown]
-        if "state" in shown:
-            cells[shown.index("state")].stylize(colours.get(row["state"], "red"))
-        table.add_row(*cells)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)  # a pipe has no width to fit
-    console.print(table)
+               "interrupted": "yellow", "timed_out": "yellow", "out_of_memory": "yellow",
+               "failed": "red", "diverged": "red"}  # fmt: skip
+    columns = []
+    in_folders = False
+    for name in COLUMNS:
+        cells = [value(run, name, root) for run in runs]
+        in_folders = in_folders or (name == "run" and all("seed_" in cell for cell in cells))
+        if (name == "seed" and in_folders) or all(cell in (None, "") for cell in cells):
+            continue
+        number = any(isinstance(cell, int | float) for cell in cells)
+        columns.append(
+            Column(
+                COLUMNS[name],
+                [plain(_cell(name, cell)) for cell in cells],
+                number=number,
+                wraps=WRAP.get(name),
+                leaves=LEAVE.index(name) if name in LEAVE and name != sorted_by else None,
+                colours=colours if name == "state" else None,
+            )
+        )
+    width, colour = None, False
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+        width, colour = console.width, console.color_system is not None and not console.no_color
+    lines, left_out = table(columns, width, colour=colour)
+    if left_out:
+        lines.append(f"not shown in {width} columns: {', '.join(left_out)}; --json prints all")
+    print(plain(title), *lines, sep="\n")
 
 
 def _cell(name: str, cell: Any) -> str:

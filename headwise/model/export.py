@@ -63,8 +63,7 @@ def export(
         HeadwiseError: the setting that no architecture expresses, a folder that is taken, or a full disk.
     """
     folder = local(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise HeadwiseError(f"{folder} exists and is not an empty folder; give another --out")
+    _refuse_taken(folder)
     from transformers import GenerationConfig
 
     family = family_of(model, name)
@@ -77,7 +76,14 @@ def export(
         GenerationConfig.from_model_config(config).save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        return _difference(model, draft, name)
+        difference = _difference(model, draft, name)
+        _refuse_taken(folder)  # another process may have written there meanwhile
+    return difference
+
+
+def _refuse_taken(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise HeadwiseError(f"{folder} exists and is not an empty folder; give another --out")
 
 
 def _is_softmax(kind: type[Attention]) -> bool:

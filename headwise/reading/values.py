@@ -21,6 +21,8 @@ KINDS = {
 }  # fmt: skip
 """What msgspec calls the types of plain values, in words."""
 YAML_VALUES = 200_000
+YAML_LINES = 50_000
+"""Lines that are read one by one: fewer values than `YAML_VALUES`."""
 DIGITS = 40
 """Digits of the longest whole number; the FLOPs of a run have 30."""
 
@@ -119,10 +121,13 @@ def parse_yaml(text: str) -> Any:
     """
     import yaml
 
+    from headwise.reading.yaml_lines import build_lines
     from headwise.reading.yaml_values import build
 
     if len(text) > YAML_LIMIT:
         raise Unreadable(None, f"it is larger than the {YAML_LIMIT >> 20} MB that YAML may have here")
+    if text.count("\n") <= YAML_LINES and (lines := build_lines(text, depth=DEPTH)) is not None:
+        return lines
     try:
         return build(text, depth=DEPTH, values=YAML_VALUES)
     except yaml.MarkedYAMLError as error:

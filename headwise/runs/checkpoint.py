@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def weights_digest(path: Path) -> str | None:
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint of the highest step below `folder`, or None."""
-    return max(_all(folder), default=None)
+    return max(_all(folder), key=_step, default=None)
 
 
 def best(folder: Path) -> Path | None:
@@ -166,9 +167,11 @@ def mark_best(folder: Path, checkpoint: str, loss: float) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints and the best."""
+    """Delete all but the last `keep` checkpoints and the best; none where best.json is damaged."""
     kept = best(folder)
-    for path in sorted(_all(folder))[:-keep]:
+    if kept is None and os.path.lexists(folder / "best.json"):
+        return
+    for path in sorted(_all(folder), key=_step)[:-keep]:
         if path != kept:
             remove_folder(path)
 
@@ -246,6 +249,10 @@ def load_weights(
 
 def _all(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step_*") if path.is_dir() and _is_checkpoint(path)]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _is_checkpoint(path: Path) -> bool:

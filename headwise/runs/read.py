@@ -1,19 +1,18 @@
 """Runs and studies as folders: found by reading, judged by what their files say.
 
 A run is any folder with a `status.json`, `summary.json` or `metrics.csv`; a study is a folder
-with a `study.yaml`. Nothing else is kept anywhere, so nothing can disagree with the folders.
+with a `study.yaml`. Nothing else is kept anywhere, so nothing can disagree with the folders;
+`index.py` caches what lists read, by the identity of the files.
 Files are read when asked for. A damaged file makes the run's state `failed`, with the reason.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,18 +23,15 @@ import numpy as np
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.names import place_inside
-from headwise.reading.csvfile import LIMIT as CSV_LIMIT
 from headwise.runs.folder import STALE_S, STATES, known_format, state_of
+from headwise.runs.log import Unreadable as Unreadable
+from headwise.runs.log import is_plain_log, read_log, unreadable
 from headwise.runs.schemas import Environment, Lengths, RunConfig, Status, StudyPlan, Summary
 
 if TYPE_CHECKING:
     import polars
 
 MARKS = ("status.json", "summary.json", "metrics.csv")
-
-
-class Unreadable(HeadwiseError):
-    """A file of a run folder exists and cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Run:
         A last line without its newline (the process was killed while writing) is dropped; of a
         step that was repeated after a resume the later line counts. Raises `Unreadable`.
         """
-        return _metrics(self.path / "metrics.csv")
+        return read_log(self.path / "metrics.csv")
 
     @cached_property
     def heads(self) -> polars.DataFrame | None:
@@ -102,7 +98,8 @@ class Run:
         """Why the run cannot be used, where one of its files is damaged or missing."""
         for name in ("status", "summary", "config", "env", "metrics"):
             try:
-                getattr(self, name)
+                if name != "metrics" or not is_plain_log(self.path / "metrics.csv"):
+                    getattr(self, name)
             except Unreadable as error:
                 return str(error)
         if self.status.get("state") == "finished" and not self.summary:
@@ -171,16 +168,27 @@ class Run:
         return (self.plan or {}).get(name)
 
     def _from_files(self, name: str) -> Any:
+        if name not in ("step", "max_steps"):
+            return self.facts.get(name)
         try:
-            if name == "kind":
-                return self.config.get("model", {}).get("attention", {}).get("kind")
-            if name == "data_checksum":
-                return self.env.get("data", {}).get("checksum")
-            if name in ("step", "max_steps"):
-                return self.status.get(name)
-            return self.env.get(name, self.config.get(name))
-        except (Unreadable, AttributeError):  # a section that is not a mapping has no fields
+            return self.status.get(name)
+        except Unreadable:
             return None
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `get` takes from env.json and config.yaml: values on top, the kind, the data's checksum."""
+        found: dict[str, Any] = {}
+        with suppress(Unreadable):
+            config = self.config
+            found |= {key: value for key, value in config.items() if not isinstance(value, dict)}
+            kind = config.get("model", {}).get("attention", {}).get("kind")
+            found |= {} if kind is None else {"kind": kind}
+        with suppress(Unreadable):
+            found |= self.env
+            checksum = self.env.get("data", {}).get("checksum")
+            found |= {} if checksum is None else {"data_checksum": checksum}
+        return found
 
     def curve(self, split: str, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (n,) and values (n,) of one column of `metrics.csv`, where it is not empty."""
@@ -322,14 +330,30 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 def find_runs(root: str | Path) -> list[Run]:
     """Every run folder at or below `root`, ordered by path; folders inside a run are not searched."""
-    runs = []
-    for folder, subfolders, files in os.walk(root):
-        path = Path(folder)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if any(mark in files for mark in MARKS):
-            subfolders.clear()
-            runs.append(Run(path, path.parent.name if _in_seed_folder(path) else None))
-    return runs
+    return [run_at(Path(folder)) for folder in _run_folders(str(root))]
+
+
+def run_at(path: Path) -> Run:
+    """The run of a folder that is in no study's plan."""
+    return Run(path, path.parent.name if _in_seed_folder(path) else None)
+
+
+def _run_folders(root: str) -> Iterator[str]:
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        inside: list[str] = []
+        is_run = False
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    is_run = is_run or entry.name in MARKS
+                elif not entry.name.startswith(".") and not entry.is_symlink():
+                    inside.append(entry.name)
+        if is_run:
+            yield folder
+        else:
+            waiting += [os.path.join(folder, name) for name in sorted(inside, reverse=True)]
 
 
 def _planned_runs(path: Path, plan: dict[str, Any]) -> Iterator[Run]:
@@ -386,64 +410,16 @@ def _silence(status: dict[str, Any]) -> str:
 
 def _json(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    with _unreadable():
+    with unreadable():
         content = reading.read_json(path, schema, accept=accept)
     return content
 
 
 def _yaml(path: Path, schema: Any, accept: Callable[[Any], None] | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    with _unreadable():
+    with unreadable():
         content = reading.read_yaml(path, schema, accept=accept)
     return content
-
-
-def _metrics(path: Path) -> polars.DataFrame:
-    import polars as pl
-
-    text = ""
-    with _unreadable():
-        text = reading.read_text(path, limit=CSV_LIMIT)
-    if not text:
-        return pl.DataFrame(schema={"step": pl.Int64, "split": pl.String})
-    whole = text[: text.rfind("\n") + 1]
-    _must_be_even(whole, path)
-    with _unreadable(), reading.library_problems(path):
-        frame = pl.read_csv(whole.encode(), infer_schema=False, truncate_ragged_lines=True)
-    if not {"step", "split"} <= set(frame.columns):
-        raise Unreadable(f"unreadable {path.name}: no columns step and split in its first line")
-    numbers = [pl.col(c).cast(pl.Float64, strict=False) for c in frame.columns if c not in ("step", "split")]
-    empty = frame.null_count()
-    frame = frame.with_columns(pl.col("step").cast(pl.Int64, strict=False), *numbers)
-    for name in frame.columns:
-        if frame[name].null_count() > (0 if name == "step" else empty[name].item()):
-            raise Unreadable(f"unreadable {path.name}: a value of column {name} is not a number")
-    return frame.unique(["step", "split"], keep="last", maintain_order=True).sort("step", maintain_order=True)
-
-
-def _must_be_even(text: str, path: Path) -> None:
-    """Refuse lines with more or fewer cells than the first, which a reader would cut or fill."""
-    width = None
-    try:
-        for number, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
-            width = width or len(line)
-            if len(line) != width:
-                raise Unreadable(
-                    f"unreadable {path.name}: line {number} has {len(line)} cells for {width} columns"
-                )
-    except csv.Error as error:
-        raise Unreadable(f"unreadable {path.name}: {error}") from None
-
-
-@contextmanager
-def _unreadable() -> Iterator[None]:
-    """Whatever is wrong with a file within, by its name; nothing where there is no file."""
-    try:
-        yield
-    except reading.Missing:
-        pass
-    except reading.Unreadable as error:
-        raise Unreadable(f"unreadable {Path(str(error.path)).name}: {error.reason}") from error
 
 
 def _int(text: str) -> int | None:

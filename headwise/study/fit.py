@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 
 from headwise.config.run import Config, load, to_yaml
 from headwise.data import open_data
+from headwise.runs.delete import discard
 from headwise.study.memory_size import parse_size
 from headwise.study.study import Study
 from headwise.training.distributed import find_device
@@ -110,7 +110,7 @@ def train_to_fit(run: PlannedRun) -> None:
                 folder.start(to_yaml(config))
             folder.write_status("out_of_memory", reason=reason, fit=about)
             return
-        shutil.rmtree(folder.path, ignore_errors=True)  # what a run left that never took a whole step
+        discard(folder.path)  # what a run left that never took a whole step
         folder.write_status("planned", fit=about)
         folder.say(
             f"{reason}; starting again with data.batch_size={less.data.batch_size} and "

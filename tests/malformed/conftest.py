@@ -45,6 +45,7 @@ def made(root: Path) -> None:
     run = root / "study" / "a" / "seed_0"
     done("train", *COPY, "--training.max_steps=2", "--model.attention.kind=selective", "--out", run,
          "--measure.entanglement.enabled=true", "--measure.entanglement.window=8")  # fmt: skip
+    done("runs", "push", run, root / "copied")
     (root / "study" / "study.yaml").write_text(
         "name: study\nbaseline: a\nseeds: [0]\nbudget: {kind: steps, value: 2}\n"
         "variants:\n  a: {label: A, kind: selective, expected_engine: null, params_total: 9}\n"

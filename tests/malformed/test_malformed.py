@@ -58,6 +58,8 @@ CASES = [
     ("shards/manifest.json", ["data", "inspect", "shards"], 12),
     ("shards/shard_00000.npz", ["data", "inspect", "shards"], 20),
     ("study/max_lengths.json", ["report", "study", "--out", "OUT"], 3),
+    ("copied/headwise-copy.json", ["runs", "pull", "copied", "--out", "OUT"], 12),
+    (f"{RUN}/copies.json", ["runs", "push", RUN, "copied"], 12),
     ("study-file.yaml", ["study", "study-file.yaml", "--plan", "--out", "OUT"], 20),
     ("model/config.json", ["show-config", "model"], 12),
     ("results/a.json", ["bench", "page", "--results", "results", "--out", "OUT"], 12),

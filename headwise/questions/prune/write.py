@@ -40,8 +40,7 @@ def folder_for(name: str, options: Options, out: str | None) -> Path:
     else:
         path = Path(out)
     must_be_folder(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise HeadwiseError(f"{path} exists and is not empty; give another --out, or delete it")
+    _refuse_taken(path)
     if reason := no_folder(path):
         raise HeadwiseError(f"cannot write to --out {path}: {reason}; pass another --out")
     return path
@@ -60,6 +59,12 @@ def write(pruned: Pruned, out: Path, *, trust_remote_code: bool = False) -> None
         (draft / RESULTS).write_text(results_csv([record]))
         (draft / "prune.md").write_text(page.markdown(record))
         page.figure([record]).savefig(draft / "prune.png", dpi=130, facecolor="white", format="png")
+        _refuse_taken(out)  # another process may have written there meanwhile
+
+
+def _refuse_taken(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        raise HeadwiseError(f"{path} exists and is not empty; give another --out, or delete it")
 
 
 def _write_run(pruned: Pruned, draft: Path) -> None:

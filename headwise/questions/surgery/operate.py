@@ -310,3 +310,4 @@ def _write(
         for line in lines:
             folder.say(line)
         folder.write_status("planned", reason="a head was added; not trained yet", step=0)
+        RunFolder(Path(config.out)).refuse_taken()  # another process may have begun a run there meanwhile

@@ -1,0 +1,125 @@
+"""What pushes and pulls of runs share: their progress, what came of them, and reading a copy back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from headwise import reading
+from headwise.errors import HeadwiseError
+from headwise.runs.manifest import MANIFEST, FileOfCopy, Manifest, read_claim, read_manifest
+from headwise.runs.remote import CHUNK, Found, Store
+
+
+class Progress(Protocol):
+    """Told of what is being done, and of the bytes of it."""
+
+    def begin(self, what: str, total: int) -> None:
+        """`what` begins, of `total` bytes."""
+
+    def count(self, n_bytes: int) -> None:
+        """So many more are done."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, what: str, total: int) -> None:
+        """Nothing."""
+
+    def count(self, n_bytes: int) -> None:
+        """Nothing."""
+
+
+SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A verified copy.
+
+    Attributes:
+        url: where it lies.
+        kind: of one `run`, or of a `folder` of runs.
+        files, size: how many, and their bytes; those of the runs inside included.
+        moved: bytes that were written or fetched now; the rest was there.
+        lasting: it does not end with this process, as one in memory does.
+        runs: copies of the runs inside.
+    """
+
+    url: str
+    kind: str
+    files: int
+    size: int
+    moved: int
+    lasting: bool = True
+    runs: tuple[Copy, ...] = ()
+
+
+def verify(store: Store, manifest: Manifest | None = None, *, progress: Progress = SILENT) -> Manifest:
+    """Read a copy of one run back; returns its manifest.
+
+    Raises:
+        HeadwiseError: there is none, a file is missing or is not what it was, or the store cannot be reached.
+    """
+    manifest = manifest or needed(store)
+    there = store.files()
+    progress.begin(f"verifying {store.url}", sum(file["size"] for file in manifest["files"]))
+    for file in manifest["files"]:
+        if not is_there(store, there, file, progress.count):
+            raise HeadwiseError(f"{file['name']} of {store.url} is missing or damaged")
+    return manifest
+
+
+def copy_of(store: Store, manifest: Manifest, moved: int, runs: tuple[Copy, ...] = ()) -> Copy:
+    """The copy that a manifest tells of, with those of the runs inside."""
+    size = sum(file["size"] for file in manifest["files"])
+    return Copy(
+        store.url,
+        manifest["kind"],
+        len(manifest["files"]) + sum(copy.files for copy in runs),
+        size + sum(copy.size for copy in runs),
+        moved + sum(copy.moved for copy in runs),
+        store.lasting,
+        runs,
+    )
+
+
+def is_there(store: Store, there: dict[str, Found], file: FileOfCopy, counted: Callable[[int], None]) -> bool:
+    """Whether a file lies in a store with the bytes that it should have."""
+    found = there.get(file["name"])
+    if found is None or found.size != file["size"]:
+        counted(file["size"])
+        return False
+    return store.digest(file["name"], found, counted) == file["sha256"]
+
+
+def needed(store: Store) -> Manifest:
+    """The manifest of a copy.
+
+    Raises:
+        HeadwiseError: there is none.
+    """
+    manifest = read_manifest(store)
+    if manifest is None:
+        begun = read_claim(store) is not None
+        raise HeadwiseError(
+            f"the push to {store.url} has not ended; run it again, then pull"
+            if begun
+            else f"{store.url} holds no copy of a run: {MANIFEST} is missing"
+        )
+    return manifest
+
+
+def digest_of(path: Path, counted: Callable[[int], None] = lambda _: None) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with reading.opened(path) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            counted(len(chunk))
+    return size, digest.hexdigest()
