@@ -55,12 +55,25 @@ class PlannedRun:
 
 
 def plan(study: Study, root: Path) -> list[PlannedRun]:
-    """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
-
-    A stage has runs once the variants that it waits for have ended.
+    """Every run of the study, as `planned_runs`.
 
     Raises:
         HeadwiseError: a configuration that cannot be, or a folder that holds another one.
+    """
+    runs = planned_runs(study, root)
+    for run in runs:
+        _refuse_other(run)
+        _refuse_no_source(run)
+    return runs
+
+
+def planned_runs(study: Study, root: Path) -> list[PlannedRun]:
+    """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
+
+    A stage has runs once the variants that it waits for have ended. What lies in the folders is not looked at.
+
+    Raises:
+        HeadwiseError: a configuration that cannot be.
     """
     device = find_device(study.device)
     refuse_newer_plan(root / study.name)
@@ -86,9 +99,6 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
             except HeadwiseError as error:
                 skip = str(error)
             runs.append(adopted(PlannedRun(name, config, skip, fit_of(study))))
-    for run in runs:
-        _refuse_other(run)
-        _refuse_no_source(run)
     return runs
 
 
