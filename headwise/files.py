@@ -154,7 +154,7 @@ def alone(path: Path, work: str, *, wait: bool = False) -> Iterator[None]:
         wait: wait for another holder instead of refusing.
 
     Raises:
-        HeadwiseError: another process holds it; names the process, and since when. Or `path` cannot be written.
+        HeadwiseError: another process holds it; names it, and since when. Or `path` cannot be written.
     """
     with _folder_of(path):
         with writing(path):

@@ -1,4 +1,4 @@
-"""`headwise notebook`: run a Markdown file's experiments, see how they stand, write its page, start a new one."""
+"""`headwise notebook`: run the experiments of a Markdown file, see how they stand, write their page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from headwise.study.study import Study
 
 DESCRIPTION = (
-    "A notebook is a Markdown file. Its ```headwise fences hold headwise commands, `Hypothesis:` paragraphs say "
-    "what is expected of them, and `Compare:` lines are decided over seeds. Paths in it are relative to its folder."
+    "A notebook is a Markdown file. Its ```headwise fences hold headwise commands, `Hypothesis:` paragraphs "
+    "say what is expected of them, and `Compare:` lines are decided over seeds. Paths in it are relative to "
+    "its folder."
 )
 
 

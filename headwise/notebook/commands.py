@@ -1,4 +1,4 @@
-"""The command lines of a fence: `headwise VERB …`, with quotes and continued lines, and nothing of a shell."""
+"""The command lines of a fence: `headwise VERB …`, quotes, continued lines, and nothing of a shell."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def claim_of(compare: Compare, memory: Memory) -> Claim:
 def values_of(group: Group, measure: str) -> list[Value]:
     """A value for each run."""
     found = []
-    for seed, run, identity in zip(group.seeds, group.runs, group.ids, strict=True):
+    for seed, run in zip(group.seeds, group.runs, strict=True):
         value = value_of(run, measure)
         why = "" if value is not None else run.state if run.state != "finished" else f"no {measure}"
         found.append(Value(seed, value, why, "", str(run.get("data_checksum") or "")))
@@ -105,7 +105,7 @@ def floors(document: Document, memory: Memory, blocks: Collection[str]) -> list[
 
 def write(document: Document, memory: Memory, board: Board, say: Callable[[str], None]) -> None:
     """Write the decisions of comparisons whose runs have ended, and remember that they could be looked at."""
-    blocks = {name: None for name in board.commands}
+    blocks = dict.fromkeys(board.commands)
     floor = {(name, measure): found for name, measure, found in floors(document, memory, blocks)}
     for one in decided(document, memory, blocks):
         if one.decision is None:
@@ -115,10 +115,8 @@ def write(document: Document, memory: Memory, board: Board, say: Callable[[str],
         n = one.decision.difference.n
         if not looks or looks[-1]["n"] != n:
             looks.append({"n": n, "at": now()})
-        say(
-            f"{one.compare.text}: {one.decision.decision}{' (exploratory)' * one.exploratory}: {one.decision.why}"
-        )
-        compare = one.compare
+        compare, kind = one.compare, " (exploratory)" * one.exploratory
+        say(f"{compare.text}: {one.decision.decision}{kind}: {one.decision.why}")
         board.mark(compare.mark, text(one, floor.get((compare.b, compare.measure)), len(looks)))
 
 

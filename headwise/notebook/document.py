@@ -1,7 +1,7 @@
 """The parts of a notebook's text: fences, hypotheses, `Compare:` lines, marked blocks, headings.
 
-Fences are CommonMark's, as far as a notebook needs them: any length of back-ticks or tildes, any line endings,
-never inside an HTML comment or a longer fence. What could be taken for a fence and is not one is refused.
+Fences are CommonMark's, as far as a notebook needs them: any length of back-ticks or tildes, any line
+endings, never inside an HTML comment or a longer fence. What looks like a fence and is not one is refused.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def parse(text: str) -> Document:
     """Find the parts of a text.
 
     Raises:
-        HeadwiseError: a fence, comment or marked block that is not closed, a fence that is not a block, a command
-            that a notebook does not run, a `Compare:` line that says nothing; with the line's number.
+        HeadwiseError: a fence, comment or marked block that is not closed, a fence that is not a block, a
+            command that a notebook does not run, a `Compare:` line that says nothing; with the line's number.
     """
     found = Document(_LINE.findall(text))
     section, at = "", 0
@@ -185,8 +185,8 @@ def parse(text: str) -> Document:
             at = _read_fence(found, at, fence)
         elif _HIDDEN.match(line):
             raise HeadwiseError(
-                f"line {at + 1}: a headwise fence in a list, in a quotation or indented by four columns is not "
-                "run: put it at the margin, or within a longer fence to show it"
+                f"line {at + 1}: a headwise fence in a list, in a quotation or indented by four columns is "
+                "not run: put it at the margin, or within a longer fence to show it"
             )
         elif heading := _HEADING.fullmatch(line):
             section = f"{heading[1] or ''} (line {at + 1})"
@@ -282,11 +282,11 @@ def _paragraph_end(found: Document, at: int) -> int:
 
 
 def _claim(at: int, text: str, section: str) -> Compare:
-    match = _CLAIM.fullmatch(text.replace("`", "").strip("*_ "))
+    match = _CLAIM.fullmatch(" ".join(text.replace("`", "").strip("*_ ").split()))
     if match is None:
         raise HeadwiseError(
-            f"line {at + 1}: {text[:120]!r} is not `A vs B, MEASURE, lower|higher|equal[, at least X]`, such as "
-            "`Compare: wide vs base, val_loss, lower, at least 0.01`"
+            f"line {at + 1}: {text[:120]!r} is not `A vs B, MEASURE, lower|higher|equal[, at least X]`, such "
+            "as `Compare: wide vs base, val_loss, lower, at least 0.01`"
         )
     a, b, measure, direction, smallest = match.groups()
     try:

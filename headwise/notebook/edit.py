@@ -18,7 +18,7 @@ from headwise.notebook.naming import named
 
 PAUSE_S = 1.0
 SHARE = 20
-"""Rewriting takes at most one part in so many of the time: a long notebook is not rewritten at every change."""
+"""Rewriting takes at most one part in so many of the time: a long one is not rewritten at every change."""
 
 
 @dataclass
@@ -144,15 +144,15 @@ def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> str | None:
     """
     target = Path(os.path.realpath(path))
     try:
-        content = reading.read_bytes(target, limit=LIMIT)
+        content = there = reading.read_bytes(target, limit=LIMIT)
         while True:
             after = change(content)
-            if after == content:
+            if after == there:
                 return None
-            later = _replaced(target, content, after)
-            if later is None:
+            left, there = _replaced(target, there, after)
+            if left is None:
                 return None
-            content = later
+            content = left
     except reading.Missing:
         return f"{path.name} was deleted or renamed: states and results are not written"
     except (HeadwiseError, UnicodeDecodeError) as error:
@@ -163,21 +163,25 @@ class _Moved(Exception):
     """The file is not what was read."""
 
 
-def _replaced(target: Path, content: bytes, after: bytes) -> bytes | None:
-    """Put `after` in the place of `content`; returns what the file holds instead, if somebody wrote it."""
+def _replaced(target: Path, there: bytes, after: bytes) -> tuple[bytes | None, bytes]:
+    """Put `after` in the place of `there`.
+
+    Returns:
+        what somebody else wrote meanwhile, None where nobody did, and what the file holds now.
+    """
     with reading.opened(target) as file:
         try:
             with replacing(target) as draft:
                 draft.write_bytes(after)
                 shutil.copymode(target, draft)
                 _written_out(draft)
-                if reading.read_bytes(target, limit=LIMIT) != content:
+                if reading.read_bytes(target, limit=LIMIT) != there:
                     raise _Moved
         except _Moved:
-            return reading.read_bytes(target, limit=LIMIT)
-        file.seek(0)
+            now = reading.read_bytes(target, limit=LIMIT)
+            return now, now
         left = file.read()
-        return None if left == content else left
+        return (None if left == there else left), after
 
 
 def _written_out(draft: Path) -> None:

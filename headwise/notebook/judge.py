@@ -6,7 +6,7 @@ The interval holds for all claims of the section at once, and for one look.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from headwise.analysis.conclusion import Conclusion, conclude, smallest_difference
 from headwise.analysis.statistics import Summary, paired, summarize
@@ -111,6 +111,7 @@ def noise_floor(values: Sequence[Value], name: str = "the baseline") -> NoiseFlo
     if summary.std is None:
         return NoiseFloor(summary, f"{name} has {summary.n} seed, which shows no spread; run two or more")
     return NoiseFloor(
-        replace(summary),
-        f"over {summary.n} seeds of {name}, the standard deviation is {summary.std:.4g} around {summary.mean:.4f}",
+        summary,
+        f"over {summary.n} seeds of {name}, the standard deviation is {summary.std:.4g} around "
+        f"{summary.mean:.4f}",
     )

@@ -39,9 +39,10 @@ def commands_sum(fence: Fence) -> str:
 
 def _own_name(fence: Fence) -> str:
     first = fence.commands[0]
+    file = _study_file(first) if first.verb in STUDIES else None
     try:
-        if first.verb in STUDIES:
-            return block_name(_study_name(str(_study_file(first))))
+        if file is not None:
+            return block_name(_study_name(file))
         if out := first.value("--out"):
             return block_name(PurePath(out).name)
     except HeadwiseError as error:

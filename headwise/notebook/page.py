@@ -59,19 +59,20 @@ def render(status: NotebookStatus) -> str:
             parts.append(_block(block, status, md, environment))
     script = templates().get_template("theme.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    done = sum(block.done for block in status.blocks)
+    done, total = (sum(getattr(block, key) for block in status.blocks) for key in ("done", "total"))
+    codes = dict.fromkeys(_code(memory.blocks[name]["code"]) for name in names if name in memory.blocks)
     return templates().get_template("notebook.html.j2").render(
         title=document.title or status.path.stem,
         name=status.path.name,
         notes=status.notes,
         floors=[(name, label(measure), one) for name, measure, one in found],
         decisions=[
-            (one, facts(one, floor.get((one.compare.b, one.compare.measure)), one.looks)) for one in status.decided
+            (one, facts(one, floor.get((one.compare.b, one.compare.measure)), one.looks))
+            for one in status.decided
         ],
         parts=parts,
         facts=[
-            ("Blocks", len(names)), ("Runs done", f"{done} of {sum(block.total for block in status.blocks)}"),
-            ("Code", ", ".join(dict.fromkeys(_code(memory.blocks[n]["code"]) for n in names if n in memory.blocks))),
+            ("Blocks", len(names)), ("Runs done", f"{done} of {total}"), ("Code", ", ".join(codes)),
             ("Written", datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes")),
         ],
         script=script,
@@ -136,7 +137,7 @@ def _block(
 
 
 def prose_of(folder: Path) -> MarkdownIt:
-    """A renderer of a user's Markdown: no HTML, links to the web and beside the page, pictures of `folder` alone."""
+    """A renderer of a user's Markdown: no HTML, links to the web and beside it, pictures of `folder`."""
     from markdown_it import MarkdownIt
 
     class Prose(MarkdownIt):

@@ -1,4 +1,4 @@
-"""What the blocks of a notebook run: configurations, studies and other verbs, checked before anything starts."""
+"""What the blocks of a notebook run: configurations, studies, other verbs, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def plan_blocks(
     """Plan every block, top to bottom.
 
     Raises:
-        HeadwiseError: a configuration or study that cannot be, one folder for two runs, a run twice in a block,
-            or a comparison of what is not there; with the line's number.
+        HeadwiseError: a configuration or study that cannot be, one folder for two runs, a run twice in a
+            block, or a comparison of what is not there; with the line's number.
     """
     for name in options.only:
         one_of("--only", name, blocks)

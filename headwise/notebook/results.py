@@ -19,7 +19,7 @@ from headwise.report.tables import METRICS, Metric, Table
 from headwise.runs.folder import RESULTS, RunFolder, state_of
 from headwise.runs.read import Run
 
-SHOWN = ("val_loss", "val_bits_per_byte", "val_accuracy", "tokens_per_sec")
+SHOWN = ("val_loss", "val_bits_per_byte", "val_accuracy")
 PICTURE = "loss.png"
 MOST_LINES = 50
 """Runs of a group that a picture shows."""
@@ -51,8 +51,9 @@ class Group:
 def value_of(run: Run, measure: str) -> float | None:
     """A number of a finished run; None where it has none."""
     value = run.get(measure) if run.state == "finished" else None
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if fine else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def has_result(path: Path) -> bool:
@@ -145,7 +146,7 @@ def _stem(memory: Memory) -> str:
 
 
 def draw(name: str, past: PastBlock, memory: Memory) -> Path | None:
-    """Draw the loss over the steps, a line a run and a colour a group; None where nothing was evaluated twice."""
+    """Draw the loss over the steps, a line a run, a colour a group; None without two evaluations."""
     from headwise.report.drawing import COLOURS, finish_axis, new_figure
 
     path = picture_of(name, past, memory)

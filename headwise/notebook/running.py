@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,8 @@ from headwise.notebook.execute import execute
 from headwise.notebook.identity import Identities, code_revision, make_room
 from headwise.notebook.memory import Memory, PastBlock
 from headwise.notebook.naming import named
-from headwise.notebook.progress import Calm, Display
 from headwise.notebook.planning import Block, Item, Options, Verb, plan_blocks, study_items
+from headwise.notebook.progress import Calm, Display
 from headwise.notebook.status import together
 from headwise.notebook.verbs import run_verb, state_of_verb
 from headwise.runs.folder import RESULTS, state_of
@@ -343,7 +343,7 @@ def _make_rooms(
         say(f"put aside, not deleted: {len(aside)} earlier runs, such as {relative(str(aside[0]), folder)}")
 
 
-def _say_marks(document: Document, fences: dict[str, object], say: Callable[[str], None]) -> None:
+def _say_marks(document: Document, fences: Collection[str], say: Callable[[str], None]) -> None:
     compares = {compare.mark for compare in document.compares}
     for mark in document.marks:
         if mark.name not in fences and mark.name not in compares:

@@ -1,4 +1,4 @@
-"""The state of a notebook as its document, its memory and its run folders tell: nothing is run or imported."""
+"""The state of a notebook as its document, memory and run folders tell: nothing is run or imported."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from headwise.errors import HeadwiseError
 from headwise.notebook.decide import Decided, decided
 from headwise.notebook.document import Document, Fence, read
 from headwise.notebook.memory import Memory
-from headwise.notebook.naming import named
-from headwise.notebook.naming import commands_sum
+from headwise.notebook.naming import commands_sum, named
 from headwise.notebook.results import Group, groups_of
 from headwise.notebook.verbs import state_of_verb
 from headwise.runs.folder import RESULTS
@@ -58,8 +57,8 @@ def look(path: Path) -> NotebookStatus:
     memory = Memory.read(path)
     blocks = [_block(name, fence, memory) for name, fence in fences.items()]
     notes = [
-        f"the result of {_named(document, mark.name)} (line {mark.first + 1}) was edited by hand: the numbers "
-        "here are those of the runs"
+        f"the result of {_named(document, mark.name)} (line {mark.first + 1}) was edited by hand: the "
+        "numbers here are those of the runs"
         for mark in document.marks
         if mark.edited
     ]

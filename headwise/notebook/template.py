@@ -24,7 +24,7 @@ Write down what you ask, run `headwise notebook run` on this file, and read the 
 
 ## The noise floor
 
-Three seeds of the unchanged baseline show how much the loss differs by chance. Everything else is judged by that.
+Three seeds of the unchanged baseline show how much the loss differs by chance.
 
 ```headwise:planned base
 {lines("")}

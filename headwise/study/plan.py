@@ -70,7 +70,7 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
 def planned_runs(study: Study, root: Path) -> list[PlannedRun]:
     """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
 
-    A stage has runs once the variants that it waits for have ended. What lies in the folders is not looked at.
+    A stage has runs once the variants that it waits for have ended. Folders are not looked into.
 
     Raises:
         HeadwiseError: a configuration that cannot be.
