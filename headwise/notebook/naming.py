@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path, PurePath
 
 from headwise import reading
@@ -63,7 +62,6 @@ def _study_file(command: Command) -> str:
     raise command.wrong(f"`headwise {command.verb}` names no study file")
 
 
-@lru_cache(maxsize=4096)
 def _study_name(file: str) -> str:
     values = reading.read_yaml(file)
     name = values.get("name") if isinstance(values, dict) else None

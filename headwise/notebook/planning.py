@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,9 +125,10 @@ def plan_blocks(
     for name in options.only:
         one_of("--only", name, blocks)
     taken: dict[str, int] = {}
+    read: dict[tuple[str, ...], Config] = {}
     found = []
     for name, fence in blocks.items():
-        block = _plan(name, fence, options, identities)
+        block = _plan(name, fence, options, identities, read)
         for item in block.items:
             out = str(item.run.config.out)
             if (line := taken.get(out)) is not None:
@@ -169,7 +169,13 @@ def _unknown(name: str, groups: Collection[str]) -> HeadwiseError:
     raise AssertionError(name)
 
 
-def _plan(name: str, fence: Fence, options: Options, identities: Identities) -> Block:
+def _plan(
+    name: str,
+    fence: Fence,
+    options: Options,
+    identities: Identities,
+    read: dict[tuple[str, ...], Config],
+) -> Block:
     block = Block(name, fence, code=identities.code)
     data: list[str] = []
     configurations: list[str] = []
@@ -184,7 +190,7 @@ def _plan(name: str, fence: Fence, options: Options, identities: Identities) -> 
         if command.verb == "train":
             label = labels[command.line]
             group = f"{name}/{label}" if label else name
-            config = _configured(command, options)
+            config = _configured(command, options, read)
             config = dataclasses.replace(config, out=_out(command, config, name, label, options))
             items = [_item(_planned(config, group), group, command.line, identities)]
             if (line := seen.get(twin := fingerprint([label, config.seed]))) is not None:
@@ -225,12 +231,14 @@ def _planned(config: Config, label: str) -> PlannedRun:
     return PlannedRun(label, config, skip, NO_FIT)
 
 
-def _configured(command: Command, options: Options) -> Config:
+def _configured(command: Command, options: Options, read: dict[tuple[str, ...], Config]) -> Config:
     """The configuration of a `train` line; lines that differ in the seed only are read once."""
     try:
         words = tuple(options.load_plugins(list(command.without(*WITHOUT))))
         seed = command.value("--seed")
-        config = _read(words)
+        if words not in read:
+            read[words] = from_flags(words)
+        config = read[words]
         if seed is not None:
             config = dataclasses.replace(config, seed=_seed(seed))
         config.validate()
@@ -239,11 +247,6 @@ def _configured(command: Command, options: Options) -> Config:
         )
     except HeadwiseError as error:
         raise command.wrong(error) from None
-
-
-@lru_cache(maxsize=256)
-def _read(words: tuple[str, ...]) -> Config:
-    return from_flags(words)
 
 
 def _seed(text: str) -> int:
