@@ -1,4 +1,4 @@
-"""The command lines of a fence: what a shell would read the same way, and nothing that only a shell would do."""
+"""The command lines of a fence: what a shell would read the same way, and nothing that only it would do."""
 
 from __future__ import annotations
 

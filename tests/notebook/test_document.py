@@ -93,7 +93,8 @@ def test_names_come_from_the_fence_the_folder_or_the_study(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text("name: mine\n")
-    text = "```headwise\nheadwise train --out runs/x/wide\n```\n```headwise\nheadwise study --workers 2 s.yaml\n```\n"
+    text = "```headwise\nheadwise train --out runs/x/wide\n```\n"
+    text += "```headwise\nheadwise study --workers 2 s.yaml\n```\n"
     assert names(text) == {"wide": 1, "mine": 4}
     for wrong, reason in (
         (block() + block(), "lines 1 and 4 both name a block 'a'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.notebook import edit
@@ -34,8 +34,11 @@ def written(path: Path, text: str, result: str = "| r |", **more: bool) -> list[
 prose = st.text(st.sampled_from("ab #|\u2028\x0b\t"), max_size=12)
 
 
+@settings(max_examples=30)
 @given(st.lists(prose), st.lists(prose), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
-def test_everything_else_stays_byte_for_byte(before: list[str], after: list[str], end: str, last: bool) -> None:
+def test_everything_else_stays_byte_for_byte(
+    before: list[str], after: list[str], end: str, last: bool
+) -> None:
     import tempfile
 
     lines = [*before, "  ````headwise:planned a", "headwise train", "````", *after]
