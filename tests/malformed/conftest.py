@@ -74,8 +74,8 @@ def made(root: Path) -> None:
     )
     (root / "nb.headwise.json").write_text(
         '{"format": 1, "blocks": {"a": {"id": "0123abcd", "code": "version 0", "data": "0", '
-        '"commands": "dfc22ba9972ba1a8", "configuration": "0", "runs": [{"path": "study/a/seed_0", "id": "0", "group": "a", "seed": 0}], '
-        '"verbs": [], "study": null}}, "compares": {"a vs b, val_loss, lower": {"seen": "2026-01-01", '
+        '"commands": "dfc22ba9972ba1a8", "configuration": "0", "runs": '
+        '[{"path": "study/a/seed_0", "id": "0", "group": "a", "seed": 0}], "verbs": [], "study": null}}, "compares": {"a vs b, val_loss, lower": {"seen": "2026-01-01", '
         '"exploratory": false, "looks": [{"n": 1, "at": "2026-01-01"}]}}}\n'
     )
     model = root / "model"
