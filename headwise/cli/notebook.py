@@ -65,6 +65,8 @@ def _beside(notebook: str) -> Iterator[Path]:
         raise HeadwiseError(
             f"notebook {notebook} cannot be read: there is no such file; `headwise notebook new` writes one"
         )
+    if places := os.environ.get("PYTHONPATH"):  # of processes that start in the notebook's folder
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, places.split(os.pathsep)))
     with contextlib.chdir(path.parent):
         yield path
 

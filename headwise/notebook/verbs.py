@@ -23,7 +23,6 @@ from typing import Annotated, TypedDict
 
 from msgspec import Meta
 
-import headwise
 from headwise import reading
 from headwise.files import alone, write_json
 from headwise.runs.folder import known_format
@@ -90,12 +89,9 @@ def run_verb(folder: Path, verb: str, words: Sequence[str], show: Callable[[], N
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "headwise.notebook.verbs", str(folder), verb, *words]
-    home = str(Path(headwise.__file__).parents[1])  # a PYTHONPATH may be relative to another folder
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys([home, *filter(None, sys.path)]))}
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment,
         )  # fmt: skip
     try:
         while process.poll() is None:

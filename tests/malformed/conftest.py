@@ -72,11 +72,12 @@ def made(root: Path) -> None:
     (root / "nb.md").write_text(
         "```headwise:finished/0123abcd a\nheadwise train --seed 0\n```\n\nCompare: a vs b, val_loss, lower\n"
     )
+    past = {"id": "0123abcd", "code": "version 0", "data": "0", "commands": "dfc22ba9972ba1a8",
+            "configuration": "0", "verbs": [], "study": None,
+            "runs": [{"path": "study/a/seed_0", "id": "0", "group": "a", "seed": 0}]}  # fmt: skip
+    seen = {"seen": "2026-01-01", "exploratory": False, "looks": [{"n": 1, "at": "2026-01-01"}]}
     (root / "nb.headwise.json").write_text(
-        '{"format": 1, "blocks": {"a": {"id": "0123abcd", "code": "version 0", "data": "0", '
-        '"commands": "dfc22ba9972ba1a8", "configuration": "0", "runs": '
-        '[{"path": "study/a/seed_0", "id": "0", "group": "a", "seed": 0}], "verbs": [], "study": null}}, "compares": {"a vs b, val_loss, lower": {"seen": "2026-01-01", '
-        '"exploratory": false, "looks": [{"n": 1, "at": "2026-01-01"}]}}}\n'
+        json.dumps({"format": 1, "blocks": {"a": past}, "compares": {"a vs b, val_loss, lower": seen}})
     )
     model = root / "model"
     model.mkdir()
