@@ -7,7 +7,7 @@ const STROKES = ["", "8 4", "2 3", "8 3 2 3", "12 4", "12 3 2 3", "5 2", "1 3"];
 const CONFIG = { displayModeBar: false, responsive: true, displaylogo: false };
 const order = new Map(report.variants.map((variant, index) => [variant.name, index]));
 
-{% include "theme.js" %}
+// {% include "theme.js" %}
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const style = (name) => (order.get(name) ?? 7) % 8;
