@@ -6,6 +6,7 @@ the system gives up when the writer dies: so what a kill left can be told from w
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -152,13 +154,13 @@ def alone(path: Path, work: str, *, wait: bool = False) -> Iterator[None]:
         wait: wait for another holder instead of refusing.
 
     Raises:
-        HeadwiseError: another process holds it; names the process. Or `path` cannot be written.
+        HeadwiseError: another process holds it; names it, and since when. Or `path` cannot be written.
     """
     with _folder_of(path):
         with writing(path):
             descriptor = _lock(path, work, wait=wait)
         try:
-            who = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+            who = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
             with writing(path):
                 os.truncate(descriptor, 0)
                 os.pwrite(descriptor, who.encode(), 0)
@@ -189,8 +191,9 @@ def _lock(path: Path, work: str, *, wait: bool) -> int:
 def _holder_of(content: bytes) -> str:
     try:
         who = json.loads(content)
-        return f" (process {int(who['pid'])} of {str(who['host'])[:LONGEST]})"
-    except (ValueError, LookupError, TypeError):  # it has just begun
+        since = datetime.datetime.fromtimestamp(float(who["since"])).isoformat(" ", "seconds")
+        return f" (process {int(who['pid'])} of {str(who['host'])[:LONGEST]}, since {since})"
+    except (ValueError, LookupError, TypeError, OverflowError):  # it has just begun
         return ""
 
 

@@ -14,6 +14,7 @@ VERBS = {
     "train": "train one model and measure its heads",
     "study": "train variants over seeds, compare them, write the report",
     "sweep": "run a study with axes, such as lengths x ranks, in the memory there is",
+    "notebook": "run the experiments of a Markdown file, and decide what they show",
     "per-head-metrics": "compare attention kinds head by head at equal FLOPs",
     "runs": "list runs, filtered and sorted",
     "report": "write the report of a study or of runs again",

@@ -352,6 +352,18 @@ def from_dict(values: dict[str, Any]) -> Config:
     return parse(_plain_parser(), arguments)[0]
 
 
+def from_flags(arguments: Sequence[str]) -> Config:
+    """The configuration of a command line of keys and `--config FILE`.
+
+    Raises:
+        HeadwiseError: as `parse`.
+    """
+    for name, value in _flags_of(arguments):
+        if name == "--config":
+            _load_plugins_of(Path(value))
+    return parse(_plain_parser(), arguments)[0]
+
+
 def load(path: str | Path) -> Config:
     """Read a configuration file.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headwise.report import tables
 from headwise.report.markdown import budget, sentence
 from headwise.report.section import Section
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 ICONS = {"error": "✕", "warning": "!", "note": "i"}
 FIRST = {"conclusion": "Conclusion", "flags": "Flags", "verdict": "Verdict", "curves": "Loss"}
@@ -27,13 +30,8 @@ def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Sectio
         maps: packed attention maps, as `maps.pack` makes them.
         sections: those that `data` was gathered with.
     """
-    from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["json"] = embedded
     heads = [
         (
             v["name"],
@@ -61,8 +59,19 @@ def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Sectio
     links = [(key, name) for key, name in named.items() if not empty.get(key)]
     content["added"] = [(section, section.tables(data[section.name])) for section in added]
     content["scripts"] = [section.script.read_text(encoding="utf-8") for section in added if section.script]
-    template = environment.get_template("report.html.j2")
+    template = templates().get_template("report.html.j2")
     return template.render(data=data, links=links, sentence=sentence, plotly=get_plotlyjs(), **content)
+
+
+def templates() -> Environment:
+    """The templates of all pages; what is put into one is escaped."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["json"] = embedded
+    return environment
 
 
 def embedded(value: Any) -> Any:

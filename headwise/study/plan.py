@@ -61,16 +61,31 @@ class PlannedRun:
 
 
 def plan(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[PlannedRun]:
+    """Every run of the study, as `planned_runs`.
+
+    Raises:
+        HeadwiseError: a configuration that cannot be, or a folder that holds another one.
+    """
+    taken = set(map(id, known))
+    runs = planned_runs(study, root, known)
+    for run in runs:
+        if id(run) not in taken:
+            _refuse_other(run)
+            _refuse_no_source(run)
+    return runs
+
+
+def planned_runs(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[PlannedRun]:
     """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
 
     A stage has runs once the variants that it waits for have ended; a search has the trials that are known,
-    and its winner once all of them have ended.
+    and its winner once all of them have ended. Whether a run's folder holds another run is not looked at.
 
     Args:
         known: runs of an earlier plan of this study, which are taken as they are.
 
     Raises:
-        HeadwiseError: a configuration that cannot be, or a folder that holds another one.
+        HeadwiseError: a configuration that cannot be.
     """
     device = find_device(study.device)
     refuse_newer_plan(root / study.name)
@@ -102,10 +117,7 @@ def plan(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[Pla
                 skip = None
             except HeadwiseError as error:
                 skip = str(error)
-            run = adopted(PlannedRun(name, config, skip, fit_of(study), trials[name]))
-            _refuse_other(run)
-            _refuse_no_source(run)
-            runs.append(run)
+            runs.append(adopted(PlannedRun(name, config, skip, fit_of(study), trials[name])))
     return runs
 
 

@@ -70,6 +70,16 @@ def made(root: Path) -> None:
         "variants:\n  a: {overrides: {model.attention.kind: flash}}\n  b: {seeds: [0], label: b}\n"
         "axes: {training.lr: [0.1, 0.2]}\nseeds: [0]\nbudget: {kind: steps, value: 2}\n"
     )
+    (root / "nb.md").write_text(
+        "```headwise:finished/0123abcd a\nheadwise train --seed 0\n```\n\nCompare: a vs b, val_loss, lower\n"
+    )
+    past = {"id": "0123abcd", "code": "version 0", "data": "0", "commands": "dfc22ba9972ba1a8",
+            "configuration": "0", "verbs": [], "study": None,
+            "runs": [{"path": "study/a/seed_0", "id": "0", "group": "a", "seed": 0}]}  # fmt: skip
+    seen = {"seen": "2026-01-01", "exploratory": False, "looks": [{"n": 1, "at": "2026-01-01"}]}
+    (root / "nb.headwise.json").write_text(
+        json.dumps({"format": 1, "blocks": {"a": past}, "compares": {"a vs b, val_loss, lower": seen}})
+    )
     model = root / "model"
     model.mkdir()
     (model / "config.json").write_text(

@@ -63,6 +63,7 @@ CASES = [
     ("study-file.yaml", ["study", "study-file.yaml", "--plan", "--out", "OUT"], 20),
     ("model/config.json", ["show-config", "model"], 12),
     ("results/a.json", ["bench", "page", "--results", "results", "--out", "OUT"], 12),
+    ("nb.headwise.json", ["notebook", "status", "nb.md"], 12),
     ("records.jsonl", ["data", "prepare", "records.jsonl", *PREPARE], 12),
     ("profile/profile.json", PROFILE, 6),
     ("profile/moments/part_000000.safetensors", PROFILE, 6),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.files import replacing, write_json, write_text
 from headwise.report.collect import finite
 from headwise.report.drawing import COLOURS, INK, finish_axis, new_figure
-from headwise.report.html import embedded
+from headwise.report.html import templates
 from headwise.report.markdown import _table, sentence
 from headwise.report.tables import Table
 
@@ -122,27 +122,26 @@ def markdown(data: dict[str, Any]) -> str:
 
 def html(data: dict[str, Any]) -> str:
     """The report as one page that works offline."""
-    from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["json"] = embedded
     variants = list(dict.fromkeys(one["variant"] for one in data["series"]))
-    return environment.get_template("budget.html.j2").render(
-        data=data
-        | {
-            "variants": [{"name": name} for name in variants],
-            "panels": panels(data),
-            "shown": shown(data),
-        },
-        facts=_facts(data),
-        statements=statements(data),
-        sentence=sentence,
-        tables=[("Numbers", table(data)), ("Budgets of layers", layers(data))],
-        about=_about(data),
-        plotly=get_plotlyjs(),
+    return (
+        templates()
+        .get_template("budget.html.j2")
+        .render(
+            data=data
+            | {
+                "variants": [{"name": name} for name in variants],
+                "panels": panels(data),
+                "shown": shown(data),
+            },
+            facts=_facts(data),
+            statements=statements(data),
+            sentence=sentence,
+            tables=[("Numbers", table(data)), ("Budgets of layers", layers(data))],
+            about=_about(data),
+            plotly=get_plotlyjs(),
+        )
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from headwise.files import replacing, write_json, write_text
 from headwise.questions.masks import figures as masks_figures
 from headwise.report.collect import finite
-from headwise.report.html import embedded
+from headwise.report.html import templates
 from headwise.report.tables import Table, plain
 
 if TYPE_CHECKING:
@@ -262,20 +262,15 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 def html(data: dict[str, Any], packed: dict[str, Any]) -> str:
     """The page, with all data inside; it works offline."""
-    from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["json"] = embedded
     left_out = [one["layer"] for one in data["layers"] if str(one["layer"]) not in packed]
     notes = list(data["notes"])
     if left_out:
         named = ", ".join(map(str, left_out))
         notes.append(f"The tokens of layers {named} are left out of this page for its size; see --layers.")
     shown = [{key: value for key, value in one.items() if key != "masks"} for one in data["layers"]]
-    return environment.get_template("masks.html.j2").render(
+    return templates().get_template("masks.html.j2").render(
         data=data | {"variants": [], "layers": shown}, packed=packed, notes=notes, facts=_facts(data),
         answers=statements(data), numbers=table(data), plotly=get_plotlyjs(),
     )  # fmt: skip

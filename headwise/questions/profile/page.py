@@ -21,7 +21,7 @@ from headwise.questions.profile.files import ProfileFile, SummaryFile
 from headwise.report.atlas import about
 from headwise.report.collect import finite
 from headwise.report.curves import rounded
-from headwise.report.html import embedded
+from headwise.report.html import templates
 
 ROWS = 2_000_000
 """Rows of the table that distributions are drawn from; whole parts, spread over the profile."""
@@ -50,19 +50,16 @@ def atlas(out: str | Path, *, rotates: bool = False) -> Path:
     Raises:
         HeadwiseError: the profile is not finished, or damaged.
     """
-    from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
     out = Path(out)
     data = finite(collect(out, rotates=rotates))
-    environment = Environment(
-        loader=PackageLoader("headwise.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["json"] = embedded
     empty = {"kinds": not data["kinds"]["known"], "correlations": not data["correlations"]}
     sections = {key: name for key, name in SECTIONS.items() if not empty.get(key)}
-    page = environment.get_template("profile.html.j2").render(
-        data=data, sections=sections.items(), plotly=get_plotlyjs()
+    page = (
+        templates()
+        .get_template("profile.html.j2")
+        .render(data=data, sections=sections.items(), plotly=get_plotlyjs())
     )
     write_text(out / "atlas.html", page)
     return out / "atlas.html"

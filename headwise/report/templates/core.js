@@ -6,9 +6,9 @@ const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "st
 const STROKES = ["", "8 4", "2 3", "8 3 2 3", "12 4", "12 3 2 3", "5 2", "1 3"];
 const CONFIG = { displayModeBar: false, responsive: true, displaylogo: false };
 const order = new Map(report.variants.map((variant, index) => [variant.name, index]));
-const drawings = [];
 
-const byId = (id) => document.getElementById(id);
+// {% include "theme.js" %}
+
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const style = (name) => (order.get(name) ?? 7) % 8;
 const colour = (name) => css(`--v${style(name)}`);
@@ -67,31 +67,3 @@ function segments(id, changed) {
 }
 
 const significant = (value) => value === 0 ? "0" : Number(value.toPrecision(4)).toString();
-
-(() => {
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  const root = document.documentElement;
-  let chosen = null;
-  const apply = () => {
-    root.dataset.theme = chosen ?? (system.matches ? "dark" : "light");
-    for (const drawing of drawings) drawing();
-  };
-  system.addEventListener("change", apply);
-  byId("theme").onclick = () => {
-    chosen = root.dataset.theme === "dark" ? "light" : "dark";
-    apply();
-  };
-  apply();
-  const copy = byId("copy");
-  if (copy) {
-    copy.onclick = async () => {
-      try {
-        await navigator.clipboard.writeText(byId("command").textContent);
-        copy.textContent = "copied";
-      } catch {
-        getSelection().selectAllChildren(byId("command"));
-        copy.textContent = "selected";
-      }
-    };
-  }
-})();

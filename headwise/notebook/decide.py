@@ -1,0 +1,168 @@
+"""What each `Compare:` line of a notebook comes to, and what is remembered of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from headwise.analysis.conclusion import signed
+from headwise.notebook.document import Compare, Document
+from headwise.notebook.edit import Board
+from headwise.notebook.judge import Claim, Decision, NoiseFloor, Value, decide, noise_floor
+from headwise.notebook.memory import Memory, now
+from headwise.notebook.results import Group, escaped, groups_of, label, value_of
+from headwise.runs.folder import RESULTS
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A `Compare:` line with its decision; None, and `waits`, while its runs have not ended."""
+
+    compare: Compare
+    decision: Decision | None
+    exploratory: bool
+    looks: int
+    waits: str = ""
+
+    @property
+    def word(self) -> str:
+        """Its decision in one or two words."""
+        return self.decision.decision if self.decision else "waits"
+
+
+def first_seen(document: Document, memory: Memory, ended: Collection[str]) -> None:
+    """Remember the comparisons that are new.
+
+    Args:
+        ended: the groups of which a run has ended: a comparison of two such is exploratory.
+    """
+    for compare in document.compares:
+        late = compare.a in ended and compare.b in ended
+        memory.compares.setdefault(compare.text, {"seen": now(), "exploratory": late, "looks": []})
+
+
+def decided(document: Document, memory: Memory, blocks: Collection[str]) -> list[Decided]:
+    """Every comparison, decided with the others of its section.
+
+    Args:
+        blocks: names of the notebook's blocks.
+    """
+    groups = groups_by_name(memory, blocks)
+    values = {
+        (name, compare.measure): values_of(groups[name], compare.measure)
+        for compare in document.compares
+        for name in (compare.a, compare.b)
+        if name in groups
+    }
+    found = {}
+    for section in dict.fromkeys(compare.section for compare in document.compares):
+        mine = [compare for compare in document.compares if compare.section == section]
+        claims = [claim_of(compare, memory) for compare in mine]
+        for compare, claim, decision in zip(mine, claims, decide(claims, values), strict=True):
+            waits = _waits(compare, groups)
+            looks = len(memory.compares.get(compare.text, {"looks": []})["looks"])
+            found[compare] = Decided(compare, None if waits else decision, claim.exploratory, looks, waits)
+    return [found[compare] for compare in document.compares]
+
+
+def groups_by_name(memory: Memory, blocks: Collection[str]) -> dict[str, Group]:
+    """The groups of a notebook's blocks."""
+    found = {}
+    for name in blocks:
+        if past := memory.blocks.get(name):
+            found.update({group.name: group for group in groups_of(past, memory.path.parent)})
+    return found
+
+
+def claim_of(compare: Compare, memory: Memory) -> Claim:
+    """The claim of a line; one that nobody has seen before is exploratory where its runs are remembered."""
+    past = memory.compares.get(compare.text)
+    exploratory = past["exploratory"] if past else bool(memory.blocks)
+    smallest = compare.smallest or 0.0
+    return Claim(compare.a, compare.b, compare.measure, compare.direction, smallest, exploratory)
+
+
+def values_of(group: Group, measure: str) -> list[Value]:
+    """A value for each run."""
+    found = []
+    for seed, run in zip(group.seeds, group.runs, strict=True):
+        value = value_of(run, measure)
+        why = "" if value is not None else run.state if run.state != "finished" else f"no {measure}"
+        found.append(Value(seed, value, why, "", str(run.get("data_checksum") or "")))
+    return found
+
+
+def floors(document: Document, memory: Memory, blocks: Collection[str]) -> list[tuple[str, str, NoiseFloor]]:
+    """The noise floor of every group that others are compared with: its name, the measure, the floor."""
+    groups = groups_by_name(memory, blocks)
+    pairs = dict.fromkeys((compare.b, compare.measure) for compare in document.compares)
+    return [
+        (name, measure, noise_floor(values_of(groups[name], measure), name))
+        for name, measure in pairs
+        if name in groups
+    ]
+
+
+def write(document: Document, memory: Memory, board: Board, say: Callable[[str], None]) -> None:
+    """Write the decisions of comparisons whose runs have ended, and remember that they could be looked at."""
+    blocks = dict.fromkeys(board.commands)
+    floor = {(name, measure): found for name, measure, found in floors(document, memory, blocks)}
+    for one in decided(document, memory, blocks):
+        if one.decision is None:
+            say(f"{one.compare.text}: {one.waits}")
+            continue
+        looks = memory.compares[one.compare.text]["looks"]
+        n = one.decision.difference.n
+        if not looks or looks[-1]["n"] != n:
+            looks.append({"n": n, "at": now()})
+        compare, kind = one.compare, " (exploratory)" * one.exploratory
+        say(f"{compare.text}: {one.decision.decision}{kind}: {one.decision.why}")
+        board.mark(compare.mark, text(one, floor.get((compare.b, compare.measure)), len(looks)))
+
+
+def text(one: Decided, floor: NoiseFloor | None, looks: int) -> str:
+    """A decision as Markdown."""
+    return "\n".join(
+        f"- {line}" for line in [f"**{one.word}**{_kind(one)}", *map(escaped, facts(one, floor, looks))]
+    )
+
+
+def _kind(one: Decided) -> str:
+    return " (exploratory: stated after its runs had ended)" if one.exploratory else " (planned)"
+
+
+def facts(one: Decided, floor: NoiseFloor | None, looks: int) -> list[str]:
+    """The lines of a decision: why, the difference with its interval, the noise floor, the looks."""
+    decision, compare = one.decision, one.compare
+    if decision is None:
+        return [one.waits]
+    found = [decision.why]
+    difference = decision.difference
+    if difference.mean is not None:
+        interval = "no interval"
+        if difference.low is not None and difference.high is not None:
+            interval = (
+                f"{decision.confidence:.4g} interval {signed(difference.low)} to {signed(difference.high)}"
+            )
+            interval = interval.replace(f"{decision.confidence:.4g}", f"{decision.confidence:.1%}", 1)
+        p = "" if decision.p is None else f", p = {decision.p:.2g}"
+        found.append(
+            f"{compare.a} − {compare.b}, {label(compare.measure)}: {signed(difference.mean)}, {interval}{p}, "
+            f"n = {difference.n} pairs of seeds"
+        )
+    if floor is not None:
+        found.append(f"noise floor: {floor.text}")
+    found += decision.notes
+    if looks > 1:
+        found.append(f"looked at {looks} times, at a growing n")
+    return found
+
+
+def _waits(compare: Compare, groups: dict[str, Group]) -> str:
+    for name in (compare.a, compare.b):
+        if name not in groups:
+            return f"{name} has not run yet"
+        ended = sum(run.state in (*RESULTS, "failed", "skipped") for run in groups[name].runs)
+        if ended < len(groups[name].runs):
+            return f"waits for {name}: {ended} of {len(groups[name].runs)} runs have ended"
+    return ""

@@ -1,0 +1,182 @@
+"""What a run is: its configuration or words, the code that runs it, and the data that it reads.
+
+A run whose identity changed runs again; the earlier one is put aside, `old/IDENTITY/NAME` beside its place,
+and comes back from there when the identity does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headwise.config.run import Config, flatten, load, to_dict
+from headwise.errors import HeadwiseError
+from headwise.notebook.commands import Command
+from headwise.runs.environment import git_state
+from headwise.runs.folder import RunFolder, state_of
+from headwise.runs.read import Run
+from headwise.training.run import SAME_RUN
+
+WHOLE = 16 << 20
+"""Bytes up to which a file is known by its content; a larger one by its size and time."""
+
+MOST_FILES = 100_000
+OUTPUTS = ("--out", "--json", "--csv")
+"""Flags of verbs that name what is written."""
+
+MARKS = ("manifest.json", "config.yaml", "study.yaml")
+"""Files by which a folder that a verb reads is known; a verb may write into it as well."""
+
+
+def fingerprint(value: Any) -> str:
+    """Eight hexadecimal digits of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def code_revision() -> str:
+    """The commit of the checkout that runs, `+dirty` where it differs from it; else the version."""
+    from headwise import __version__
+
+    return _code(git_state() | {"headwise": __version__})
+
+
+def _code(env: dict[str, Any]) -> str:
+    commit = env.get("git_commit")
+    return (
+        f"{commit}{'+dirty' if env.get('git_dirty') else ''}" if commit else f"version {env.get('headwise')}"
+    )
+
+
+@dataclass
+class Identities:
+    """Identities of what a notebook runs, top to bottom: what reads an earlier run is known by that run."""
+
+    code: str
+    outs: dict[str, str] = field(default_factory=dict)
+    _files: dict[str, str] = field(default_factory=dict)
+
+    def run(self, config: Config) -> tuple[str, str, str]:
+        """Identity of a run with `out` set, and those of its configuration and data."""
+        same = (*SAME_RUN, "model.vocab_size", "init_from")
+        values = {key: value for key, value in flatten(to_dict(config)) if key not in same}
+        data = [self._named(config.data.path), self._named(config.data.tokenizer)]
+        if config.data.name == "pystdlib":
+            data.append(platform.python_version())
+        start = config.init_from and (self._earlier(config.init_from) or self._named(config.init_from))
+        facts = fingerprint([data, start])
+        configuration = fingerprint(values)
+        found = fingerprint([configuration, self.code, facts])
+        self.outs[os.path.abspath(str(config.out))] = found
+        return found, configuration, facts
+
+    def verb(self, command: Command) -> tuple[str, str]:
+        """Identity and data of another verb: known by its words and by what they name."""
+        read = [word.partition("=")[2] or word for word in command.without(*OUTPUTS)]
+        data = fingerprint([[word, self._earlier(word) or self._input(word)] for word in read])
+        found = fingerprint([command.verb, command.words, self.code, data])
+        for flag in OUTPUTS:
+            if out := command.value(flag):
+                self.outs[os.path.abspath(out)] = found
+        return found, data
+
+    def _earlier(self, name: str) -> str | None:
+        """What earlier runs wrote at, above or below a path."""
+        path = os.path.abspath(name)
+        if path in self.outs:
+            return self.outs[path]
+        near = [
+            found
+            for out, found in self.outs.items()
+            if out.startswith(f"{path}{os.sep}") or path.startswith(f"{out}{os.sep}")
+        ]
+        return ",".join(near) or None
+
+    def _named(self, name: str | None) -> str | None:
+        """A file or a folder with all its files; the name alone where there is none of that name."""
+        if name is None or not os.path.exists(name):
+            return name
+        if name not in self._files:
+            files = [Path(name)] if os.path.isfile(name) else _files_in(Path(name))
+            self._files[name] = fingerprint([[str(file), _file(file)] for file in files])
+        return self._files[name]
+
+    def _input(self, name: str) -> str | None:
+        path = Path(name)
+        try:
+            if path.is_file():
+                return self._named(name)
+            return fingerprint([_file(path / mark) for mark in MARKS]) if path.is_dir() else None
+        except (OSError, ValueError):  # no name of a file
+            return None
+
+
+def _files_in(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        found += [Path(parent, name) for name in sorted(names)]
+        if len(found) > MOST_FILES:
+            raise HeadwiseError(f"{folder} has more than {MOST_FILES:,} files; make shards of it first")
+    return found
+
+
+def _file(path: Path) -> Any:
+    try:
+        about = path.stat()
+        if not path.is_file():
+            return None
+        if about.st_size > WHOLE:
+            return [about.st_size, about.st_mtime_ns]
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def make_room(folder: RunFolder, wanted: str, known: str | None, config: Config, code: str) -> Path | None:
+    """Put a run of another identity aside, and bring one of the wanted identity back.
+
+    Args:
+        known: the identity of the run in the folder, where it is remembered.
+        config, code: what is wanted, for a run that nobody remembers.
+
+    Returns:
+        where the other run lies now; None where none was in the way.
+
+    Raises:
+        HeadwiseError: it is running.
+    """
+    path, aside = folder.path, None
+    if path.exists() and known != wanted and not (known is None and _is_same(folder, config, code)):
+        if state_of(folder.read_status()) == "running":
+            raise HeadwiseError(f"{path} is running with another configuration, code or data; stop it first")
+        aside = _free(path.parent / "old" / (known or "unknown") / path.name)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(aside)
+    before = path.parent / "old" / wanted / path.name
+    if not path.exists() and before.is_dir():
+        before.rename(path)
+    return aside
+
+
+def _is_same(folder: RunFolder, config: Config, code: str) -> bool:
+    """Whether a run that nobody remembers is what is wanted, as far as its files tell."""
+    if not folder.holds_run():
+        return not any(folder.path.iterdir())
+    env = Run(folder.path).env
+    before, now = (dict(flatten(to_dict(one))) for one in (load(folder.config), config))
+    same = all(now.get(key) == value or key in SAME_RUN or key == "model.vocab_size"
+               for key, value in before.items())  # fmt: skip
+    return same and (not env or _code(env) == code)
+
+
+def _free(path: Path) -> Path:
+    numbered: Iterable[Path] = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
+    return path if not path.exists() else next(one for one in numbered if not one.exists())

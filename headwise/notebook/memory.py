@@ -1,0 +1,102 @@
+"""`<notebook>.headwise.json`: what a notebook remembers of its runs and comparisons, whole or absent.
+
+It says which identity the run in a folder has, and when a comparison was first seen. Without it, nothing is
+lost but this: every comparison whose runs have ended counts as exploratory.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
+
+from headwise import reading
+from headwise.files import write_json
+from headwise.runs.folder import known_format
+
+FORMAT = 1
+
+
+class PastRun(TypedDict):
+    """A run of a block: its folder, relative to the notebook, its identity, group and seed."""
+
+    path: str
+    id: str
+    group: str
+    seed: Annotated[int, Meta(ge=0)]
+
+
+class PastBlock(TypedDict):
+    """A block as it was last planned: checksums, and the folders of its runs, verbs and study."""
+
+    id: str
+    code: str
+    data: str
+    commands: str
+    configuration: str
+    runs: list[PastRun]
+    verbs: list[str]
+    study: str | None
+
+
+class Look(TypedDict):
+    """A decision that somebody could read: over how many pairs of seeds, and when."""
+
+    n: Annotated[int, Meta(ge=0, lt=2**31)]
+    at: str
+
+
+class PastCompare(TypedDict):
+    """A `Compare:` line: when it was first seen, whether its runs had ended then, and its looks."""
+
+    seen: str
+    exploratory: bool
+    looks: list[Look]
+
+
+class _Content(TypedDict, total=False):
+    blocks: dict[str, PastBlock]
+    compares: dict[str, PastCompare]
+
+
+@dataclass
+class Memory:
+    """The content of the file at `path`."""
+
+    path: Path
+    blocks: dict[str, PastBlock] = field(default_factory=dict)
+    compares: dict[str, PastCompare] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, notebook: Path) -> Memory:
+        """The memory of a notebook; empty where there is no file.
+
+        Raises:
+            HeadwiseError: it is damaged, or of a newer headwise.
+        """
+        path = notebook.with_name(f"{notebook.stem}.headwise.json")
+        try:
+            content: dict[str, Any] = reading.read_json(
+                path, _Content, accept=known_format(path, known=FORMAT)
+            )
+        except reading.Missing:
+            return cls(path)
+        except reading.Unreadable as error:
+            raise error.so("delete it; every comparison then counts as exploratory") from error
+        return cls(path, content.get("blocks", {}), content.get("compares", {}))
+
+    def write(self) -> None:
+        """Replace the file."""
+        write_json(self.path, {"format": FORMAT, "blocks": self.blocks, "compares": self.compares})
+
+    def identities(self) -> dict[str, str]:
+        """The identity of the run in each folder that is known."""
+        return {run["path"]: run["id"] for block in self.blocks.values() for run in block["runs"]}
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,313 @@
+"""What the blocks of a notebook run: configurations, studies, other verbs, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwise.config.run import from_flags
+from headwise.errors import HeadwiseError, one_of
+from headwise.names import cleaned, folder_name
+from headwise.notebook.commands import STUDIES, Command
+from headwise.notebook.document import Compare, Document, Fence
+from headwise.notebook.identity import Identities, fingerprint
+from headwise.notebook.naming import commands_sum
+from headwise.study.fit import NO_FIT
+from headwise.study.plan import PlannedRun, planned_runs
+from headwise.study.study import Study
+from headwise.training.distributed import find_device
+from headwise.training.run import refuse_device
+
+if TYPE_CHECKING:
+    from headwise.config.run import Config
+
+HOW = ("workers", "device", "size", "command")
+"""Keys of a study that say how it is run, and not what."""
+
+WITHOUT = ("--seed", "--out", "--device")
+LONGEST_LABEL = 60
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `notebook run` is asked for.
+
+    Attributes:
+        folder: the notebook's, which is the working folder.
+        stem: its name without `.md`.
+        only: the blocks to run; all where empty.
+        device: of all runs; None for what each says.
+        read_study: reads the arguments of `study` and `sweep`: the study and the folder of its folder.
+        load_plugins: takes `--plugins MODULE` out of arguments and imports it.
+    """
+
+    folder: Path
+    stem: str
+    only: tuple[str, ...]
+    device: str | None
+    read_study: Callable[[str, Sequence[str]], tuple[Study, Path | None]]
+    load_plugins: Callable[[list[str]], list[str]]
+
+    @property
+    def runs(self) -> Path:
+        """The folder of runs that name none."""
+        return self.folder / "runs" / self.stem
+
+
+@dataclass(frozen=True)
+class Item:
+    """A run of a block: its group, its identity, those of configuration and data, the line that wants it."""
+
+    run: PlannedRun
+    group: str
+    id: str
+    configuration: str
+    data: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Another verb of a block, with its place among the block's commands and its folder."""
+
+    command: Command
+    id: str
+    folder: Path
+
+
+@dataclass
+class Block:
+    """A planned block.
+
+    Attributes:
+        steps: what it runs, in order: runs, each of which may run beside others, and verbs, which run alone.
+        studies: with the folder that their folders lie in.
+        id: its fingerprint, which is made of `commands` and the three others.
+    """
+
+    name: str
+    fence: Fence
+    steps: list[Item | Verb] = field(default_factory=list)
+    studies: list[tuple[Study, Path]] = field(default_factory=list)
+    id: str = ""
+    code: str = ""
+    configuration: str = ""
+    data: str = ""
+
+    @property
+    def items(self) -> list[Item]:
+        """Its runs."""
+        return [step for step in self.steps if isinstance(step, Item)]
+
+    @property
+    def verbs(self) -> list[Verb]:
+        """Its other verbs."""
+        return [step for step in self.steps if isinstance(step, Verb)]
+
+    @property
+    def commands(self) -> str:
+        """A checksum of its commands."""
+        return commands_sum(self.fence)
+
+
+def plan_blocks(
+    document: Document, blocks: dict[str, Fence], options: Options, identities: Identities
+) -> list[Block]:
+    """Plan every block, top to bottom.
+
+    Raises:
+        HeadwiseError: a configuration or study that cannot be, one folder for two runs, a run twice in a
+            block, or a comparison of what is not there; with the line's number.
+    """
+    for name in options.only:
+        one_of("--only", name, blocks)
+    taken: dict[str, int] = {}
+    read: dict[tuple[str, ...], Config] = {}
+    found = []
+    for name, fence in blocks.items():
+        block = _plan(name, fence, options, identities, read)
+        for item in block.items:
+            out = str(item.run.config.out)
+            if (line := taken.get(out)) is not None:
+                raise HeadwiseError(
+                    f"lines {line} and {item.line} run in one folder, {out}; give each its --out"
+                )
+            taken[out] = item.line
+        found.append(block)
+    refuse_unknown(document.compares, {item.group for block in found for item in block.items}, blocks)
+    return found
+
+
+def refuse_unknown(compares: Sequence[Compare], groups: Collection[str], blocks: Collection[str]) -> None:
+    """Refuse a comparison of groups that the notebook does not have.
+
+    Raises:
+        HeadwiseError: with its line, and the groups that there are.
+    """
+    for compare in compares:
+        for name in (compare.a, compare.b):
+            if name in groups:
+                continue
+            inside = [group for group in groups if group.startswith(f"{name}/")]
+            if name in blocks and inside:
+                reason = f"block {name!r} has several groups: name one of {', '.join(inside)}"
+            else:
+                reason = str(_unknown(name, groups))
+            raise HeadwiseError(f"line {compare.at + 1}: {reason}")
+
+
+def _unknown(name: str, groups: Collection[str]) -> HeadwiseError:
+    if not groups:
+        return HeadwiseError(f"{name!r} is compared, and the notebook has no runs")
+    try:
+        one_of("the group of runs", name, groups)
+    except HeadwiseError as error:
+        return error
+    raise AssertionError(name)
+
+
+def _plan(
+    name: str,
+    fence: Fence,
+    options: Options,
+    identities: Identities,
+    read: dict[tuple[str, ...], Config],
+) -> Block:
+    block = Block(name, fence, code=identities.code)
+    data: list[str] = []
+    configurations: list[str] = []
+    trained = [command for command in fence.commands if command.verb == "train"]
+    labels = _labels(trained)
+    if sum(command.verb in STUDIES for command in fence.commands) > 1:
+        raise HeadwiseError(
+            f"line {fence.line}: block {name!r} has two studies; give each a fence of its own"
+        )
+    seen: dict[str, int] = {}
+    for number, command in enumerate(fence.commands):
+        if command.verb == "train":
+            label = labels[command.line]
+            group = f"{name}/{label}" if label else name
+            config = _configured(command, options, read)
+            config = dataclasses.replace(config, out=_out(command, config, name, label, options))
+            items = [_item(_planned(config, group), group, command.line, identities)]
+            if (line := seen.get(twin := fingerprint([label, config.seed]))) is not None:
+                raise command.wrong(f"the run of line {line} again: one seed twice is not two seeds")
+            seen[twin] = command.line
+            configurations.append(items[0].configuration)
+        elif command.verb in STUDIES:
+            block.studies.append(_study(block, command, options))
+            about_study = dataclasses.asdict(block.studies[-1][0])
+            configurations.append(fingerprint([about_study[key] for key in about_study if key not in HOW]))
+            try:
+                items = study_items(block, *block.studies[-1], identities)
+            except HeadwiseError as error:
+                raise command.wrong(error) from None
+        else:
+            found, about = identities.verb(command)
+            block.steps.append(Verb(command, found, options.runs / name / "verbs" / f"{number + 1}-{found}"))
+            data.append(about)
+            continue
+        block.steps += items
+        data += [item.data for item in items]
+    block.configuration, block.data = fingerprint(configurations), fingerprint(sorted(set(data)))
+    block.id = fingerprint([block.commands, block.code, block.configuration, block.data])
+    return block
+
+
+def _item(run: PlannedRun, group: str, line: int, identities: Identities) -> Item:
+    return Item(run, group, *identities.run(run.config), line)
+
+
+def _planned(config: Config, label: str) -> PlannedRun:
+    device = find_device(config.device)
+    try:
+        refuse_device(config, device)
+        skip = None
+    except HeadwiseError as error:
+        skip = str(error)
+    return PlannedRun(label, config, skip, NO_FIT)
+
+
+def _configured(command: Command, options: Options, read: dict[tuple[str, ...], Config]) -> Config:
+    """The configuration of a `train` line; lines that differ in the seed only are read once."""
+    try:
+        words = tuple(options.load_plugins(list(command.without(*WITHOUT))))
+        seed = command.value("--seed")
+        if words not in read:
+            read[words] = from_flags(words)
+        config = read[words]
+        if seed is not None:
+            config = dataclasses.replace(config, seed=_seed(seed))
+        config.validate()
+        return dataclasses.replace(
+            config, device=options.device or command.value("--device") or config.device
+        )
+    except HeadwiseError as error:
+        raise command.wrong(error) from None
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 19:
+        raise HeadwiseError(f"seed: got {text[:30]}, expected a whole number")
+    return int(text)
+
+
+def _labels(commands: list[Command]) -> dict[int, str]:
+    """By line: what tells a command's group from the others of its block; empty where there is one group."""
+    words = {command.line: _flags(command) for command in commands}
+    different = {tuple(flags) for flags in words.values()}
+    if len(different) < 2:
+        return dict.fromkeys(words, "")
+    shared = set.intersection(*(set(flags) for flags in different))
+    labels = {}
+    for line, flags in words.items():
+        text = " ".join(flag.removeprefix("--") for flag in flags if flag not in shared)
+        labels[line] = text or "default"
+    return labels
+
+
+def _flags(command: Command) -> list[str]:
+    """The arguments without seed and folder, a flag with its value as one."""
+    found: list[str] = []
+    for word in command.without(*WITHOUT):
+        if found and not word.startswith("--") and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _out(command: Command, config: Config, name: str, label: str, options: Options) -> str:
+    if given := command.value("--out"):
+        return str(options.folder / given)
+    folder = options.runs / name
+    if label:
+        short = cleaned(label)[:LONGEST_LABEL].strip(" .~")
+        short = short if short == cleaned(label) else f"{short}-{fingerprint(label)}"
+        folder /= folder_name(short, "the group", reserved=("old", "verbs"))
+    return str(folder / f"seed_{config.seed}")
+
+
+def _study(block: Block, command: Command, options: Options) -> tuple[Study, Path]:
+    try:
+        study, root = options.read_study(command.verb, options.load_plugins(list(command.words)))
+    except HeadwiseError as error:
+        raise command.wrong(error) from None
+    if root is None:
+        study.name, root = block.name, options.runs
+    study.device = options.device or study.device
+    study.command = f"headwise notebook run {options.stem}.md"
+    return study, options.folder / root
+
+
+def study_items(block: Block, study: Study, root: Path, identities: Identities) -> list[Item]:
+    """The runs of a block's study that can be planned now.
+
+    Raises:
+        HeadwiseError: a configuration that cannot be.
+    """
+    line = block.fence.commands[0].line
+    return [_item(run, f"{block.name}/{run.variant}", line, identities) for run in planned_runs(study, root)]
