@@ -7,10 +7,9 @@ profiler adds up; the speed there is that of the steps without it.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import tempfile
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +34,19 @@ VOCABULARY = 256
 
 def main(argv: list[str]) -> int:
     """Print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="headwise bench compare-memory",
-        description=__doc__,
+    parser = harness.parser(
+        "compare-memory",
+        __doc__,
         usage="headwise bench compare-memory --kinds KIND [KIND ...] [options] [--SECTION.KEY=VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="default: every kind")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seq-len", type=int, help="default: 1024, on a CPU 256")
     parser.add_argument("--batch-size", type=int, help="default: 8, on a CPU 4")
     parser.add_argument("--d-model", type=int, help="default: 512, on a CPU 128")
     parser.add_argument("--n-layers", type=int, help="default: 8, on a CPU 2")
     parser.add_argument("--n-heads", type=int, help="default: 8, on a CPU 4")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments, flags = parser.parse_known_args(argv)
     for kind in arguments.kinds:
         attention_kind(kind)
@@ -60,38 +57,36 @@ def main(argv: list[str]) -> int:
         name: getattr(arguments, name) or default[device.type == "cpu"] for name, default in sizes.items()
     }
     shared = _shared(shape, arguments.steps, str(device)) | _options(flags)
-    rows = compare(arguments.kinds, shared, device)
-    print(f"{shape} on {device}; peak memory of {MEASURED_BY[device.type]}")
-    harness.print_table(rows)
     about = {"measured_by": MEASURED_BY[device.type], "steps": arguments.steps, **shape}
-    harness.save("compare-memory", [row | about for row in rows], arguments.out, device=str(device))
-    return 0
+    print(f"{shape} on {device}; peak memory of {MEASURED_BY[device.type]}")
+    cases = {kind: partial(row_of, kind, shared, device, about) for kind in arguments.kinds}
+    return harness.run("compare-memory", arguments, [harness.Table(cases, _beside_first)], device=device)
 
 
-def compare(kinds: Sequence[str], shared: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """A row a kind, as a ratio to the first that ran; one that cannot run has the reason.
+def row_of(kind: str, shared: dict[str, Any], device: torch.device, about: dict[str, Any]) -> harness.Row:
+    """The row of a kind; one that cannot run has the reason.
 
     Args:
         shared: dotted keys of the configuration that all kinds have.
+        about: columns that all rows have.
     """
-    rows: list[dict[str, Any]] = []
-    for kind in dict.fromkeys(kinds):
-        row: dict[str, Any] = {"kind": kind} | dict.fromkeys(
-            ("engine", "parameters", "peak_mb", "tokens_per_sec", "step_ms")
-        )
-        try:
-            config = from_dict(shared | {"model.attention.kind": kind})
-            refuse_device(config, device)
-            row |= measure(config, device) | {"reason": None}
-        except HeadwiseError as error:
-            row["reason"] = str(error)
-        rows.append(row)
-        gc.collect()
-    first = next((row for row in rows if row["peak_mb"]), None)
-    for row in rows:
-        for name in ("peak_mb", "tokens_per_sec"):
-            row[f"{name}_vs_first"] = row[name] / first[name] if first and row[name] else None
-        row["reason"] = row.pop("reason")
+    gc.collect()
+    row: harness.Row = {"kind": kind} | dict.fromkeys(
+        ("engine", "parameters", "peak_mb", "tokens_per_sec", "step_ms")
+    )
+    try:
+        config = from_dict(shared | {"model.attention.kind": kind})
+        refuse_device(config, device)
+        return row | measure(config, device) | {"reason": None} | about
+    except HeadwiseError as error:
+        return row | {"reason": str(error)} | about
+
+
+def _beside_first(rows: list[harness.Row]) -> list[harness.Row]:
+    """As ratios to the first that ran."""
+    first = next((row["kind"] for row in rows if row["peak_mb"]), None)
+    for column in ("peak_mb", "tokens_per_sec"):
+        rows = harness.beside(rows, column, f"{column}_vs_first", base={"kind": first})
     return rows
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def main(argv: list[str]) -> int:
-    """Train each kind, print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench copy", description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    """`headwise bench copy`."""
+    parser = harness.parser("copy", __doc__, device="cpu")
     parser.add_argument(
         "--kind",
         action="append",
@@ -30,12 +28,12 @@ def main(argv: list[str]) -> int:
         help="a kind of which configs/ has exp.copy.KIND.yaml; repeat",
     )
     arguments = parser.parse_args(argv)
-    ready = sorted(path.name.split(".")[2] for path in CONFIGS.glob("exp.copy.*.yaml"))
+    ready = sorted(
+        path.name.removeprefix("exp.copy.").removesuffix(".yaml") for path in CONFIGS.glob("exp.copy.*.yaml")
+    )
     kinds = [one_of("--kind", kind, ready) for kind in arguments.kind or reversed(ready)]
-    rows = [_row(kind, arguments.device) for kind in kinds]
-    harness.print_table(rows)
-    harness.save("copy", rows, arguments.out, device=arguments.device)
-    return 0
+    table = harness.Table({kind: partial(_row, kind, arguments.device) for kind in kinds})
+    return harness.run("copy", arguments, [table], device=arguments.device)
 
 
 def _row(kind: str, device: str) -> dict[str, Any]:

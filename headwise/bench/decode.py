@@ -7,10 +7,9 @@ new one into its slot. On a GPU the step is compiled and replayed as a CUDA grap
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +30,10 @@ SHARES = (1.0, 0.25, 0.125)
 
 
 def main(argv: list[str]) -> int:
-    """Print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench decode", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    """`headwise bench decode`."""
+    parser = harness.parser("decode", __doc__, quick=True)
     parser.add_argument("--context", type=int, default=8192, help="tokens read before (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="sequences (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it works")
     parser.add_argument("--eager", action="store_true", help="no compiler and no CUDA graph")
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
@@ -47,17 +43,24 @@ def main(argv: list[str]) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"error of the kernel's attention: {kernel_error(device, dtype):.2g}")
     cases = [("flash", 1.0), *((name, s) for name, kind in KINDS.items() if kind.inspector for s in SHARES)]
-    rows = [
-        measure(kind, share, shape, batch, context, device, dtype, eager=arguments.eager)
+    rows = {
+        f"{kind}, {share:g} of the keys": partial(
+            measure, kind, share, shape, batch, context, device, dtype, eager=arguments.eager
+        )
         for kind, share in cases
-    ]
-    for row in rows:
-        full = next((one for one in rows[1:] if one["kind"] == row["kind"]), rows[1])
-        row["speed_vs_full"] = row["tokens_per_sec"] / full["tokens_per_sec"]
-        row["bytes_vs_full"] = row["cache_mb"] / full["cache_mb"]
-    harness.print_table(rows)
-    harness.save("decode", rows, arguments.out, device=str(device))
-    return 0
+    }
+    return harness.run("decode", arguments, [harness.Table(rows, _beside_full)], device=device)
+
+
+def _beside_full(rows: list[harness.Row]) -> list[harness.Row]:
+    """Beside the full cache of the same kind; `flash` beside that of the first kind that can drop keys."""
+    first = next((row["kind"] for row in rows[1:]), None)
+    by_kind = [row | {"_of": first if row["kind"] == "flash" else row["kind"]} for row in rows]
+    for column, ratio in (("tokens_per_sec", "speed_vs_full"), ("cache_mb", "bytes_vs_full")):
+        full = {row["kind"]: row[column] for row in reversed(rows) if row["budget"] == 1.0}
+        for row in by_kind:
+            row[ratio] = row[column] / full[row["_of"]] if row["_of"] in full else None
+    return [{name: value for name, value in row.items() if name != "_of"} for row in by_kind]
 
 
 @torch.no_grad()

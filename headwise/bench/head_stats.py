@@ -8,11 +8,9 @@ replayed, so that launching from Python does not count), ratios are against one
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from headwise.bench import harness
 from headwise.functional import head_stats
 from headwise.functional.head_stats import MASS
 from headwise.functional.head_stats.reference import k_eff_by_sorting
+from headwise.training.distributed import find_device
 
 TOKENS = {"cuda": (1024, 2048, 4096, 8192, 16384), "cpu": (256, 512, 1024)}
 QUICK = {"cuda": (1024, 2048), "cpu": (128, 256)}
@@ -262,38 +261,22 @@ SWEEP = (
 )  # fmt: skip
 
 
-def run(device: str = "cpu", out: Path | None = None, quick: bool = False) -> dict[str, Any]:
-    """Check, time, print; with `out` also write `out/head-stats-<device>.json`."""
-    place = torch.device(device)
-    checks = check(place, 100 if quick or place.type == "cpu" else 300)
-    harness.print_table(checks)
-    rows = [time_row(tokens, place) for tokens in (QUICK if quick else TOKENS)[place.type]]
-    harness.print_table([{name: row[name] for name in row if "extra" not in name} for row in rows])
-    harness.print_table(
-        [{name: row[name] for name in row if "extra" in name or name == "tokens"} for row in rows]
-    )
-    if out is not None:
-        harness.save("head-stats", [*rows, *checks], out, device=device)
-    return {"rows": rows, "checks": checks, "passed": all(row["passed"] for row in checks)}
-
-
 def main(argv: list[str]) -> int:
-    """Run the benchmark; exit code 1 when a check fails."""
-    parser = argparse.ArgumentParser(prog="headwise bench head-stats", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="folder for head-stats-<device>.json")
-    parser.add_argument("--quick", action="store_true", help="short sequences only")
+    """`headwise bench head-stats`."""
+    parser = harness.parser(
+        "head-stats", __doc__, quick=True, lengths="tokens (default: 1024 to 16384, on a CPU 256 to 1024)"
+    )
     parser.add_argument("--sweep", type=int, nargs="*", metavar="T", help="time tile shapes at these lengths")
     arguments = parser.parse_args(argv)
+    device = find_device(arguments.device)
     if arguments.sweep is not None:
         for tokens in arguments.sweep or (4096,):
-            harness.print_table(sweep(tokens, torch.device(arguments.device)))
+            harness.print_table(sweep(tokens, device))
         return 0
-    result = run(arguments.device, arguments.out, arguments.quick)
-    return 0 if result["passed"] else 1
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))
+    tokens = 100 if arguments.quick or device.type == "cpu" else 300
+    lengths = arguments.lengths or (QUICK if arguments.quick else TOKENS)[device.type]
+    tables = [
+        harness.Table({"checks": partial(check, device, tokens)}, checks=True),
+        harness.Table({f"T {length}": partial(time_row, length, device) for length in lengths}),
+    ]
+    return harness.run("head-stats", arguments, tables, device=device)

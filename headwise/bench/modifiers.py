@@ -7,9 +7,8 @@ rotation, where a gate's own projection counts too. Each with torch.compile off 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from headwise.attention import AttentionShape, Carry, attention_kind
 from headwise.attention.modifiers import Modifiers
-from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
+from headwise.bench import harness
+from headwise.bench.harness import Row, Table, beside, captured, extra_memory_mb, measure
 from headwise.bench.layouts import poison
 from headwise.functional.fused_attention import fused_attention, takes
 from headwise.functional.softmax_attention import softmax_attention
@@ -57,22 +57,24 @@ Call = tuple[Callable[[], Tensor], list[Tensor]]
 """Something to run, and the leaves that it has gradients for."""
 
 
-def check(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Every case against float64: results and gradients, at several lengths and widths and in two dtypes."""
-    for name, case in CHECKS.items():
-        for dtype, limit in LIMITS.items():
-            for tokens, width in ((333, 64), (64, 128), (1, 64)):
-                window = case.get("window")
-                window = None if window is None or window >= tokens else window
-                q = torch.randn(2, 4, tokens, width, device=device, dtype=dtype)
-                if takes(q, None, window=window):
-                    found = _errors(case | {"window": window}, q)
-                    worst = max(found, key=lambda key: found[key] if found[key] == found[key] else 1e9)
-                    yield {
-                        "check": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens,
-                        "width": width, "largest_error": found[worst], "of": worst,
-                        "passed": found[worst] <= limit,
-                    }  # fmt: skip
+def check(name: str, device: torch.device) -> list[Row]:
+    """A case against float64: results and gradients, at several lengths and widths and in two dtypes."""
+    torch.manual_seed(0)
+    case, rows = CHECKS[name], []
+    for dtype, limit in LIMITS.items():
+        for tokens, width in ((333, 64), (64, 128), (1, 64)):
+            window = case.get("window")
+            window = None if window is None or window >= tokens else window
+            q = torch.randn(2, 4, tokens, width, device=device, dtype=dtype)
+            if takes(q, None, window=window):
+                found = _errors(case | {"window": window}, q)
+                worst = max(found, key=lambda key: found[key] if found[key] == found[key] else 1e9)
+                rows.append({
+                    "check": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens,
+                    "width": width, "largest_error": found[worst], "of": worst,
+                    "passed": found[worst] <= limit,
+                })  # fmt: skip
+    return rows
 
 
 def _errors(case: dict[str, Any], q: Tensor) -> dict[str, float]:
@@ -172,52 +174,42 @@ def timed(call: Call, device: torch.device, *, compiled: bool) -> dict[str, floa
     return {"ms": ms, "launched_ms": launched, "extra_mb": extra_memory_mb(step, device)}
 
 
-def rows_of(
-    level: str, device: torch.device, tokens: int, width: int, *, compiled: bool
-) -> Iterator[dict[str, Any]]:
-    """A row for every case of one shape; `x` is the time relative to `none`."""
+def row_of(name: str, device: torch.device, *, level: str, tokens: int, width: int, compiled: bool) -> Row:
+    """The row of a case at one shape."""
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     batch = max(1, (16384 if cuda else 1024) // tokens)
-    base = None
-    for name, modifiers in CASES.items():
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        found = timed(
-            LEVELS[level](modifiers, batch, tokens, width, device, dtype), device, compiled=compiled
-        )
-        base = found["ms"] if base is None else base
-        assert base is not None
-        assert found["ms"] is not None
-        yield {
-            "level": level, "modifier": name, "tokens": tokens, "width": width, "compiled": compiled,
-            "x": found["ms"] / base, **found,
-        }  # fmt: skip
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    call = LEVELS[level](CASES[name], batch, tokens, width, device, dtype)
+    shape = {"level": level, "modifier": name, "tokens": tokens, "width": width, "compiled": compiled}
+    return shape | timed(call, device, compiled=compiled)
 
 
 def main(argv: list[str]) -> int:
     """`headwise bench modifiers`."""
-    parser = argparse.ArgumentParser(prog="headwise bench modifiers", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096])
-    parser.add_argument("--widths", type=int, nargs="*", default=[64, 128])
-    parser.add_argument("--levels", nargs="*", default=list(LEVELS), choices=list(LEVELS))
-    parser.add_argument("--compile", nargs="*", default=["off", "on"], choices=["off", "on"])
+    parser = harness.parser(
+        "modifiers", __doc__, compiled=True, lengths="tokens of a sequence (default: 1024 2048 4096)",
+        widths=f"of heads, of a model of {D_MODEL} (default: 64 128)",
+    )  # fmt: skip
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=list(LEVELS))
+    parser.add_argument("--modifiers", nargs="+", default=list(CASES), choices=list(CASES))
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
-    torch.manual_seed(0)
-    checks = list(check(device))
-    print_table(checks)
-    if not all(row["passed"] for row in checks):
-        print("the kernels disagree with the definition: nothing is timed")
-        return 1
-    rows: list[dict[str, Any]] = []
-    for compiled in (how == "on" for how in arguments.compile):
-        for level in arguments.levels:
-            for tokens in arguments.tokens:
-                for width in arguments.widths:
-                    rows += rows_of(level, device, tokens, width, compiled=compiled)
-                    save("modifiers", [*checks, *rows], arguments.out, device=str(device))
-    print_table(rows)
-    return 0
+    cases = {
+        f"{level}, T {tokens}, D {width}, {name}{', compiled' if compiled else ''}": partial(
+            row_of, name, device, level=level, tokens=tokens, width=width, compiled=compiled
+        )
+        for compiled in harness.with_compiler(arguments, device)
+        for level in arguments.levels
+        for tokens in arguments.lengths or (1024, 2048, 4096)
+        for width in arguments.widths or (64, 128)
+        for name in CASES
+        if name == "none" or name in arguments.modifiers
+    }
+    alike = ("level", "tokens", "width", "compiled")
+    tables = [
+        Table({f"check of {name}": partial(check, name, device) for name in CHECKS}, checks=True),
+        Table(cases, partial(beside, column="ms", ratio="x", base={"modifier": "none"}, by=alike)),
+    ]
+    return harness.run("modifiers", arguments, tables, device=device)

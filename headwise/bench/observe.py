@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,11 @@ STEPS = 300
 
 
 def main(argv: list[str]) -> int:
-    """Train with and without heads measured, print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench observe", description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    """`headwise bench observe`."""
+    parser = harness.parser("observe", __doc__, device="cpu", lengths="tokens (default: 128 256)")
     arguments = parser.parse_args(argv)
-    rows = [_row(seq_len, batch, arguments.device) for seq_len, batch in ((128, 16), (256, 16))]
-    harness.print_table(rows)
-    harness.save("observe", rows, arguments.out, device=arguments.device)
-    return 0
+    cases = {f"T {n}": partial(_row, n, 16, arguments.device) for n in arguments.lengths or (128, 256)}
+    return harness.run("observe", arguments, [harness.Table(cases)], device=arguments.device)
 
 
 def _row(seq_len: int, batch: int, device: str) -> dict[str, Any]:

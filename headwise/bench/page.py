@@ -6,7 +6,7 @@ import argparse
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from headwise import reading
 from headwise.files import write_text
@@ -27,6 +27,13 @@ class About(TypedDict):
     torch: str
 
 
+class Missing(TypedDict):
+    """A case that was not measured."""
+
+    case: str
+    reason: str
+
+
 class Result(TypedDict):
     """A benchmark's JSON."""
 
@@ -34,6 +41,7 @@ class Result(TypedDict):
     measured: str
     environment: About
     rows: list[dict[str, Any]]
+    missing: NotRequired[list[Missing]]
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +73,9 @@ def _section(path: Path) -> str:
         "",
     ]
     measured = [row for row in result["rows"] if "passed" not in row]
-    return "\n".join([*lines, *_tables(measured), *_checks(result["rows"]), ""])
+    missing = [f"{one['case']} ({one['reason']})" for one in result.get("missing", [])]
+    lost = ["", f"Not measured: {'; '.join(missing)}."] if missing else []
+    return "\n".join([*lines, *_tables(measured), *lost, *_checks(result["rows"]), ""])
 
 
 def _tables(rows: Iterable[dict[str, Any]]) -> list[str]:

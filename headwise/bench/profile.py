@@ -9,12 +9,11 @@ TransformerLens where a version below 4 is installed.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,19 +61,12 @@ class Job:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench profile", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it works")
-    arguments = parser.parse_args(argv)
+    """`headwise bench profile`."""
+    arguments = harness.parser("profile", __doc__, quick=True).parse_args(argv)
     device = find_device(arguments.device)
-    rows: list[dict[str, Any]] = []
-    for job in _jobs(device, arguments.quick):
-        rows += _rows(job, device)
-    harness.print_table(rows)
-    harness.save("profile", rows, arguments.out, device=str(device))
-    return 0
+    jobs = _jobs(device, arguments.quick)
+    cases = {f"{job.name}, T {job.length}": partial(_rows, job, device) for job in jobs}
+    return harness.run("profile", arguments, [harness.Table(cases)], device=device)
 
 
 def _jobs(device: torch.device, quick: bool) -> list[Job]:
@@ -123,7 +115,7 @@ def llama_8b(device: torch.device) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
+def _rows(job: Job, device: torch.device) -> list[harness.Row]:
     model = job.build().to(device).eval().requires_grad_(False)
     loaded = Loaded(job.name, model, None, lambda ids: model(input_ids=ids))
     tokens = np.random.default_rng(0).integers(loaded.vocab_size, size=(job.contexts, job.length))
@@ -155,12 +147,14 @@ def _rows(job: Job, device: torch.device) -> Iterable[dict[str, Any]]:
             lasted, sizes[n] = _timed(work, contexts)
             seconds[n].append(lasted)
     rates = [w[1] * job.length / statistics.median(s) for w, s in zip(ways, seconds, strict=True)]
-    for (name, contexts, _), taken, rate, size in zip(ways, seconds, rates, sizes, strict=True):
-        yield {
+    return [
+        {
             "job": job.name, "T": job.length, "contexts": contexts, "way": name,
             "seconds": statistics.median(taken), "tokens_per_sec": rate, "share_of_plain": rate / rates[0],
             "table_mb": size and size / 1e6,
-        }  # fmt: skip
+        }
+        for (name, contexts, _), taken, rate, size in zip(ways, seconds, rates, sizes, strict=True)
+    ]  # fmt: skip
 
 
 def _timed(work: Callable[[int, Path], int | None], contexts: int) -> tuple[float, int | None]:

@@ -7,18 +7,19 @@ and bf16 autocast, on the same batch shape.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from headwise.attention.config import AttentionConfig
 from headwise.bench import harness
+from headwise.bench.harness import Row, Table, beside
 from headwise.config.run import Config
 from headwise.config.training import TrainingConfig
 from headwise.data.config import DataConfig
@@ -46,36 +47,36 @@ SMALL = ModelConfig(
 
 
 def main(argv: list[str]) -> int:
-    """Print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench train-step", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it works")
-    arguments = parser.parse_args(argv)
+    """`headwise bench train-step`."""
+    arguments = harness.parser("train-step", __doc__, quick=True).parse_args(argv)
     device = find_device(arguments.device)
-    rows = [_row(name, measured) for name, measured in _measurements(device, quick=arguments.quick)]
-    first = rows[0]
-    for row in rows:
-        row["flops_vs_first"] = row["tflop_per_sec"] / first["tflop_per_sec"]
-        row["tokens_vs_first"] = row["tokens_per_sec"] / first["tokens_per_sec"]
-    harness.print_table(rows)
-    harness.save("train-step", rows, arguments.out, device=str(device))
-    return 0
+    table = Table(_jobs(device, quick=arguments.quick), _beside_first)
+    return harness.run("train-step", arguments, [table], device=device)
 
 
-def _measurements(device: torch.device, *, quick: bool) -> list[tuple[str, dict[str, float]]]:
+def _jobs(device: torch.device, *, quick: bool) -> dict[str, harness.Case]:
     batch, seq_len = (4, 64) if quick else (32, 1024)
     gpt2, small = GPT2, SMALL
     if quick:
         gpt2 = ModelConfig(d_model=64, n_layers=2, n_heads=4, vocab_size=512, position="learned")
         small = ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=512)
     without = dataclasses.replace(gpt2, bias=False)
-    return [
-        ("headwise, GPT-2 124M shape", ours(gpt2, batch, seq_len, device)),
-        ("headwise, the same without biases", ours(without, batch, seq_len, device)),
-        ("transformers GPT-2, compiled, SDPA", theirs(gpt2, batch, seq_len, device)),
-        ("headwise, 20M", ours(small, 2 * batch, seq_len, device)),
-    ]
+    jobs = {
+        FIRST: partial(ours, gpt2, batch, seq_len, device),
+        "headwise, the same without biases": partial(ours, without, batch, seq_len, device),
+        "transformers GPT-2, compiled, SDPA": partial(theirs, gpt2, batch, seq_len, device),
+        "headwise, 20M": partial(ours, small, 2 * batch, seq_len, device),
+    }
+    return {name: partial(_row, name, measured) for name, measured in jobs.items()}
+
+
+FIRST = "headwise, GPT-2 124M shape"
+
+
+def _beside_first(rows: list[Row]) -> list[Row]:
+    for column, ratio in (("tflop_per_sec", "flops_vs_first"), ("tokens_per_sec", "tokens_vs_first")):
+        rows = beside(rows, column, ratio, base={"job": FIRST})
+    return rows
 
 
 def ours(model: ModelConfig, batch: int, seq_len: int, device: torch.device) -> dict[str, float]:
@@ -158,7 +159,8 @@ def theirs(model: ModelConfig, batch: int, seq_len: int, device: torch.device) -
     }
 
 
-def _row(name: str, measured: dict[str, float]) -> dict[str, Any]:
+def _row(name: str, job: Callable[[], dict[str, float]]) -> Row:
+    measured = job()
     rate = measured["tokens_per_sec"] * measured["flops_per_token"] / 1e12
     return {"job": name} | measured | {"tflop_per_sec": rate}
 

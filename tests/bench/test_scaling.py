@@ -33,8 +33,8 @@ def test_what_never_crosses_or_is_always_faster() -> None:
 
 
 def test_the_summary_compares_with_the_baseline() -> None:
-    rows = [{"way": "flash", "tokens": t, "ms": t**2 / 3000} for t in LENGTHS]
-    rows += [{"way": "ours", "tokens": t, "ms": float(t)} for t in LENGTHS]
+    rows = [{"way": "flash", "tokens": t, "width": 64, "ms": t**2 / 3000} for t in LENGTHS]
+    rows += [{"way": "ours", "tokens": t, "width": 64, "ms": float(t)} for t in LENGTHS]
     base, ours = summary(rows)
     assert (base["faster_from_T"], base["speedup_at_longest"]) == (None, 1)
     assert ours["slope"] == pytest.approx(1)
@@ -43,7 +43,7 @@ def test_the_summary_compares_with_the_baseline() -> None:
 
 @pytest.mark.parametrize("name", ["holo", "linear"])
 def test_a_benchmark_checks_and_times(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    how = ["--device", "cpu", "--out", str(tmp_path), "--tokens", "16", "32"]
+    how = ["--device", "cpu", "--out", str(tmp_path), "--lengths", "16", "32"]
     assert main(["bench", name, *how]) == 0
     assert "faster_from_T" in capsys.readouterr().out
     rows = json.loads((tmp_path / f"{name}-cpu.json").read_text())["rows"]

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.bench.harness import measure, print_table, save
+from headwise.bench.harness import Table, measure, parser, run
 from headwise.training.distributed import find_device
 from outside_kind.functional import nothing_attention
 
 
 def main(argv: list[str]) -> int:
     """Print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench nothing", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096])
-    arguments = parser.parse_args(argv)
+    arguments = parser("nothing", __doc__, lengths="tokens (default: 1024 2048 4096)").parse_args(argv)
     device = find_device(arguments.device)
-    rows = [_row(tokens, device) for tokens in arguments.tokens]
-    print_table(rows)
-    save("nothing", rows, arguments.out, device=str(device))
-    return 0
+    lengths = arguments.lengths or (1024, 2048, 4096)
+    table = Table({f"T {tokens}": partial(_row, tokens, device) for tokens in lengths})
+    return run("nothing", arguments, [table], device=device)
 
 
 @torch.no_grad()

@@ -8,10 +8,8 @@ are narrower than its values then: fewer kernels take that.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from headwise.attention.base import AttentionShape
 from headwise.attention.differential.config import DifferentialConfig
 from headwise.attention.differential.layer import DifferentialAttention
 from headwise.attention.flash import FlashAttention
-from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
+from headwise.bench import harness
+from headwise.bench.harness import Row, Table, beside, captured, extra_memory_mb, measure
 from headwise.functional.differential import differential_attention, fused_differential_attention
 from headwise.training.distributed import find_device
 
@@ -85,22 +84,28 @@ def both_ways(run: Callable[..., Tensor], given: list[Tensor]) -> Callable[[], A
     return step
 
 
-def check(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """How far outputs and gradients are from the definition in float64, case by case."""
+CHECKED = (
+    (4, 4, 257, 64, False), (6, 2, 130, 128, False), (4, 1, 1, 32, False), (4, 2, 96, 80, True),
+    (2, 2, 64, 256, False),
+)  # fmt: skip
+"""Heads, of keys, tokens, width, and whether there is a mask."""
+
+
+def check(
+    heads: int, kv_heads: int, tokens: int, width: int, masked: bool, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """How far outputs and gradients are from the definition in float64, version by version."""
+    torch.manual_seed(0)
     rows = []
-    for heads, kv_heads, tokens, width, masked in (
-        (4, 4, 257, 64, False), (6, 2, 130, 128, False), (4, 1, 1, 32, False), (4, 2, 96, 80, True),
-        (2, 2, 64, 256, False),
-    ):  # fmt: skip
-        mask = (torch.rand(2, tokens, tokens, device=device) < 0.7) if masked else None
-        ways = {f"version {n}": (n, fused(n, heads, kv_heads, width, mask)) for n in (1, 2)}
-        if not masked:
-            ways["version 1, two calls"] = (1, two_calls(heads, kv_heads, width))
-        for name, (version, run) in ways.items():
-            given = inputs(version, 2, heads, kv_heads, tokens, width, device, dtype)
-            error = error_of(run, given, mask)
-            row = {"case": name, "heads": heads, "kv_heads": kv_heads, "tokens": tokens, "width": width}
-            rows.append(row | {"masked": masked, "error": error, "passed": error < TOLERANCE[dtype]})
+    mask = (torch.rand(2, tokens, tokens, device=device) < 0.7) if masked else None
+    ways = {f"version {n}": (n, fused(n, heads, kv_heads, width, mask)) for n in (1, 2)}
+    if not masked:
+        ways["version 1, two calls"] = (1, two_calls(heads, kv_heads, width))
+    for name, (version, run) in ways.items():
+        given = inputs(version, 2, heads, kv_heads, tokens, width, device, dtype)
+        error = error_of(run, given, mask)
+        row = {"case": name, "heads": heads, "kv_heads": kv_heads, "tokens": tokens, "width": width}
+        rows.append(row | {"masked": masked, "error": error, "passed": error < TOLERANCE[dtype]})
     return rows
 
 
@@ -115,6 +120,9 @@ def error_of(run: Callable[..., Tensor], given: list[Tensor], mask: Tensor | Non
     if out.shape[2] == 1:  # one key has the weight 1 whatever q and k are, whose gradients are 0
         del pairs[1:3]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+NAMES = ("flash", "flash, 2H", "version 2", "version 1", "version 1, two calls")
 
 
 def cases(
@@ -137,45 +145,46 @@ def cases(
 
 
 def main(argv: list[str]) -> int:
-    """Print the tables and write the JSON; returns the exit code, 1 where a check fails."""
-    parser = argparse.ArgumentParser(prog="headwise bench differential", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--quick", action="store_true", help="a small shape, to see that it works")
+    """`headwise bench differential`."""
+    parser = harness.parser(
+        "differential", __doc__, compiled=True, quick=True,
+        lengths="tokens of a sequence (default: 1024 2048 4096)", widths="of heads (default: 64 128)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    checks = {
+        f"check of H {of[0]} to {of[1]}, T {of[2]}, D {of[3]}": partial(check, *of, device, dtype)
+        for of in CHECKED
+    }
+    batch, heads = (8, 16) if device.type == "cuda" else (1, 2 if arguments.quick else 4)
+    rows = {
+        f"{name}, T {tokens}, D {width}{', compiled' if compiled else ''}": partial(
+            row_of, name, device, dtype, compiled, batch=batch, heads=heads, tokens=tokens, width=width
+        )
+        for compiled in harness.with_compiler(arguments, device)
+        for tokens in arguments.lengths or ((64,) if arguments.quick else (1024, 2048, 4096))
+        for width in arguments.widths or ((32,) if arguments.quick else (64, 128))
+        for name in NAMES
+        if not compiled or width <= 64 or arguments.compile
+    }
+    finish = partial(
+        beside, column="both_ms", ratio="flash_x", base={"case": "flash"}, by=("tokens", "width", "compiled")
+    )
+    return harness.run(
+        "differential", arguments, [Table(checks, checks=True), Table(rows, finish)], device=device
+    )
+
+
+def row_of(name: str, device: torch.device, dtype: torch.dtype, compiled: bool, **shape: int) -> Row:
+    """The row of a case at one shape."""
     torch.manual_seed(0)
-    checks = check(device, dtype)
-    print_table(checks)
-    if not all(row["passed"] for row in checks):
-        print("the fused form disagrees with the definition: nothing is timed")
-        return 1
-    rows: list[dict[str, Any]] = []
-    on_cpu = device.type != "cuda"
-    batch, heads = (1, 2 if arguments.quick else 4) if on_cpu else (8, 16)
-    for tokens in (64,) if arguments.quick else (1024, 2048, 4096):
-        for width in (32,) if arguments.quick else (64, 128):
-            shape = {"batch": batch, "heads": heads, "tokens": tokens, "width": width}
-            for compiled in (False,) if on_cpu or width > 64 else (False, True):
-                chosen = cases(**shape, device=device, dtype=dtype)
-                rows += timed(chosen, device, compiled, shape)
-                save("differential", [*checks, *rows], arguments.out, device=str(device))  # what there is
-    print_table(rows)
-    return 0
-
-
-def timed(
-    chosen: dict[str, Case], device: torch.device, compiled: bool, shape: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """One row a case, with times relative to the first."""
-    rows = []
-    for name, (run, given) in chosen.items():
-        run = torch.compile(run, dynamic=False, fullgraph=True) if compiled else run
-        step = both_ways(run, given)
-        with torch.no_grad():
-            forward = measure(captured(partial(run, *given), device), device)
-        row = {"case": name, **shape, "compiled": compiled, "forward_ms": forward}
-        row |= {"both_ms": measure(captured(step, device), device)}
-        rows.append(row | {"extra_mb": extra_memory_mb(step, device)})
-    return [row | {"flash_x": row["both_ms"] / rows[0]["both_ms"]} for row in rows]
+    torch.compiler.reset()
+    run, given = cases(**shape, device=device, dtype=dtype)[name]
+    run = torch.compile(run, dynamic=False, fullgraph=True) if compiled else run
+    step = both_ways(run, given)
+    with torch.no_grad():
+        forward = measure(captured(partial(run, *given), device), device)
+    row = {"case": name, **shape, "compiled": compiled, "forward_ms": forward}
+    row |= {"both_ms": measure(captured(step, device), device)}
+    return row | {"extra_mb": extra_memory_mb(step, device)}

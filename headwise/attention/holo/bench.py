@@ -12,18 +12,19 @@ from torch import Tensor
 from headwise.attention.base import AttentionShape
 from headwise.attention.holo.config import HoloConfig
 from headwise.attention.holo.layer import HoloAttention
-from headwise.bench.scaling import WIDTH, Way, run
+from headwise.bench.scaling import Way, run
 from headwise.functional.holographic import normalised, own_weight, project, reference, retrieve, reweighted
 
 
 def layer_way(**options: object) -> Way:
-    """The core of a layer, made once for each dtype, device and number of heads."""
+    """The core of a layer, made once for each dtype, device and shape of heads."""
     made: dict[tuple[object, ...], HoloAttention] = {}
 
     def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        key = (q.device, q.dtype, q.shape[1])
+        heads, width = q.shape[1], q.shape[3]
+        key = (q.device, q.dtype, heads, width)
         if key not in made:
-            shape = AttentionShape(WIDTH, q.shape[1], q.shape[1], WIDTH)
+            shape = AttentionShape(heads * width, heads, heads, width)
             made[key] = HoloAttention(shape, HoloConfig(**options)).to(q.device)  # type: ignore[arg-type]
         return made[key].core(q, k, v, mask=None, causal=True)
 
@@ -82,7 +83,4 @@ def _superposition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def main(argv: list[str]) -> int:
     """`headwise bench holo`."""
-    compiled = {}
-    if torch.cuda.is_available() and "cpu" not in argv:
-        compiled = {"hrr, retrieve, compiled": torch.compile(_superposition, dynamic=False)}
-    return run(argv, "holo", __doc__, WAYS, compiled)
+    return run(argv, "holo", __doc__, WAYS, {"hrr, retrieve": _superposition})

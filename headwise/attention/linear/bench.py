@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.bench.scaling import WIDTH, Way, run
+from headwise.bench.scaling import Way, run
 from headwise.functional.linear_attention import (
     elu_features,
     linear_attention,
@@ -31,13 +31,15 @@ def linear_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return linear_weights(elu_features(q), elu_features(k)) @ v
 
 
-_drawn: dict[torch.device, Tensor] = {}
+_drawn: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _random(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    if q.device not in _drawn:
-        _drawn[q.device] = orthogonal_features(FEATURES, WIDTH, 0).to(q.device)
-    scale, directions = WIDTH**-0.5, _drawn[q.device]
+    width = q.shape[-1]
+    key = (q.device, width)
+    if key not in _drawn:
+        _drawn[key] = orthogonal_features(FEATURES, width, 0).to(q.device)
+    scale, directions = width**-0.5, _drawn[key]
     phi_q = positive_features(q, directions, scale=scale, of_queries=True)
     return phi_q, positive_features(k, directions, scale=scale, of_queries=False)
 
@@ -60,7 +62,4 @@ WAYS: dict[str, tuple[Way, Way]] = {
 
 def main(argv: list[str]) -> int:
     """`headwise bench linear`."""
-    compiled: dict[str, Way] = {}
-    if torch.cuda.is_available() and "cpu" not in argv:
-        compiled = {f"{name}, compiled": torch.compile(way, dynamic=False) for name, (way, _) in WAYS.items()}
-    return run(argv, "linear", __doc__, WAYS, compiled)
+    return run(argv, "linear", __doc__, WAYS, {name: way for name, (way, _) in WAYS.items()})

@@ -5,14 +5,12 @@ Checks every case against the definition in float64 first, in the same command.
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,8 @@ from torch.nn import functional as F
 from headwise.attention.base import AttentionShape, Carry
 from headwise.attention.selective.config import SelectiveConfig
 from headwise.attention.selective.layer import SelectiveAttention
-from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
+from headwise.bench import harness
+from headwise.bench.harness import Row, Table, captured, extra_memory_mb, measure
 from headwise.bench.layouts import laid_out, poison
 from headwise.functional.selective import (
     Protection,
@@ -195,8 +194,12 @@ def check(device: torch.device) -> list[dict[str, Any]]:
     jobs = min(len(CASES), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        found = pool.map(check_case, CASES, [str(device)] * len(CASES))
-        return [row for rows in found for row in rows]
+        try:
+            found = pool.map(check_case, CASES, [str(device)] * len(CASES))
+            return [row for rows in found for row in rows]
+        except BaseException:  # the others would be waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def both_ways(function: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor) -> Callable[[], None]:
@@ -238,6 +241,11 @@ def timed(ours: Callable[[], Tensor], leaves: list[Tensor], device: torch.device
         "forward_x": forward[0] / forward[1], "launched_ms": launched,
         "extra_mb": extra_memory_mb(step, device),
     }  # fmt: skip
+
+
+def named(name: str, way: Callable[..., dict[str, float | None]], device: torch.device, tokens: int) -> Row:
+    """The row of a way to do it."""
+    return {"case": name, "tokens": tokens} | way(device, tokens=tokens)
 
 
 def time_case(case: dict[str, Any], device: torch.device, *, tokens: int) -> dict[str, float | None]:
@@ -297,26 +305,17 @@ TIMED: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str]) -> int:
     """`headwise bench selective`."""
-    parser = argparse.ArgumentParser(prog="headwise bench selective", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096])
-    arguments = parser.parse_args(argv)
+    lengths = "tokens of a sequence (default: 1024 2048 4096)"
+    arguments = harness.parser("selective", __doc__, lengths=lengths).parse_args(argv)
     device = find_device(arguments.device)
-    checks = check(device) if device.type == "cuda" else []
-    print_table(checks)
-    if not all(row["passed"] for row in checks):
-        print("the kernels disagree with the definition: nothing is timed")
-        return 1
-    rows: list[dict[str, Any]] = []
-    for tokens in arguments.tokens:
-        ways: dict[str, Callable[..., dict[str, Any]]]
-        ways = {name: partial(time_case, case) for name, case in TIMED.items()}
-        ways |= {"4 latents to 12 masks": time_latents, "selective, the definition": time_plain}
-        for name, way in ways.items():
-            rows.append({"case": name, "tokens": tokens} | way(device, tokens=tokens))
-    print_table(rows)
-    errors_of_sums = sums(device)
-    print_table(errors_of_sums)
-    save("selective", [*checks, *rows, *errors_of_sums], arguments.out, device=str(device))
-    return 0
+    ways: dict[str, Callable[..., dict[str, Any]]]
+    ways = {name: partial(time_case, case) for name, case in TIMED.items()}
+    ways |= {"4 latents to 12 masks": time_latents, "selective, the definition": time_plain}
+    rows = {
+        f"{name}, T {tokens}": partial(named, name, way, device, tokens)
+        for tokens in arguments.lengths or (1024, 2048, 4096)
+        for name, way in ways.items()
+    }
+    checks = {"checks": partial(check, device)} if device.type == "cuda" else {}
+    tables = [Table(checks, checks=True), Table(rows), Table({"sums": partial(sums, device)})]
+    return harness.run("selective", arguments, tables, device=device)

@@ -6,18 +6,17 @@ hold `(B, H, T, T, D)` twice.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headwise.bench.harness import captured, extra_memory_mb, measure, print_table, save
+from headwise.bench import harness
+from headwise.bench.harness import Row, Table, beside, captured, extra_memory_mb, measure
 from headwise.bench.layouts import laid_out, poison
 from headwise.functional.tropical import definition, tropical_attention
 from headwise.training.distributed import find_device
@@ -98,23 +97,26 @@ def relative(ours: Tensor, true: Tensor) -> float:
     return float((ours - true).abs().max() / true.abs().max().clamp(min=1.0))
 
 
-def check(device: torch.device) -> list[dict[str, Any]]:
-    """One row a case and length: the largest error of anything, and whether two backward passes agree."""
+def check(case: dict[str, Any], shown: str, device: torch.device) -> list[Row]:
+    """One row a length: the largest error of anything, and whether two backward passes agree."""
     rows = []
-    for case in CHECKED:
-        for tokens in TOKENS[device.type]:
-            torch.manual_seed(0)
-            found = errors(device, tokens=tokens, **case)
-            worst = max(found, key=lambda name: found[name])
-            same = same_twice(device, tokens, **case)
-            half = case.get("dtype") == torch.bfloat16
-            shown = {key: str(value).removeprefix("torch.") for key, value in case.items()}
-            rows.append({
-                "case": " ".join(f"{key}={value}" for key, value in shown.items()) or "usual",
-                "tokens": tokens, "largest_error": found[worst], "of": worst, "same_twice": same,
-                "passed": found[worst] <= (2.0**-8 if half else 1e-6) and same,
-            })  # fmt: skip
+    for tokens in TOKENS[device.type]:
+        torch.manual_seed(0)
+        found = errors(device, tokens=tokens, **case)
+        worst = max(found, key=lambda name: found[name])
+        same = same_twice(device, tokens, **case)
+        half = case.get("dtype") == torch.bfloat16
+        rows.append({
+            "case": shown, "tokens": tokens, "largest_error": found[worst], "of": worst, "same_twice": same,
+            "passed": found[worst] <= (2.0**-8 if half else 1e-6) and same,
+        })  # fmt: skip
     return rows
+
+
+def named(case: dict[str, Any]) -> str:
+    """A case as the table shows it."""
+    shown = {key: str(value).removeprefix("torch.") for key, value in case.items()}
+    return " ".join(f"{key}={value}" for key, value in shown.items()) or "usual"
 
 
 def same_twice(
@@ -138,7 +140,7 @@ def same_twice(
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def against_naive(device: torch.device) -> list[dict[str, Any]]:
+def against_naive(device: torch.device) -> list[Row]:
     """Forward alone: the naive form, SDPA, and ours without winners, with them, and with γ."""
     batch, heads, tokens, width = NAIVE[device.type]
     torch.manual_seed(0)
@@ -151,7 +153,7 @@ def against_naive(device: torch.device) -> list[dict[str, Any]]:
         "ours, margins": partial(tropical_attention, q, k, v, margin=True),
         "ours, winners kept": partial(tropical_attention, *kept),
     }
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, way in ways.items():
         began = time.perf_counter()
         way()
@@ -160,12 +162,10 @@ def against_naive(device: torch.device) -> list[dict[str, Any]]:
         first = 1e3 * (time.perf_counter() - began)
         ms = measure(captured(way, device), device)
         rows.append({
-            "forward": name, "B": batch, "H": heads, "T": tokens, "D": width, "ms": ms, "naive_x": None,
+            "forward": name, "B": batch, "H": heads, "T": tokens, "D": width, "ms": ms,
             "extra_mb": extra_memory_mb(way, device), "first_call_ms": first,
         })  # fmt: skip
-    for row in rows:
-        row["naive_x"] = rows[0]["ms"] / row["ms"]
-    return rows
+    return [row | {"naive_x": rows[0]["ms"] / row["ms"]} for row in rows]
 
 
 @torch.no_grad()
@@ -176,58 +176,58 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (score[..., None] + v[:, :, None]).amax(-2)
 
 
-def both_passes(device: torch.device, tokens: int) -> list[dict[str, Any]]:
-    """Forward and backward, of SDPA in bfloat16 and float32 and of ours: time and memory."""
-    batch, heads, _, width = SIZES[device.type]
+def both_passes(name: str, device: torch.device, tokens: int, width: int) -> Row:
+    """Forward and backward of a way, in float32 where it is not named otherwise: time and memory."""
+    batch, heads = SIZES[device.type][:2]
     torch.manual_seed(0)
-    leaves = [torch.randn(batch, heads, tokens, width, device=device, requires_grad=True) for _ in range(3)]
-    half = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
-    sdpa = partial(F.scaled_dot_product_attention, is_causal=True)
-    ways: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-        "sdpa, bfloat16": (sdpa, half),
-        "sdpa": (sdpa, leaves),
-        "ours": (lambda *x: tropical_attention(*x).y, leaves),
-        "ours, centred": (lambda *x: tropical_attention(*x, centre=True).y, leaves),
-    }
-    rows = []
-    for name, (function, tensors) in ways.items():
-        upstream = torch.randn_like(tensors[0])
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    tensors = [
+        torch.randn(batch, heads, tokens, width, device=device).to(dtype).requires_grad_() for _ in range(3)
+    ]
+    function, upstream = BOTH[name], torch.randn_like(tensors[0])
 
-        def step(
-            function: Callable[..., Tensor] = function, tensors: list[Tensor] = tensors, up: Tensor = upstream
-        ) -> None:
-            for leaf in tensors:
-                leaf.grad = None
-            function(*tensors).backward(up)
+    def step() -> None:
+        for leaf in tensors:
+            leaf.grad = None
+        function(*tensors).backward(upstream)
 
-        with torch.no_grad():
-            forward = measure(captured(partial(function, *tensors), device), device)
-        ms = measure(captured(step, device), device)
-        rows.append({
-            "both": name, "B": batch, "H": heads, "T": tokens, "D": width, "forward_ms": forward, "ms": ms,
-            "launched_ms": measure(step, device), "extra_mb": extra_memory_mb(step, device),
-        })  # fmt: skip
-    return rows
+    with torch.no_grad():
+        forward = measure(captured(partial(function, *tensors), device), device)
+    return {
+        "both": name, "B": batch, "H": heads, "T": tokens, "D": width, "forward_ms": forward,
+        "ms": measure(captured(step, device), device), "launched_ms": measure(step, device),
+        "extra_mb": extra_memory_mb(step, device),
+    }  # fmt: skip
+
+
+BOTH: dict[str, Callable[..., Tensor]] = {
+    "sdpa, bfloat16": partial(F.scaled_dot_product_attention, is_causal=True),
+    "sdpa": partial(F.scaled_dot_product_attention, is_causal=True),
+    "ours": lambda *x: tropical_attention(*x).y,
+    "ours, centred": lambda *x: tropical_attention(*x, centre=True).y,
+}
+"""What is timed forward and backward."""
 
 
 def main(argv: list[str]) -> int:
     """`headwise bench tropical`."""
-    parser = argparse.ArgumentParser(prog="headwise bench tropical", description=__doc__)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tokens", type=int, nargs="*", help="lengths, forward and backward")
+    parser = harness.parser(
+        "tropical", __doc__, lengths="of the passes forward and backward (default: 1024 2048 4096)",
+        widths="of heads (default: 64)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
-    forward = against_naive(device)  # first, so that its first calls are
-    checks = check(device)
-    print_table(checks)
-    if not all(row["passed"] for row in checks):
-        print("the kernels disagree with the definition: no times are shown")
-        return 1
-    print_table(forward)
-    rows = []
-    for tokens in arguments.tokens or SIZES[device.type][2]:
-        rows += both_passes(device, tokens)
-    print_table(rows)
-    save("tropical", [*checks, *forward, *rows], arguments.out, device=str(device))
-    return 0
+    _, _, lengths, width = SIZES[device.type]
+    both = {
+        f"{name}, T {tokens}, D {wide}": partial(both_passes, name, device, tokens, wide)
+        for tokens in arguments.lengths or lengths
+        for wide in arguments.widths or [width]
+        for name in BOTH
+    }
+    checks = {f"check of {named(case)}": partial(check, case, named(case), device) for case in CHECKED}
+    tables = [
+        Table({"against the naive form": partial(against_naive, device)}),  # first: its first calls are
+        Table(checks, checks=True),
+        Table(both, partial(beside, column="ms", ratio="sdpa_x", base={"both": "sdpa"}, by=("T", "D"))),
+    ]
+    return harness.run("tropical", arguments, tables, device=device)

@@ -6,10 +6,9 @@ beside `mha` and beside `flash`, which is the engine that `tt` runs on.
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch.nn import functional as F
 from headwise.attention import KINDS, AttentionConfig, AttentionShape
 from headwise.attention.tt.config import TensorTrainConfig
 from headwise.attention.tt.trains import layer_sizes
-from headwise.bench.harness import extra_memory_mb, measure, print_table, save
+from headwise.bench import harness
+from headwise.bench.harness import Row, Table, extra_memory_mb, measure
+from headwise.errors import HeadwiseError
 from headwise.functional.tensor_train import reconstruct, tensor_train_linear
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
@@ -43,42 +44,55 @@ COMPILED = ("flash", "tt rank 16")
 
 
 def main(argv: list[str]) -> int:
-    """`headwise bench tt`: print the tables and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench tt", description=__doc__)
-    add = parser.add_argument
-    add("--device", default="auto")
-    add("--out", type=Path, default=Path("benchmarks/results"))
-    add("--tokens", type=int, default=1024, help="length of a sequence")
-    add("--batch", type=int, default=8, help="sequences")
-    add("--layers", type=int, default=4, help="layers of the model whose step is measured")
-    add("--quick", action="store_true", help="small shapes, to see that it works")
+    """`headwise bench tt`."""
+    parser = harness.parser(
+        "tt", __doc__, compiled=True, quick=True, lengths="tokens of a sequence (default: 1024)",
+        widths="d_model, of heads of 64 (default: 768)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of the model whose step is measured")
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
-    shape = AttentionShape(768, 12, 12, 64)
-    if arguments.quick:
-        shape, arguments.tokens, arguments.batch, arguments.layers = AttentionShape(64, 4, 4, 16), 64, 2, 2
-    checks = [
-        check(name, shape, dtype, device) for name in CASES for dtype in LIMITS if name.startswith("tt")
+    head, layers, batch = (16, 2, 2) if arguments.quick else (64, arguments.layers, arguments.batch)
+    lengths = arguments.lengths or ((64,) if arguments.quick else (1024,))
+    widths = arguments.widths or ((64,) if arguments.quick else (768,))
+    if wrong := [width for width in widths if width % head]:
+        raise HeadwiseError(
+            f"--widths {wrong[0]} is no d_model of whole heads of {head}; give multiples of it"
+        )
+    shapes = [AttentionShape(width, width // head, width // head, head) for width in widths]
+    sizes = [(shape, tokens) for shape in shapes for tokens in lengths]
+    checks = {
+        f"check of {name}, d_model {shape.d_model}, {dtype}": partial(check, name, shape, dtype, device)
+        for shape in shapes
+        for name in CASES
+        if name.startswith("tt")
+        for dtype in LIMITS
+    }
+    of_layer = {
+        f"layer, {name}, d_model {shape.d_model}, T {tokens}": partial(
+            time_layer, name, shape, device=device, tokens=tokens, batch=batch
+        )
+        for shape, tokens in sizes
+        for name in CASES
+    }
+    steps = {
+        f"step, {name}{', compiled' if compiled else ''}, d_model {shape.d_model}, T {tokens}": partial(
+            time_step, name, shape, layers, device=device, tokens=tokens, batch=batch, compiled=compiled
+        )
+        for compiled in harness.with_compiler(arguments, device)
+        for shape, tokens in sizes
+        for name in (COMPILED if compiled else CASES)
+    }
+    tables = [
+        Table(checks, checks=True),
+        Table(of_layer, partial(beside, of="layer", columns=("forward_backward_ms", "extra_mb"))),
+        Table(steps, partial(beside, of="step", columns=("step_ms", "peak_mb"))),
     ]
-    print_table(checks)
-    if not all(row["passed"] for row in checks):
-        print("the contraction disagrees with the dense matrix: nothing is timed")
-        return 1
-    size = {"device": device, "tokens": arguments.tokens, "batch": arguments.batch}
-    layers = [{"layer": name} | time_layer(name, shape, **size) for name in CASES]
-    beside(layers, ("forward_backward_ms", "extra_mb"))
-    print_table(layers)
-    steps = [{"step": name} | time_step(name, shape, arguments.layers, **size) for name in CASES]
-    for name in COMPILED if device.type == "cuda" else ():
-        found = time_step(name, shape, arguments.layers, compiled=True, **size)
-        steps.append({"step": f"{name}, compiled"} | found)
-    beside(steps, ("step_ms", "peak_mb"))
-    print_table(steps)
-    save("tt", [*checks, *layers, *steps], arguments.out, device=str(device))
-    return 0
+    return harness.run("tt", arguments, tables, device=device)
 
 
-def check(name: str, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def check(name: str, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Row:
     """W_Q of a case, forward and backward, against the dense matrix in float64."""
     torch.manual_seed(0)
     options = TensorTrainConfig(**CASES[name][1])
@@ -96,8 +110,8 @@ def check(name: str, shape: AttentionShape, dtype: torch.dtype, device: torch.de
         for ours, theirs in zip(found, wanted, strict=True)
     )
     return {
-        "case": name, "dtype": str(dtype).removeprefix("torch."), "largest_error": worst,
-        "passed": worst <= LIMITS[dtype],
+        "case": name, "d_model": shape.d_model, "dtype": str(dtype).removeprefix("torch."),
+        "largest_error": worst, "passed": worst <= LIMITS[dtype],
     }  # fmt: skip
 
 
@@ -110,9 +124,7 @@ def config_of(name: str) -> AttentionConfig:
     return config
 
 
-def time_layer(
-    name: str, shape: AttentionShape, *, device: torch.device, tokens: int, batch: int
-) -> dict[str, float | None]:
+def time_layer(name: str, shape: AttentionShape, *, device: torch.device, tokens: int, batch: int) -> Row:
     """Forward and backward of one attention layer under autocast, and what it keeps in between."""
     torch.manual_seed(0)
     config = config_of(name)
@@ -132,12 +144,13 @@ def time_layer(
         x.grad = None
 
     return {
+        "layer": name, "d_model": shape.d_model, "tokens": tokens,
         "parameters": sum(p.numel() for p in layer.parameters()),
         "forward_ms": measure(forward, device),
         "forward_backward_ms": measure(both, device),
         "kept_mb": kept_mb(forward),
         "extra_mb": extra_memory_mb(both, device),
-    }
+    }  # fmt: skip
 
 
 def kept_mb(forward: Callable[[], Tensor]) -> float:
@@ -164,7 +177,7 @@ def time_step(
     tokens: int,
     batch: int,
     compiled: bool = False,
-) -> dict[str, float | None]:
+) -> Row:
     """A whole training step: forward, loss, backward, AdamW. The peak counts parameters and optimizer too."""
     gc.collect()
     held = 0
@@ -192,18 +205,18 @@ def time_step(
     milliseconds = measure(step, device, seconds=2.0 if device.type == "cuda" else 0.5, least=3)
     on_device = device.type == "cuda"
     return {
+        "step": f"{name}, compiled" if compiled else name, "d_model": shape.d_model, "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "step_ms": milliseconds,
         "tokens_per_s": 1e3 * batch * tokens / milliseconds,
         "peak_mb": (torch.cuda.max_memory_allocated(device) - held) / 1e6 if on_device else None,
-    }
+    }  # fmt: skip
 
 
-def beside(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Add each row's ratios to `mha` and to `flash`."""
-    for base in rows[:2]:
-        of = next(iter(base.values()))
-        for row in rows:
-            for column in columns:
-                known = row[column] is not None and base[column]
-                row[f"{column.rpartition('_')[0]}_x_{of}"] = row[column] / base[column] if known else None
+def beside(rows: list[Row], *, of: str, columns: tuple[str, ...]) -> list[Row]:
+    """Rows with their ratios to `mha` and to `flash` of the same size."""
+    for base in ("mha", "flash"):
+        for column in columns:
+            ratio = f"{column.rpartition('_')[0]}_x_{base}"
+            rows = harness.beside(rows, column, ratio, base={of: base}, by=("d_model", "tokens"))
+    return rows
