@@ -502,8 +502,9 @@ class Attention(nn.Module):
 
         Where a kind has another pair of operations in their place, such as a sum and a maximum, it counts two
         for each as well. Scores and values are counted over all `seq_len` keys, masked or not, or over the
-        layer's window. The layer's `nn.Linear` matrices and projections are counted apart, from their sizes;
-        softmax, sums and other work on single numbers is not.
+        layer's window, although engines that mask what lies beyond it compute all keys. The layer's
+        `nn.Linear` matrices and projections are counted apart, from their sizes; softmax, sums and other work
+        on single numbers is not.
 
         Args:
             shape: the layer's, its index included.
@@ -517,9 +518,17 @@ class Attention(nn.Module):
     def backward_flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
         """Those of the backward pass: twice the forward, since two matrix products follow from each.
 
-        What is computed a second time to save memory is not counted, but where that is all there is.
+        Scores that a fused kernel computes a second time are not counted, by the usual convention.
         """
         return 2 * cls.flops_per_token(shape, options, seq_len)
+
+    def padded_flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of the core besides `flops_per_token`: of zeros that this layer multiplies here.
+
+        Where one path pads and another does not, the layer's device decides. The backward pass has twice as
+        many.
+        """
+        return 0
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, causal: bool) -> None:
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.shape.d_model:
@@ -531,7 +540,8 @@ class Attention(nn.Module):
         if attn_mask is None:
             return
         batch, length = x.shape[0], x.shape[1]
-        if tuple(attn_mask.shape) not in ((1, length, length), (batch, length, length)):
+        sizes = attn_mask.shape  # one by one: the compiler does not find symbols of a tuple in another
+        if len(sizes) != 3 or sizes[0] not in (1, batch) or sizes[1] != length or sizes[2] != length:
             expected = f"({batch} or 1, {length}, {length})"
             raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; expected {expected}")
         is_bool = attn_mask.dtype == torch.bool

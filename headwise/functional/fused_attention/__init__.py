@@ -15,6 +15,9 @@ dc = -Σ_i exp(c - lse'_i) rowsum(dy'_i · y'_i).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -103,3 +106,27 @@ def null_key_attention(
     null = sink.to(q.dtype)[:, None, None].expand(*bias.shape[:3], 1)
     mask = torch.cat((bias, null), dim=-1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def _flops(q: Sequence[int], v: Sequence[int], window: int) -> int:
+    """Scores and values over the keys of the window, or over all of them where it is 0."""
+    batch, heads, tokens, width = q
+    return 2 * batch * heads * tokens * min(tokens, window or tokens) * (width + v[-1])
+
+
+def _forward_flops(
+    q: Any, k: Any, v: Any, bias: Any, sink: Any, causal: bool, window: int, *_: Any, **__: Any
+) -> int:
+    return _flops(q, v, window)
+
+
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **__: Any) -> int:
+    """Twice the forward: scores that a kernel computes again are not counted, by the usual convention."""
+    return 2 * _flops(q, v, rest[-2])
+
+
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.headwise.attention_with_lse: _forward_flops,
+    torch.ops.headwise.attention_with_lse_backward: _backward_flops,
+}
+"""For torch's FlopCounterMode, which does not see the products inside the operators."""
