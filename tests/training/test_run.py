@@ -26,6 +26,7 @@ from headwise.runs.weights import load_model
 from headwise.training.evaluate import evaluate_run
 from headwise.training.progress import Silent
 from headwise.training.run import train
+from tests.fixtures.kills import cut_back
 
 TINY = {
     "model.d_model": 32, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2,
@@ -93,16 +94,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "run")
-
-
-def cut_back(folder: Path, step: int) -> None:
-    """As a kill -9 some time after the checkpoint of `step` leaves a run."""
-    for path in (folder / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    (folder / "summary.json").unlink(missing_ok=True)
-    status = json.loads((folder / "status.json").read_text())
-    (folder / "status.json").write_text(json.dumps(status | {"state": "running", "pid": 2**22 + 1}))
 
 
 # -- resume ---------------------------------------------------------------------------------------
