@@ -69,15 +69,15 @@ def assert_same_run(one: Path, other: Path, step: int = 12) -> None:
 
 
 class Press(Silent):
-    """Presses Ctrl-C when a step is done."""
+    """Presses Ctrl-C, or sends another signal, when a step is done."""
 
-    def __init__(self, step: int) -> None:
-        self.at, self.said = step, ""
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.at, self.said, self.number = step, "", number
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         if step == self.at:
             self.at = -1
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
     def say(self, line: str) -> None:
         self.said += line
@@ -99,13 +99,15 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 # -- resume ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [4, 6])
-def test_ctrl_c_saves_the_step_and_a_resume_is_exact(whole: Path, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "number"), [(4, signal.SIGINT), (6, signal.SIGTERM)])
+def test_ctrl_c_saves_the_step_and_a_resume_is_exact(
+    whole: Path, tmp_path: Path, step: int, number: int
+) -> None:
     """In the middle of everything, and on a step that is evaluated and saved anyway."""
-    press = Press(step)
+    press = Press(step, number)
     before = signal.getsignal(signal.SIGINT)
     summary = train(tiny(tmp_path / "run"), progress=press)
-    assert (summary["state"], summary["step"]) == ("interrupted", step)
+    assert (summary["state"], summary["step"], summary["signal"]) == ("interrupted", step, number)
     assert "finishing this step" in press.said
     assert signal.getsignal(signal.SIGINT) is before
     folder = RunFolder(tmp_path / "run")
