@@ -80,10 +80,11 @@ def _question(data: dict[str, Any]) -> list[str]:
 
 
 def _conclusions(data: dict[str, Any]) -> str:
-    lines = []
+    lines, labels = [], tables.labels(data)
     for row in data["conclusions"]:
         name, _, rest = line(row).partition(": ")
-        lines.append(f"- **{name}**: {rest}")
+        label = labels.get(row["variant"], name)
+        lines.append(f"- **{name}**{f' ({label})' if label != name else ''}: {rest}")
     return "\n".join(lines) or str(data["conclusion_note"])
 
 
