@@ -107,7 +107,8 @@ class Attention(nn.Module):
         supports: names out of `FEATURES`. Of the modifiers, the base class applies `qk_norm`,
             `output_gate` and `value_residual` for a kind that declares them; `core` itself obeys `sink()` and
             `window()`, and a decoding cache obeys all of them (`KeyValueCache` does).
-        declines: why the kind cannot take a modifier, by its name, for those that it does not declare.
+        declines: for modifiers that the kind does not declare, a clause that says why it cannot take them,
+            where there is a mathematical reason.
         engine_family: what the engines of this kind are called before the first hyphen.
         measures: those of its own; its observations carry their values in `extra`.
         sections: what the kind adds to a report, each as `package.module:NAME` of a
@@ -237,8 +238,14 @@ class Attention(nn.Module):
         if modifier in cls.supported(options):
             return None
         taken = [name for name in MODIFIERS if name in cls.supported(options)]
-        reason = cls.declines.get(modifier, f"of the modifiers it takes {', '.join(taken) or 'none'}")
-        return f"kind {cls.kind!r} cannot take it: {reason}"
+        takes = f"of the modifiers it takes {', '.join(taken) or 'none'}"
+        reason = cls.declining(options).get(modifier)
+        return f"kind {cls.kind!r} cannot take it: {f'{reason}; ' if reason else ''}{takes}"
+
+    @classmethod
+    def declining(cls, options: Any) -> Mapping[str, str]:
+        """`declines` of the kind with these options."""
+        return cls.declines
 
     def attend(
         self,

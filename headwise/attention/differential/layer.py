@@ -55,6 +55,9 @@ class DifferentialAttention(Attention):
 
     options = DifferentialConfig
     supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training"})
+    declines: ClassVar[Mapping[str, str]] = {
+        "sink": "a head has two softmaxes, and none of its definitions says which of them a sink joins"
+    }
     engine_family = "sdpa"
     measures = (
         Measure(

@@ -38,6 +38,10 @@ class FeatureAttention(Attention):
     """What kinds share whose weights are products of positive features; they give `queries` and `keys`."""
 
     supports = frozenset({"causal", "full", "padding", "gqa", "cpu_training"})
+    declines: ClassVar[Mapping[str, str]] = {
+        "sink": "its weights are products of features, without a logit beside which a sink's could stand",
+        "windows": "it sums all keys in one state, which no key can leave",
+    }
 
     def queries(self, q: Tensor) -> Tensor:
         """φ(q) `(B, H, T, F)` of q `(B, H, T, D)`, positive."""
