@@ -2,14 +2,14 @@
 
     y_i = Σ_j exp(s[i,j]) v_j / (exp(c) + Σ_l exp(s[i,l])),   s = scale · q·k, |i - j| < window
 
-The definition is `headwise.functional.softmax_attention`. Kernels know no sink, but they give the
-log-sum-exp of each query, and from that everything follows: with `y, lse` of plain attention,
+The definition is `headwise.functional.softmax_attention`. The kernels do not support sinks, but they return
+the log-sum-exp of each query, which suffices. With `y, lse` of attention without a sink,
 
     y' = y · sigmoid(lse - c)        lse' = log(exp(lse) + exp(c))
 
-is attention with one more key, whose logit is c and whose value is 0. A kernel's own backward pass makes
-weights `exp(s - lse')` and takes the correction `rowsum(dy' · y')`. Both are those of the larger softmax when
-it is handed y' and lse', and so are its gradients. What is left is
+is attention with one more key, whose logit is c and whose value is 0. A kernel's own backward pass computes
+the weights `exp(s - lse')` and the correction `rowsum(dy' · y')`. Given y' and lse', both belong to the
+softmax with the sink, so the gradients of q, k and v are correct. Only the gradient of the sink has to be added:
 dc = -Σ_i exp(c - lse'_i) rowsum(dy'_i · y'_i).
 """
 

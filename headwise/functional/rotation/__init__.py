@@ -1,1 +1,1 @@
-"""Rotary embeddings, undone."""
+"""The inverse of rotary position embeddings."""

@@ -20,10 +20,10 @@ MOST = 8
 """Variants of a figure; the page and the tables have all."""
 
 PAIRS_NOTE = (
-    "Pearson's r with its 95% interval by Fisher's z. The heads of one run depend on each other, and so do its "
-    "evaluations, so the interval of a single run is too narrow. Runs with different seeds are independent; the "
-    "last columns test the mean of Fisher's z over them. Over evaluations, r mostly shows that both numbers "
-    "change during training. A run with fewer than four pairs has no interval."
+    "Pearson's r with its 95% interval by Fisher's z. The heads of one run depend on each other, and so do "
+    "its evaluations, so the interval of a single run is too narrow. Runs with different seeds are "
+    "independent; the last columns test the mean of Fisher's z over them. Over evaluations, r mostly shows "
+    "that both numbers change during training. A run with fewer than four pairs has no interval."
 )
 
 
