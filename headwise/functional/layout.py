@@ -14,7 +14,7 @@ it was running when a test ended with an illegal memory access. It is therefore 
 """
 
 FARTHEST = 1 << 24
-"""The largest stride of rows that kernels take: 128 rows of a tile then span at most 2^31 elements (int32)."""
+"""The largest stride of rows that kernels take: 128 rows of a tile then span at most 2^31 elements."""
 
 REACH = 1 << 31
 """A tensor with gaps is copied if its first and last elements lie at least so many elements apart."""

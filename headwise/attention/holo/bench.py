@@ -1,7 +1,7 @@
 """Time of holographic attention, forward and backward, beside fused softmax attention.
 
 First checks both forms against their definitions in float64. `compiled` is the superposition under
-torch.compile. The form with distances needs T x T numbers; its time is NaN at lengths that memory cannot hold.
+torch.compile. The form with distances needs T x T numbers; its time is NaN where memory does not suffice.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ the log-sum-exp of each query, which suffices. With `y, lse` of attention withou
 
     y' = y · sigmoid(lse - c)        lse' = log(exp(lse) + exp(c))
 
-is attention with one more key, whose logit is c and whose value is 0. A kernel's own backward pass computes
-the weights `exp(s - lse')` and the correction `rowsum(dy' · y')`. Given y' and lse', both belong to the
-softmax with the sink, so the gradients of q, k and v are correct. Only the gradient of the sink has to be added:
+is attention with one more key, whose logit is c and whose value is 0. A kernel's backward pass computes the
+weights `exp(s - lse')` and the correction `rowsum(dy' · y')`. Given y' and lse', both belong to the softmax
+with the sink, so the gradients of q, k and v are correct. Only the gradient of the sink has to be added:
 dc = -Σ_i exp(c - lse'_i) rowsum(dy'_i · y'_i).
 """
 
