@@ -80,11 +80,10 @@ def _question(data: dict[str, Any]) -> list[str]:
 
 
 def _conclusions(data: dict[str, Any]) -> str:
-    lines, labels = [], tables.labels(data)
+    lines = []
     for row in data["conclusions"]:
         name, _, rest = line(row).partition(": ")
-        label = labels.get(row["variant"], name)
-        lines.append(f"- **{name}**{f' ({label})' if label != name else ''}: {rest}")
+        lines.append(f"- **{name}**: {rest}")
     return "\n".join(lines) or str(data["conclusion_note"])
 
 
