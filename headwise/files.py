@@ -99,10 +99,31 @@ def must_be_folder(path: str | Path, flag: str = "--out") -> None:
     """Refuse a folder to write to that cannot be one, before any work is done for it.
 
     Raises:
-        HeadwiseError: it, or what it would lie in, is a file, or its name cannot be one.
+        HeadwiseError: it, or what it would lie in, is a file or may not be written to, or its name cannot be
+            one.
     """
     if reason := no_folder(path):
         raise HeadwiseError(f"{flag} {shortened(path)} cannot be a folder: {reason}; give another")
+    path = Path(path)
+    place = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    try:
+        tried = tempfile.mkdtemp(prefix=".headwise.", suffix=DRAFT, dir=place)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    with suppress(FileNotFoundError):  # another process has swept it
+        os.rmdir(tried)
+
+
+def must_be_writable(path: str | Path, flag: str) -> None:
+    """The same for a file.
+
+    Raises:
+        HeadwiseError: a folder has its name, or the folder that it would lie in cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise HeadwiseError(f"{flag} {shortened(path)} is a folder; give the name of a file")
+    must_be_folder(path.parent, flag)
 
 
 def no_folder(path: str | Path) -> str | None:

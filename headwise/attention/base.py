@@ -117,7 +117,8 @@ class Attention(nn.Module):
         supports: names out of `FEATURES`. Of the modifiers, the base class applies `qk_norm`,
             `output_gate` and `value_residual` for a kind that declares them; `core` itself obeys `sink()` and
             `window()`, and a decoding cache obeys all of them (`KeyValueCache` does).
-        declines: why the kind cannot take a modifier, by its name, for those that it does not declare.
+        declines: for modifiers that the kind does not declare, a clause that says why it cannot take them,
+            where there is a mathematical reason.
         engine_family: what the engines of this kind are called before the first hyphen.
         measures: those of its own; its observations carry their values in `extra`.
         sections: what the kind adds to a report, each as `package.module:NAME` of a
@@ -260,8 +261,14 @@ class Attention(nn.Module):
         if modifier in cls.supported(options):
             return None
         taken = [name for name in MODIFIERS if name in cls.supported(options)]
-        reason = cls.declines.get(modifier, f"of the modifiers it takes {', '.join(taken) or 'none'}")
-        return f"kind {cls.kind!r} cannot take it: {reason}"
+        takes = f"of the modifiers it takes {', '.join(taken) or 'none'}"
+        reason = cls.declining(options).get(modifier)
+        return f"kind {cls.kind!r} cannot take it: {f'{reason}; ' if reason else ''}{takes}"
+
+    @classmethod
+    def declining(cls, options: Any) -> Mapping[str, str]:
+        """`declines` of the kind with these options."""
+        return cls.declines
 
     def attend(
         self,
@@ -525,8 +532,9 @@ class Attention(nn.Module):
 
         Where a kind has another pair of operations in their place, such as a sum and a maximum, it counts two
         for each as well. Scores and values are counted over all `seq_len` keys, masked or not, or over the
-        layer's window. The layer's `nn.Linear` matrices and projections are counted apart, from their sizes;
-        softmax, sums and other work on single numbers is not.
+        layer's window, although engines that mask what lies beyond it compute all keys. The layer's
+        `nn.Linear` matrices and projections are counted apart, from their sizes; softmax, sums and other work
+        on single numbers is not.
 
         Args:
             shape: the layer's, its index included.
@@ -540,9 +548,17 @@ class Attention(nn.Module):
     def backward_flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
         """Those of the backward pass: twice the forward, since two matrix products follow from each.
 
-        What is computed a second time to save memory is not counted, but where that is all there is.
+        Scores that a fused kernel computes a second time are not counted, by the usual convention.
         """
         return 2 * cls.flops_per_token(shape, options, seq_len)
+
+    def padded_flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of the core besides `flops_per_token`: of zeros that this layer multiplies here.
+
+        Where one path pads and another does not, the layer's device decides. The backward pass has twice as
+        many.
+        """
+        return 0
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, causal: bool) -> None:
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.shape.d_model:
@@ -554,7 +570,8 @@ class Attention(nn.Module):
         if attn_mask is None:
             return
         batch, length = x.shape[0], x.shape[1]
-        if tuple(attn_mask.shape) not in ((1, length, length), (batch, length, length)):
+        sizes = attn_mask.shape  # one by one: the compiler does not find symbols of a tuple in another
+        if len(sizes) != 3 or sizes[0] not in (1, batch) or sizes[1] != length or sizes[2] != length:
             expected = f"({batch} or 1, {length}, {length})"
             raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; expected {expected}")
         is_bool = attn_mask.dtype == torch.bool

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headwise.attention.base import Attention, AttentionShape, Carry, Rope
 from headwise.attention.kinds import register
+from headwise.attention.modifiers import MODIFIERS
 from headwise.attention.observation import Unmeasured
 from headwise.errors import HeadwiseError, one_of
 
@@ -146,6 +147,7 @@ class FlaAttention(Attention):
 
     options = FlaConfig
     supports = frozenset({"causal", "gqa"})
+    declines = dict.fromkeys(MODIFIERS, "its layers are another package's, with projections of their own")
     engine_family = "fla"
     projects = False
     needs_cuda: ClassVar[bool] = True

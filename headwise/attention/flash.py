@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from headwise.attention.base import SoftmaxAttention
 from headwise.attention.kinds import register
 from headwise.attention.modifiers import MODIFIERS
-from headwise.functional.fused_attention import fused_attention, null_key_attention, takes
+from headwise.functional.fused_attention import FLOP_FORMULAS, fused_attention, null_key_attention, takes
 from headwise.functional.softmax_attention import additive_mask, windowed, zero_rows
 
 BACKENDS = [
@@ -37,6 +37,7 @@ class FlashAttention(SoftmaxAttention):
         {"causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training", *MODIFIERS}
     )
     engine_family = "sdpa"
+    flop_formulas = FLOP_FORMULAS
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
         bias = empty = None

@@ -75,3 +75,9 @@ class PerformerAttention(FeatureAttention):
         """Projections of q and k on the directions."""
         heads = shape.n_heads + shape.n_kv_heads
         return 2 * heads * shape.head_dim * cls.n_features(shape, options)
+
+    @classmethod
+    def backward_flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
+        """Two products for each of the forward pass, and one for features: directions are not trained."""
+        forward = cls.flops_per_token(shape, options, seq_len)
+        return 2 * forward - cls.feature_flops(shape, options)

@@ -42,6 +42,10 @@ class Projection(nn.Module):
         """Multiply-adds of one token's forward pass."""
         raise NotImplementedError
 
+    def backward_products_per_token(self) -> int:
+        """Multiply-adds of its backward pass, with what that computes again; two for each of the forward."""
+        return 2 * self.products_per_token()
+
 
 def projections(module: nn.Module) -> Iterator[tuple[str, Projection]]:
     """The projections in `module` that stand in none of the others, with their names."""

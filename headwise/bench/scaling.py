@@ -1,7 +1,7 @@
-"""How the time of attention grows with T: forward and backward, beside PyTorch's fused softmax attention.
+"""How the time of attention, forward and backward, grows with T, beside PyTorch's fused softmax attention.
 
-For each way: milliseconds and memory by T, the slope of log time against log T (1 = linear, 2 = quadratic),
-and the T at which it becomes faster than the baseline, interpolated between the lengths that were measured.
+For each way: milliseconds and memory for each T, the slope of log time against log T (1 = linear, 2 =
+quadratic), and the T from which it is faster than the baseline, interpolated between the measured lengths.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 
 from headwise import reading
 from headwise.errors import HeadwiseError
-from headwise.files import write_json, write_text
+from headwise.files import must_be_folder, must_be_writable, write_json, write_text
 from headwise.measures.table import check_part
 from headwise.questions.geometry import correlation
 from headwise.questions.geometry import numbers as geometry
@@ -34,6 +34,10 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.profile and not args.json:
         raise HeadwiseError("--profile gives the dynamics of the file that --json writes; name that file too")
+    if args.out:
+        must_be_folder(args.out)
+    if args.json:
+        must_be_writable(args.json, "--json")
     dynamics = _dynamics(Path(args.profile)) if args.profile else None
     if args.profile:
         _check_profile(Path(args.profile), args.model)
@@ -46,6 +50,12 @@ def main(argv: list[str]) -> int:
     singular = _singular_values(weights, args.matrix)
     counts = [len(values) for values in singular["query_key"]]
     shape = len(counts), max(counts)
+    if dynamics is not None and dynamics["entropy"].shape != shape:
+        found = " x ".join(map(str, dynamics["entropy"].shape))
+        raise HeadwiseError(
+            f"the profile {args.profile} has {found} (layers x heads), the model "
+            f"{shape[0]} x {shape[1]}; profile the same model"
+        )
     described = {name: _descriptors(values, shape[1]) for name, values in singular.items()}
     heads = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
     print(f"{weights.name}: {shape[0]} layers x {heads} heads, matrix {args.matrix}")
@@ -62,12 +72,6 @@ def main(argv: list[str]) -> int:
     if args.out:
         _write(Path(args.out), described, weights, counts)
     if args.json:
-        if dynamics is not None and dynamics["entropy"].shape != shape:
-            found = " x ".join(map(str, dynamics["entropy"].shape))
-            raise HeadwiseError(
-                f"the profile {args.profile} has {found} (layers x heads), the model "
-                f"{shape[0]} x {shape[1]}; profile the same model"
-            )
         about = {
             "model": weights.name,
             "matrix": args.matrix,
@@ -92,6 +96,8 @@ def _correlate(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", help="write the tables and the figures there")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap over layers (default: 0)")
     args = parser.parse_args(argv)
+    if args.out:
+        must_be_folder(args.out)
 
     from headwise.questions.geometry.page import document_tables, draw_correlation, further_tables
 

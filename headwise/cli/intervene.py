@@ -18,7 +18,7 @@ from headwise import reading
 from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, add_trust_option, source_of
 from headwise.errors import HeadwiseError, one_of
-from headwise.files import write_json, write_text
+from headwise.files import must_be_folder, write_json, write_text
 from headwise.questions.intervene.gain import Gain, gain_of, summary_row
 from headwise.questions.intervene.sweep import (
     SCALES,
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
         return _gains_of_files(argv[1:])
     args = _parser().parse_args(argv)
     scales = _check(args)
+    must_be_folder(args.out)
 
     from headwise.training.distributed import find_device
     from headwise.watch.effect import load_speaker
@@ -64,10 +65,13 @@ def main(argv: list[str]) -> int:
         seed=args.seed,
     )  # fmt: skip
     layers = attention_layers(speaker.loaded.model, speaker, samples.batch(0, 1)[:, :CHECK_TOKENS])
-    print(f"{args.model}: {len(layers)} layers, {len(samples)} samples of {samples.context_length} tokens")
     if args.remove:
         return _remove(args, speaker, samples, layers)
     return _scale(args, speaker, samples, layers, scales)
+
+
+def _say_what(args: argparse.Namespace, samples: Samples, layers: list[Layer]) -> None:
+    print(f"{args.model}: {len(layers)} layers, {len(samples)} samples of {samples.context_length} tokens")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,6 +168,7 @@ def _scale(
         all_heads,
         check_baseline,
         check_isolation,
+        refuse_unmeasurable,
         selects,
         sweep,
     )
@@ -171,6 +176,9 @@ def _scale(
 
     targets = _targets(args, layers)
     tokens = samples.batch(0, 1)[:, :CHECK_TOKENS]
+    setting = Setting(scales, args.scores, args.batch_size, args.ignore_first)
+    refuse_unmeasurable(speaker, layers, targets, tokens, setting, everyone=args.all_heads)
+    _say_what(args, samples, layers)
     print(
         "The query is scaled after its projection and normalisation, before RoPE; where it is reached after\n"
         "the rotation that is the same, for a rotation is linear. "
@@ -185,7 +193,6 @@ def _scale(
     if _softcap(speaker):
         print("  (this model soft-caps its logits, so these trends are likely but not forced)")
     batches = -(-len(samples) // args.batch_size)
-    setting = Setting(scales, args.scores, args.batch_size, args.ignore_first)
     origin = hashlib.sha256(samples.batch(0, len(samples)).numpy().tobytes()).hexdigest()[:16]
     found, everyone = [], []
     if args.all_heads:
@@ -258,6 +265,7 @@ def _gains_of_files(argv: list[str]) -> int:
     parser.add_argument("csv", nargs="+", metavar="CSV", help=f"{RESULTS} of one or several sweeps")
     parser.add_argument("--out", required=True, metavar="DIR")
     args = parser.parse_args(argv)
+    must_be_folder(args.out)
     sweeps: dict[tuple[int, int], Sweep] = {}
     for name in args.csv:
         path = Path(name)
@@ -285,6 +293,7 @@ def _remove(args: argparse.Namespace, speaker: Speaker, samples: Samples, layers
             raise HeadwiseError(f"--remove {text!r} is not LAYER.HEAD, as 3.0")
         number, head = map(int, text.split("."))
         heads.append((find_layer(layers, number, head), head))
+    _say_what(args, samples, layers)
     sets = [[head] for head in heads] + ([heads] if len(heads) > 1 else [])
     passes = -(-len(samples) // args.batch_size) * (len(sets) + (args.how == "mean"))
     with progress("removing", passes, "passes") as advance:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from headwise.errors import HeadwiseError, did_you_mean
 from headwise.files import NO_ROOM, shortened
@@ -36,9 +41,17 @@ VERBS = {
 LONGEST = 1200
 """Characters of an error message."""
 
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+"""The exit codes after Ctrl-C and after SIGTERM, as a shell has them."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run one verb; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C.
+
+    SIGTERM stops a verb as Ctrl-C does, so that what it was writing is swept, with exit code 143. Training,
+    while it runs, has a way of its own for both: it saves first.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -48,8 +61,35 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"headwise {__version__}")
         return 0
-    verb, *rest = argv
     _print_any_name()
+    with _terminable() as terminated:
+        code = _run(*argv)
+    return TERMINATED if code and terminated else code
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Let SIGTERM raise what Ctrl-C raises, once; yields a list that is no longer empty when it came."""
+    came: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would leave the cleaning half done
+        came.append(number)
+        raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield came
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(verb: str, *arguments: str) -> int:
+    rest = list(arguments)
     try:
         _refuse_unreadable(rest)
         if verb not in VERBS:
@@ -64,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         return _say(_shortened(str(error)))
     except KeyboardInterrupt:
         print("headwise: stopped; what was finished is kept", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.cli.quiet import quiet_transformers
 from headwise.cli.text_options import add_text_options, add_trust_option, source_of
 from headwise.errors import HeadwiseError
+from headwise.files import must_be_folder
 from headwise.measures.spec import measures, wanted_measures
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from headwise.watch.samples import open_samples
 
     config = config_of(args)
+    must_be_folder(args.out)
     world = join(args.device)
     try:
         profile = Profile(args.out, config)

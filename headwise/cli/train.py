@@ -81,7 +81,7 @@ def _train(config: Config, *, resume: bool) -> int:
     print(_conclusion(summary, config))
     if summary["state"] == "interrupted":
         print(f"to go on: headwise train --resume --out {shlex.quote(str(config.out))}")
-        return 130
+        return 128 + int(summary["signal"])
     return 0 if summary["state"] == "finished" else 1
 
 

@@ -1,4 +1,4 @@
-"""The memory layout that every kernel needs: a vector's numbers side by side, and rows not too far apart."""
+"""The memory layout that every kernel needs: contiguous vectors, and rows that are not too far apart."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 ALIGNED = 16
-"""Bytes that a tensor's first number lies at a multiple of, and numbers that each stride is a multiple of.
+"""A tensor's address must be a multiple of so many bytes, and each stride a multiple of so many elements.
 
-Triton compiles a second form of a kernel for arguments that are no multiples of 16, and counts strides in
-numbers. In 16 bits that form reads tiles number by number, through registers that it runs out of; on Triton
-3.6 it was seen to read wrongly, and was what ran where an illegal access ended a test. It is not used.
+Triton compiles a second variant of a kernel for arguments that are not multiples of 16. For 16-bit types this
+variant reads tiles element by element and runs out of registers. On Triton 3.6 it returned wrong values, and
+it was running when a test ended with an illegal memory access. It is therefore never used.
 """
 
 FARTHEST = 1 << 24
-"""Stride of rows that kernels take: 128 rows of a tile then lie within 2^31 numbers, as int32 reaches."""
+"""The largest stride of rows that kernels take: 128 rows of a tile then span at most 2^31 elements."""
 
 REACH = 1 << 31
-"""Numbers from the first entry to the last, from which on a tensor of fewer entries is copied."""
+"""A tensor with gaps is copied if its first and last elements lie at least so many elements apart."""
 
 
 def padded(width: int) -> int:

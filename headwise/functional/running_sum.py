@@ -1,7 +1,7 @@
-"""Running sums over tokens that are fast and exact enough over tens of thousands of them.
+"""Running sums over tens of thousands of tokens that are faster and more exact than one `cumsum`.
 
-A plain `cumsum` along tokens adds one after the other, however many there are; here blocks of tokens are
-summed side by side, and the sums of blocks are added to those after them.
+A plain `cumsum` adds all tokens one after the other. Here blocks of tokens are summed in parallel, and each
+block adds the sum of the blocks before it.
 
 Letters: `T` tokens.
 """

@@ -1,4 +1,4 @@
-"""Masks F that take keys from later queries: which head is under which, and what they leave.
+"""Masks F that hide keys from later queries: which head uses which mask, and which weights remain.
 
 Letters: `B` batch, `H` query heads, `M` masks, `T` tokens.
 """

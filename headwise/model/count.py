@@ -3,7 +3,9 @@
 FLOPs are those of matrix products, two per multiply-add, with what a kind's options add; scores and
 values are counted over all `seq_len` keys although half are masked, and the backward pass as twice the
 forward: the convention of PaLM (Chowdhery et al. 2022, appendix B), of nanoGPT, and so of most
-published numbers. A kind whose core has another backward pass states it.
+published numbers. A kind whose core has another backward pass states it. Otherwise what is computed is
+counted: the padding of blocks, zeros beside narrow queries, and what a projection computes again in its
+backward pass. tests/model/test_flops.py compares all of it with PyTorch's counter.
 """
 
 from __future__ import annotations
@@ -40,20 +42,22 @@ def attention_block(config: ModelConfig) -> str:
 
 
 def forward_flops_by_part(model: Decoder, seq_len: int) -> dict[str, int]:
-    """Forward FLOPs per token of each part, in sequences of `seq_len`."""
+    """Forward FLOPs per token of each part, in sequences of `seq_len`, on the model's device."""
     options = model.config.attention.options()
     flops = {"attention_projections": 0, "attention_core": 0, "mlp": 0, "head": 0}
     for block in model.blocks:
         assert isinstance(block, Block)
-        flops["attention_projections"] += 2 * _products(block.attention, block.attention.idle())
-        flops["attention_core"] += block.attention.flops_per_token(block.attention.shape, options, seq_len)
+        layer = block.attention
+        flops["attention_projections"] += 2 * _products(layer, layer.idle())
+        flops["attention_core"] += layer.flops_per_token(layer.shape, options, seq_len)
+        flops["attention_core"] += layer.padded_flops_per_token(seq_len)
         flops["mlp"] += 2 * _products(block.mlp)
     flops["head"] += 2 * model.head.weight.numel()
     return flops
 
 
 def training_flops_per_token(model: Decoder, seq_len: int) -> int:
-    """Forward and backward FLOPs per token."""
+    """Forward and backward FLOPs per token, on the model's device."""
     options = model.config.attention.options()
     flops = 3 * sum(forward_flops_by_part(model, seq_len).values())
     for block in model.blocks:
@@ -61,6 +65,8 @@ def training_flops_per_token(model: Decoder, seq_len: int) -> int:
         layer = block.attention
         flops += layer.backward_flops_per_token(layer.shape, options, seq_len)
         flops -= 2 * layer.flops_per_token(layer.shape, options, seq_len)
+        for _, part in projections(layer):
+            flops += 2 * (part.backward_products_per_token() - 2 * part.products_per_token())
     return flops
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from headwise.attention import KINDS, Attention, AttentionConfig
 from headwise.attention.projection import projections
 from headwise.errors import HeadwiseError
-from headwise.files import local, replacing
+from headwise.files import local, must_be_folder, replacing
 from headwise.model.config import ModelConfig
 from headwise.model.convert import NANOGPT
 from headwise.model.decoder import Decoder
@@ -64,6 +64,7 @@ def export(
     """
     folder = local(folder).resolve()
     _refuse_taken(folder)
+    must_be_folder(folder)
     from transformers import GenerationConfig
 
     family = family_of(model, name)

@@ -47,6 +47,7 @@ def render(data: dict[str, Any], maps: dict[str, Any], sections: Sequence[Sectio
         "kinds": tables.kinds(data), "configurations": tables.configurations(data),
         "heads": heads, "maps": maps, "facts": _facts(data), "icons": ICONS,
         "colours": {v["name"]: i % 8 for i, v in enumerate(data["variants"])},
+        "labels": tables.labels(data),
     }  # fmt: skip
     empty = {
         "curves": not data["curves"], "comparison": not data["comparisons"],
@@ -87,7 +88,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     if size := budget(data):
         found.append(size)
     if len(data["variants"]) > 1:
-        found.append(("Baseline", data["baseline"]))
+        found.append(("Baseline", tables.labels(data).get(data["baseline"], data["baseline"])))
     if data["chance_loss"] is not None:
         found.append(("Loss at chance", f"{data['chance_loss']:.4f} nats"))
     found.append(("Written", data["written"]))

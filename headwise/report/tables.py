@@ -78,6 +78,11 @@ def costs(data: dict[str, Any]) -> Table:
     return Table(["variant", "n", *(heading(m) for m in names), *flops], rows)
 
 
+def labels(data: dict[str, Any]) -> dict[str, str]:
+    """What each variant is called in prose, by its name."""
+    return {v["name"]: v["label"] for v in data["variants"]}
+
+
 def conclusions(data: dict[str, Any]) -> Table:
     """One row a variant: what the comparison with the baseline shows, its costs, what to distrust."""
     rows = []
@@ -87,7 +92,8 @@ def conclusions(data: dict[str, Any]) -> Table:
         rows.append(
             [row["variant"], f"{word}: {why}", parts["difference"], parts["costs"], parts["distrust"]]
         )
-    headers = ["variant", f"against {data['against']}", "difference [95% interval]", "costs", "distrust"]
+    against = labels(data).get(data["against"], data["against"])
+    headers = ["variant", f"against {against}", "difference [95% interval]", "costs", "distrust"]
     note = (
         "Paired differences on the same seeds; the intervals hold for all variants at once (max-t). An "
         "interval that covers 0 does not show that two variants are equal. Costs are ratios to the baseline."

@@ -189,7 +189,7 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
         if world.leads:
             trainer.trackers = open_trackers(config.training.trackers, folder.path, to_dict(config))
             _start_log(trainer, saved)
-        with _signals(trainer):
+        with _signals(trainer) as came:
             state, reason = trainer.run()
             if config.measure.importance and state == "finished" and not importance.measured:
                 importance.measure()  # resumed after the last evaluation: the weights are the same
@@ -216,6 +216,8 @@ def _run(trainer: Trainer, saved: checkpoint.Checkpoint | None, about: dict[str,
     if world.leads:
         if state != "interrupted":
             folder.write_summary(summary)
+        else:
+            summary["signal"] = came[0] if came else signal.SIGINT
         folder.write_status(
             state, reason=reason, step=trainer.step, max_steps=trainer.max_steps, finished=time.time()
         )
@@ -396,15 +398,20 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _signals(trainer: Trainer) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C ends it at once."""
+def _signals(trainer: Trainer) -> Iterator[list[int]]:
+    """Inside, Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C ends it at once.
+
+    Yields the signals that came.
+    """
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
     asked_at = math.inf
 
     def stop(number: int, frame: Any) -> None:
         nonlocal asked_at
+        came.append(number)
         if time.monotonic() - asked_at > SAME_PRESS_S:
             raise KeyboardInterrupt
         if asked_at == math.inf:
@@ -414,7 +421,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
     trainer.should_stop = lambda: asked_at < math.inf
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

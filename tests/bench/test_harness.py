@@ -41,11 +41,11 @@ def endless() -> harness.Row:
 def test_the_time_cuts_off_the_case_that_runs_and_names_the_rest(measured: Any) -> None:
     began = time.monotonic()
     cases = {"first": lambda: {"ms": 1.0}, "long": endless, "last": lambda: {"ms": 2.0}}
-    code, result = measured([Table(cases)], "--budget-s", "0.3")
+    code, result = measured([Table(cases)], "--budget-s", "2")
     assert (code, result["rows"]) == (0, [{"ms": 1.0}])
     assert [one["case"] for one in result["missing"]] == ["long", "last"]
-    assert "0.3 s of --budget-s" in result["missing"][0]["reason"]
-    assert time.monotonic() - began < 2
+    assert "2 s of --budget-s" in result["missing"][0]["reason"]
+    assert time.monotonic() - began < 60
 
 
 def test_the_json_is_whole_after_every_case(measured: Any, tmp_path: Path) -> None:
@@ -86,8 +86,11 @@ def test_ratios_are_to_the_row_of_the_same_shape() -> None:
 
 
 def test_the_page_names_what_is_missing(tmp_path: Path, measured: Any) -> None:
-    measured([Table({"a": lambda: {"ms": 1.0}, "b": endless})], "--budget-s", "0.1")
-    assert "Not measured: b (the 0.1 s of --budget-s were over)." in page(tmp_path)
+    def fails() -> harness.Row:
+        raise RuntimeError("no such kernel")
+
+    measured([Table({"a": lambda: {"ms": 1.0}, "b": fails})])
+    assert "Not measured: b (RuntimeError: no such kernel)." in page(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "page"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,28 @@ def test_help_is_the_list_of_verbs(argv: list[str], capsys: pytest.CaptureFixtur
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"headwise {__version__}\n"
+
+
+def test_sigterm_ends_any_verb_as_ctrl_c_does_and_sweeps_its_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "writes_and_is_ended.py").write_text(
+        "import signal, sys\n"
+        "from headwise.files import replacing\n"
+        "with replacing('out/made.txt') as draft:\n"
+        "    draft.write_text('half')\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "    finally:\n"
+        "        signal.raise_signal(signal.SIGTERM)  # again, while it cleans up\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["runs", "--plugins", "writes_and_is_ended"]) == 143
+    assert "what was finished is kept" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
 
 
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

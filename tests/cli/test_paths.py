@@ -144,3 +144,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "r"
     train(from_dict(TINY | {"out": str(out)}))
     return out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["intervene", "absent", "--all-heads", "--out"], ["intervene", "gain", "absent.csv", "--out"],
+        ["geometry", "absent", "--out"], ["geometry", "absent", "--json"],
+        ["geometry", "correlate", "absent", "--out"], ["profile", "absent", "--out"],
+        ["prune", "absent", "--mode", "low", "--fraction", "0.5", "--out"], ["budget", "absent", "--out"],
+        ["masks", "absent", "--prompt", "a", "--out"], ["report", "absent", "--out"],
+        ["bench", "linear", "--device", "cpu", "--out"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before what is read is looked for, even: there is no such model or run."""
+    assert main([*command, "/proc/headwise/out"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "cannot write /proc/headwise" in said.err
+
+
+def test_what_has_no_query_to_scale_is_refused_before_anything_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"model.attention.kind": "differential", "out": str(tmp_path / "run"), "measure.heads": False}
+    train(from_dict(TINY | own))
+    for what in (["--all-heads"], ["--target-layer", "0", "--target-head", "1"]):
+        command = ["intervene", str(tmp_path / "run"), *what, "--context-length", "8", "--n-samples", "2"]
+        assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "2 softmaxes each" in said.err or "has 2 queries" in said.err
+        assert not (tmp_path / "out").exists()

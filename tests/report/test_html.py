@@ -118,6 +118,20 @@ def test_text_from_a_run_cannot_become_markup(tmp_path: Path, make) -> None:
     assert json.loads(dict(page.scripts)["report-data"])["title"] == evil
 
 
+def test_the_first_screen_has_labels_and_its_cells_say_what_they_are(tmp_path: Path, make) -> None:
+    """A narrow screen shows the conclusions cell below cell, without the table's head."""
+    variants = {"flash": make.Variant("flash", label="plain"), "tt": make.Variant("tt", label="tensor train")}
+    folder = make.study(tmp_path, variants, seeds=(0, 1), shape=make.SMALL)
+    source = report.build(folder)["html"].read_text()
+    first = source[source.index('<div id="conclusion">') : source.index('<section id="flags"')]
+    assert "tensor train <small>tt</small>" in first
+    cells = first.count("<td")
+    assert cells == first.count("data-of=") == 5
+    assert 'data-of="against plain"' in first
+    assert "<dt>Baseline</dt><dd>plain</dd>" in first
+    assert ".conclusions thead { display: none; }" in source
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node to parse JavaScript with")
 def test_scripts_parse(tmp_path: Path) -> None:
     names = ("core.js", "curves.js", "atlas.js", "maps.js")

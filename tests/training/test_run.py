@@ -26,6 +26,7 @@ from headwise.runs.weights import load_model
 from headwise.training.evaluate import evaluate_run
 from headwise.training.progress import Silent
 from headwise.training.run import train
+from tests.fixtures.kills import cut_back
 
 TINY = {
     "model.d_model": 32, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2,
@@ -68,15 +69,15 @@ def assert_same_run(one: Path, other: Path, step: int = 12) -> None:
 
 
 class Press(Silent):
-    """Presses Ctrl-C when a step is done."""
+    """Presses Ctrl-C, or sends another signal, when a step is done."""
 
-    def __init__(self, step: int) -> None:
-        self.at, self.said = step, ""
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.at, self.said, self.number = step, "", number
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         if step == self.at:
             self.at = -1
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
     def say(self, line: str) -> None:
         self.said += line
@@ -95,26 +96,18 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def cut_back(folder: Path, step: int) -> None:
-    """As a kill -9 some time after the checkpoint of `step` leaves a run."""
-    for path in (folder / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    (folder / "summary.json").unlink(missing_ok=True)
-    status = json.loads((folder / "status.json").read_text())
-    (folder / "status.json").write_text(json.dumps(status | {"state": "running", "pid": 2**22 + 1}))
-
-
 # -- resume ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [4, 6])
-def test_ctrl_c_saves_the_step_and_a_resume_is_exact(whole: Path, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "number"), [(4, signal.SIGINT), (6, signal.SIGTERM)])
+def test_ctrl_c_saves_the_step_and_a_resume_is_exact(
+    whole: Path, tmp_path: Path, step: int, number: int
+) -> None:
     """In the middle of everything, and on a step that is evaluated and saved anyway."""
-    press = Press(step)
+    press = Press(step, number)
     before = signal.getsignal(signal.SIGINT)
     summary = train(tiny(tmp_path / "run"), progress=press)
-    assert (summary["state"], summary["step"]) == ("interrupted", step)
+    assert (summary["state"], summary["step"], summary["signal"]) == ("interrupted", step, number)
     assert "finishing this step" in press.said
     assert signal.getsignal(signal.SIGINT) is before
     folder = RunFolder(tmp_path / "run")

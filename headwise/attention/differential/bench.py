@@ -1,9 +1,9 @@
-"""Differential attention, forward and backward, against softmax attention on the same kernels.
+"""Time of differential attention, forward and backward, beside softmax attention on the same kernels.
 
-Checks every case against the definition in float64 first, in the same command. `flash` has the heads of
-version 2, and half of its queries; `flash, 2H` has as many queries, and no difference. Version 1 has half as
-many heads, twice as wide, as the paper compares it. `version 1, two calls` has no zeros in its queries, which
-are narrower than its values then: fewer kernels take that.
+First checks every case against the definition in float64. `flash` has as many heads as version 2 and half as
+many queries; `flash, 2H` has as many queries as version 2. Version 1 has half as many heads, twice as wide,
+as in the paper's comparison. `version 1, two calls` needs no zeros in its queries, but they are then narrower
+than its values, which fewer kernels support.
 """
 
 from __future__ import annotations

@@ -55,6 +55,9 @@ class DifferentialAttention(Attention):
 
     options = DifferentialConfig
     supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", "dropout", "cpu_training"})
+    declines: ClassVar[Mapping[str, str]] = {
+        "sink": "a head has two softmaxes, and none of its definitions says which of them a sink joins"
+    }
     engine_family = "sdpa"
     measures = (
         Measure(
@@ -215,9 +218,12 @@ class DifferentialAttention(Attention):
 
     @classmethod
     def flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
-        """Two products of scores, of width W, and two with values: `4·T·H·(W + D)`.
-
-        Version 1 is computed with queries of 2W, half of which are zeros; those are not counted.
-        """
+        """Two products of scores, of width W, and two with values: `4·T·H·(W + D)`."""
         width = cls.rotated_width(shape.head_dim, options)
         return 4 * seq_len * shape.n_heads * (width + shape.head_dim)
+
+    def padded_flops_per_token(self, seq_len: int) -> int:
+        """Version 1's zeros: queries and keys are 2W wide, except on a GPU without a mask."""
+        if self.config.version == 2 or self.norm.device.type != "cpu":
+            return 0
+        return 4 * seq_len * self.shape.n_heads * self.rotated_width(self.shape.head_dim, self.config)

@@ -1,7 +1,7 @@
-"""Holographic attention, forward and backward, against fused softmax attention.
+"""Time of holographic attention, forward and backward, beside fused softmax attention.
 
-Both forms are checked against what is written down, in float64, in the same command. `compiled` is the
-superposition under torch.compile, on a GPU. Distances need T x T and are timed as long as they fit.
+First checks both forms against their definitions in float64. `compiled` is the superposition under
+torch.compile. The form with distances needs T x T numbers; its time is NaN where memory does not suffice.
 """
 
 from __future__ import annotations

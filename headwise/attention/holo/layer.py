@@ -102,6 +102,16 @@ class HoloAttention(FlashAttention):
         return HRR if options is not None and options.form == "hrr" else BOUNDARY
 
     @classmethod
+    def declining(cls, options: Any) -> Mapping[str, str]:
+        """A superposition has no weights."""
+        if options is None or options.form == "boundary":
+            return cls.declines
+        return {
+            "sink": "a superposition has no softmax whose denominator a sink could join",
+            "windows": "it sums all pairs of a key and a value in one vector, which none can leave",
+        }
+
+    @classmethod
     def shift_invariant(cls, options: Any) -> bool:
         """Not for hrr: a rotation acts on pairs of channels, but convolution mixes all channels."""
         return options is None or options.form == "boundary"

@@ -1,7 +1,6 @@
-"""Linear attention and random features, forward and backward, against fused softmax attention.
+"""Time of linear attention and random features, forward and backward, beside fused softmax attention.
 
-Checked against the definition, every weight in float64, in the same command. `compiled` is under
-torch.compile, on a GPU.
+First checks both against their definitions, with every weight in float64. `compiled` is under torch.compile.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ any other, and under any in compiled code, every weight is in memory. A kind wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -37,6 +38,10 @@ class FeatureAttention(Attention):
     """What kinds share whose weights are products of positive features; they give `queries` and `keys`."""
 
     supports = frozenset({"causal", "full", "padding", "gqa", "cpu_training"})
+    declines: ClassVar[Mapping[str, str]] = {
+        "sink": "its weights are products of features, without a logit beside which a sink's could stand",
+        "windows": "it sums all keys in one state, which no key can leave",
+    }
 
     def queries(self, q: Tensor) -> Tensor:
         """φ(q) `(B, H, T, F)` of q `(B, H, T, D)`, positive."""
@@ -120,11 +125,15 @@ class FeatureAttention(Attention):
 
     @classmethod
     def flops_per_token(cls, shape: AttentionShape, options: Any, seq_len: int) -> int:
-        """Products inside a block, with the state of those before it, and the features."""
+        """Products inside a block, with the state of those before it, and the features.
+
+        The last block is padded to a whole one. Its padding is counted, and the sum rounded up.
+        """
         features, width, block = cls.n_features(shape, options), shape.head_dim, min(BLOCK, seq_len)
         inside = 2 * block * shape.n_heads * (features + width)
         states = 2 * shape.n_heads * features * (width + 1) + 2 * shape.n_kv_heads * features * width
-        return inside + (states if seq_len > BLOCK else 0) + cls.feature_flops(shape, options)
+        computed = (inside + (states if seq_len > BLOCK else 0)) * math.ceil(seq_len / block) * block
+        return math.ceil(computed / seq_len) + cls.feature_flops(shape, options)
 
 
 class FeatureCache(StateCache):

@@ -1,7 +1,7 @@
-"""Tropical attention against its naive form and SDPA; the same command checks it against the definition.
+"""Time and memory of tropical attention beside its naive form and SDPA, after a check of its definition.
 
-There are no tensor cores for maxima, so SDPA is no target; it stands beside for scale. Rows of the naive form
-hold `(B, H, T, T, D)` twice.
+Tensor cores compute no maxima, so SDPA is shown for scale and is not a target. The naive form holds two
+tensors of shape `(B, H, T, T, D)`.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ class TropicalAttention(Attention):
 
     options = TropicalConfig
     supports = frozenset({"causal", "full", "padding", "additive_mask", "gqa", "cpu_training"})
+    declines: ClassVar[Mapping[str, str]] = {
+        "sink": "a maximum over keys has no denominator that a sink could join"
+    }
     engine_family = "tropical"
     measures = (MARGIN, LEAST)
     flop_formulas: ClassVar[Mapping[Any, Callable[..., int]]] = FLOP_FORMULAS

@@ -1,7 +1,7 @@
-"""Tensor-train projections against dense ones: the layer and a whole training step, time and peak memory.
+"""Time and peak memory of tensor-train projections beside dense ones: of a layer and of a training step.
 
-Checks every case against the dense matrix in float64 first, in the same command. Memory and speed stand
-beside `mha` and beside `flash`, which is the engine that `tt` runs on.
+First checks every case against the dense matrix in float64. Ratios are to `mha` and to `flash`, which is the
+engine that `tt` runs on.
 """
 
 from __future__ import annotations

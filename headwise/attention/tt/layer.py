@@ -30,7 +30,7 @@ class TensorTrainAttention(SoftmaxAttention):
     options = TensorTrainConfig
     supports = FlashAttention.supports
     engine_family = "sdpa"
-    flop_formulas = FLOP_FORMULAS
+    flop_formulas = {**FlashAttention.flop_formulas, **FLOP_FORMULAS}  # noqa: RUF012  # declared in the base class
     benchmarks = {"tt": "headwise.attention.tt.bench"}  # noqa: RUF012  # declared in the base class
 
     def __init__(self, shape: AttentionShape, options: TensorTrainConfig | None = None) -> None:

@@ -15,6 +15,7 @@ from headwise.attention.projection import Projection
 from headwise.attention.tt.config import SECTION, USUAL_RANK, TensorTrainConfig
 from headwise.errors import HeadwiseError
 from headwise.functional.tensor_train import (
+    backward_products,
     even_factors,
     exact_factors,
     maximal_ranks,
@@ -223,6 +224,11 @@ class TensorTrainProjection(Projection):
     def products_per_token(self) -> int:
         """Of the cheapest orders."""
         return sum(plan(s.rows, s.columns, s.ranks).products for s in self.matrices)
+
+    def backward_products_per_token(self) -> int:
+        """With the forward pass, which is computed again."""
+        plans = (plan(s.rows, s.columns, s.ranks) for s in self.matrices)
+        return sum(backward_products(chosen) for chosen in plans)
 
     def extra_repr(self) -> str:
         """Factors and ranks of each matrix."""

@@ -1,10 +1,10 @@
-"""A context budget: a query holds at most m keys, those F took least from (selective attention log).
+"""A context budget: a query sees at most m keys, those with the smallest F (selective attention log).
 
-When query i comes, key i is held too, and if that makes more than m keys, one is dropped for good: the
-key with the largest F[i,j]; of equal ones the earliest. Key i itself is never dropped by its own query,
-and neither is key 0 while it is protected. So one number a key says all: the query at which it leaves.
+Query i adds key i to the keys that are kept. If there are then more than m, one is dropped permanently: the
+key with the largest F[i,j], and the earliest of several equal ones. A query never drops its own key, nor key
+0 if that is protected. The whole history is therefore one number per key: the query that drops it.
 
-Without selection F is 0, and what remains is a window over the last m keys.
+Without selection F is 0, and the budget is a window over the last m keys.
 
 Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `M` masks.
 """

@@ -4,8 +4,8 @@
     regional form    S_r = -tr ρ ln ρ,  ρ = A_r A_rᵀ / tr(A_r A_rᵀ),  A_r the rows of region r of the queries
 
 A_r A_rᵀ has the eigenvalues λ² of A_r, so the Schmidt form is the regional one with a single region. Both
-lie in [0, ln n] for a matrix whose smaller side is n: 0 where all rows are multiples of one row, ln n where
-all singular values are equal, as those of the identity. Both are the variant study's (docs/sources.md).
+lie in [0, ln n] for a matrix whose smaller side is n: 0 if all rows are multiples of one row, and ln n if all
+singular values are equal, as for the identity. Both come from the variant study (docs/sources.md).
 """
 
 from __future__ import annotations

@@ -2,18 +2,21 @@
 
     y_i = Σ_j exp(s[i,j]) v_j / (exp(c) + Σ_l exp(s[i,l])),   s = scale · q·k, |i - j| < window
 
-The definition is `headwise.functional.softmax_attention`. Kernels know no sink, but they give the
-log-sum-exp of each query, and from that everything follows: with `y, lse` of plain attention,
+The definition is `headwise.functional.softmax_attention`. The kernels do not support sinks, but they return
+the log-sum-exp of each query, which suffices. With `y, lse` of attention without a sink,
 
     y' = y · sigmoid(lse - c)        lse' = log(exp(lse) + exp(c))
 
-is attention with one more key, whose logit is c and whose value is 0. A kernel's own backward pass makes
-weights `exp(s - lse')` and takes the correction `rowsum(dy' · y')`. Both are those of the larger softmax when
-it is handed y' and lse', and so are its gradients. What is left is
+is attention with one more key, whose logit is c and whose value is 0. A kernel's backward pass computes the
+weights `exp(s - lse')` and the correction `rowsum(dy' · y')`. Given y' and lse', both belong to the softmax
+with the sink, so the gradients of q, k and v are correct. Only the gradient of the sink has to be added:
 dc = -Σ_i exp(c - lse'_i) rowsum(dy'_i · y'_i).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,3 +106,27 @@ def null_key_attention(
     null = sink.to(q.dtype)[:, None, None].expand(*bias.shape[:3], 1)
     mask = torch.cat((bias, null), dim=-1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def _flops(q: Sequence[int], v: Sequence[int], window: int) -> int:
+    """Scores and values over the keys of the window, or over all of them where it is 0."""
+    batch, heads, tokens, width = q
+    return 2 * batch * heads * tokens * min(tokens, window or tokens) * (width + v[-1])
+
+
+def _forward_flops(
+    q: Any, k: Any, v: Any, bias: Any, sink: Any, causal: bool, window: int, *_: Any, **__: Any
+) -> int:
+    return _flops(q, v, window)
+
+
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **__: Any) -> int:
+    """Twice the forward: scores that a kernel computes again are not counted, by the usual convention."""
+    return 2 * _flops(q, v, rest[-2])
+
+
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.headwise.attention_with_lse: _forward_flops,
+    torch.ops.headwise.attention_with_lse_backward: _backward_flops,
+}
+"""For torch's FlopCounterMode, which does not see the products inside the operators."""

@@ -1,4 +1,4 @@
-"""How a head attends, per query: entropy, sharpness, reach and the logits behind them.
+"""Statistics of a head's attention for each query: entropy, sharpness, distance, and the logits.
 
 `head_stats` takes queries and keys and never forms a (T, T) tensor: plain PyTorch works through
 tiles of a bounded number of scores (`reference`), a GPU with Triton through the fused kernel

@@ -5,8 +5,8 @@
 
 HRR (Plate 1995) binds a key with a value by circular convolution, k ⊛ v, which is a product of spectra. The
 running sum S_i = Σ_{j<=i} k_j ⊛ v_j holds all pairs in one vector, and correlation with a query reads from
-it: v̂_i = q_i ⊛⁻¹ S_i. Spectra of keys and queries have modulus 1, so that the inverse is exact: what is bound
-with a key alone is read with that key to rounding.
+it: v̂_i = q_i ⊛⁻¹ S_i. The spectra of keys and queries have modulus 1, so the inverse is exact: if S holds a
+single pair, its key reads its value up to rounding.
 
 Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `D` head width, `N` = D // 2 + 1
 frequencies.

@@ -2,8 +2,9 @@
 
     w[i,j] = φ(q_i)·φ(k_j) / Σ_l φ(q_i)·φ(k_l)        y_i = Σ_j w[i,j] v_j
 
-The sums over j are made once: y_i = φ(q_i) S_i / φ(q_i)·z_i with S_i = Σ_j φ(k_j) v_jᵀ and z_i = Σ_j φ(k_j)
-(Katharopoulos et al. 2020). Causal sums go block by block: products inside a block, one state for all before.
+The sums over j do not depend on the query: y_i = φ(q_i) S_i / φ(q_i)·z_i with S_i = Σ_j φ(k_j) v_jᵀ and
+z_i = Σ_j φ(k_j) (Katharopoulos et al. 2020). The causal form works in blocks of tokens: a query is multiplied
+with the keys of its own block one by one, and with one state for all blocks before it.
 
 Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `R` = H / K, `D` head width, `F`
 features, `C` tokens of a block, `N` blocks.

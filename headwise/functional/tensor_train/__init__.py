@@ -7,7 +7,7 @@ matrix `(M, N)` takes row and column index apart, `M = Π m_k` and `N = Π n_k`,
 n_k, r_k)`.
 """
 
-from headwise.functional.tensor_train.contraction import Plan, plan
+from headwise.functional.tensor_train.contraction import Plan, backward_products, plan
 from headwise.functional.tensor_train.decomposition import (
     maximal_ranks,
     reconstruct,
@@ -19,6 +19,6 @@ from headwise.functional.tensor_train.factors import even_factors, exact_factors
 from headwise.functional.tensor_train.op import FLOP_FORMULAS, tensor_train_linear
 
 __all__ = [
-    "FLOP_FORMULAS", "Plan", "even_factors", "exact_factors", "maximal_ranks", "plan", "reconstruct",
-    "tensor_train", "tensor_train_linear", "tensor_train_matrix", "truncation_errors",
+    "FLOP_FORMULAS", "Plan", "backward_products", "even_factors", "exact_factors", "maximal_ranks", "plan",
+    "reconstruct", "tensor_train", "tensor_train_linear", "tensor_train_matrix", "truncation_errors",
 ]  # fmt: skip

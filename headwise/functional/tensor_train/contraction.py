@@ -109,6 +109,16 @@ def plan_of(cores: Sequence[Sequence[int]], order: Sequence[int] | None = None) 
     return plan(rows, columns, ranks) if order is None else plan_in_order(rows, columns, ranks, order)
 
 
+def backward_products(order: Plan, *, of_x: bool = True) -> int:
+    """Multiply-adds of `backward` per token: two for each of `forward`, which is made again but for its last.
+
+    Args:
+        of_x: whether x needs a gradient.
+    """
+    again = order.products - order.steps[-1].products
+    return again + 2 * order.products - (0 if of_x else order.steps[0].products)
+
+
 def _extended(before: Plan, step: Step, *, last: bool) -> Plan:
     largest = before.largest if last else max(before.largest, step.size)
     return Plan((*before.steps, step), before.products + step.products, largest)

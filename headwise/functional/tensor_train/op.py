@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headwise.functional.tensor_train import contraction
-from headwise.functional.tensor_train.contraction import plan_of
+from headwise.functional.tensor_train.contraction import backward_products, plan_of
 from headwise.functional.tensor_train.decomposition import check_cores
 
 LIBRARY = torch.library.Library("headwise_tensor_train", "DEF")
@@ -128,11 +128,7 @@ def _forward_flops(x: Sequence[int], cores: Shapes, out_features: int, order: Or
 def _backward_flops(
     grad: Any, x: Sequence[int], cores: Shapes, order: Order, of_x: bool, out_shape: Any
 ) -> int:
-    """Two products for each of the forward pass, which is computed again but for its last one."""
-    chosen = plan_of(cores, order)
-    again = chosen.products - chosen.steps[-1].products
-    not_asked = 0 if of_x else chosen.steps[0].products
-    return 2 * x[0] * (again + 2 * chosen.products - not_asked)
+    return 2 * x[0] * backward_products(plan_of(cores, order), of_x=of_x)
 
 
 FLOP_FORMULAS: dict[Any, Callable[..., int]] = {

@@ -7,9 +7,10 @@
 The margin γ certifies robustness: values that move by less than γ/2 change no winner. It is +inf where fewer
 than two keys are visible.
 
-A maximum hands its whole gradient to its winner, the lowest index of equal ones: the gradient of y[i,d] goes
-to v[j,d] of the winner j and, by the score of (i, j), to q[i,e] and k[j,e] of that score's winner e. So the
-winners are all that a backward pass needs, O(T·D) of them; e is found again in O(D).
+The gradient of a maximum goes to its winner alone, which is the lowest index of several equal ones. The
+gradient of y[i,d] therefore goes to v[j,d] of the winner j and, through score[i,j], to q[i,e] and k[j,e],
+where e is the winner of that score. The backward pass needs the O(T·D) winners j and nothing else: it finds e
+again in O(D).
 
 Letters: `B` batch, `T` tokens, `H` query heads, `K` key/value heads, `D` head width.
 """

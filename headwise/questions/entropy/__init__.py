@@ -1,1 +1,1 @@
-"""How spread out the attention of every head is over training, and what goes with it."""
+"""The report's section on entropies: how they develop in training, and what they correlate with."""

@@ -1,4 +1,4 @@
-"""Entropy and entanglement of the heads of runs: series, spreads, and what goes with what."""
+"""Entropy and entanglement of the heads of runs: over training, by layer, and their correlations."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ Grid = dict[str, Any]
 
 
 def collect(among: Found) -> list[dict[str, Any]]:
-    """What each variant's heads show; empty where no run has an entropy.
+    """The section's numbers, one entry per variant; empty if no run has an entropy.
 
     Returns:
-        per variant: measures, by name `{lines, last}`: lines are the seed, the steps and the mean over heads
-        by step and layer of each run, and last the values of all heads at the last evaluation, by layer;
-        pairs, what is correlated; points, entanglement and sparsity of heads; cost, of measuring.
+        entries with these keys:
+        `measures`: by name, `lines` (of each run the seed, the steps, and the mean over heads by step and
+        layer) and `last` (for each layer the values of all heads at the last evaluation);
+        `pairs`: the correlations; `points`: entanglement and sparsity of each head; `cost`: what measuring
+        entanglement cost.
     """
     found = []
     for name, entries in among.grids.items():
@@ -55,7 +57,7 @@ def collect(among: Found) -> list[dict[str, Any]]:
 
 
 def _merged(run: Run, heads: Grid) -> dict[str, Grid]:
-    """The grid that holds each measure, by its name."""
+    """For each measure, the grid of values that contains it."""
     windows = _windows(run)
     found = dict.fromkeys(heads["measures"], heads)
     return found if windows is None else found | dict.fromkeys(windows["measures"], windows)
@@ -86,7 +88,7 @@ def _shown(measure: str, grids: Sequence[tuple[Run, dict[str, Grid]]]) -> dict[s
 
 
 def _pairs(grids: Sequence[tuple[Run, dict[str, Grid]]]) -> list[dict[str, Any]]:
-    """Correlations run by run with Fisher's interval, and over the seeds."""
+    """The correlations of each run, with Fisher's interval, and their mean over the seeds."""
     found = []
     for first, second in OVER_HEADS:
         runs = []
@@ -138,9 +140,9 @@ def _points(grids: Sequence[tuple[Run, dict[str, Grid]]]) -> list[list[float]]:
 
 
 def entropy_log(runs: Sequence[Run]) -> dict[str, str]:
-    """`entropy_log.csv`: run, step, layer, head, entropy and the measures of windows; nothing without any.
+    """`entropy_log.csv`: entropy and the measures of windows by run, step, layer and head.
 
-    A cell is empty where its table has no such row.
+    A cell is empty if its table has no such row. There is no file if no run has any of these measures.
     """
     names = ("entropy", *WINDOW_MEASURES)
     text = io.StringIO()
@@ -157,7 +159,7 @@ def entropy_log(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _rows(run: Run, names: Sequence[str]) -> Iterator[tuple[tuple[int, int, int], list[float | None]]]:
-    """Step, layer and head, and the value of each measure; in order."""
+    """`(step, layer, head)` and the value of each measure, in ascending order."""
     cells: dict[tuple[int, int, int], dict[str, float]] = {}
     for table in ("heads", "entanglement"):
         try:
@@ -183,7 +185,7 @@ def _means(names: Sequence[str]) -> list[Any]:
 
 
 def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """The mean of what is finite; NaN where nothing is."""
+    """The mean of the finite values; NaN if there are none."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0).sum(axis) / known.sum(axis)

@@ -1,4 +1,4 @@
-"""Entropies in a report: histogram, time series and box plots, and what goes with entanglement."""
+"""The report's tables and figures of entropies: histograms, time series, box plots and correlations."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MOST = 8
 """Variants of a figure; the page and the tables have all."""
 
 PAIRS_NOTE = (
-    "Pearson's r with its 95% interval by Fisher's z. The heads of a run, and its evaluations, depend on "
-    "each other, so the interval of a single run is too narrow; runs with other seeds do not, and the last "
-    "columns test the mean of Fisher's z over them. Over evaluations r mostly tells that both numbers change "
-    "with training. A run with under four pairs has no interval."
+    "Pearson's r with its 95% interval by Fisher's z. The heads of one run depend on each other, and so do "
+    "its evaluations, so the interval of a single run is too narrow. Runs with different seeds are "
+    "independent; the last columns test the mean of Fisher's z over them. Over evaluations, r mostly shows "
+    "that both numbers change during training. A run with fewer than four pairs has no interval."
 )
 
 
 def tables(entries: list[dict[str, Any]]) -> list[Titled]:
-    """What goes with what, the spread by layer, and the cost of measuring."""
+    """The correlations, the distribution by layer, and the cost of measuring."""
     found = [Titled(pairs(entries))] if any(entry["pairs"] for entry in entries) else []
     found.append(Titled(spread(entries), "Entropies by layer at the last evaluation", folded=True))
     if any(entry["cost"] for entry in entries):
@@ -37,7 +37,7 @@ def tables(entries: list[dict[str, Any]]) -> list[Titled]:
 
 
 def pairs(entries: list[dict[str, Any]]) -> Table:
-    """A row for each correlation: its runs, and over the seeds."""
+    """A row for each correlation: r of each run, and the mean over seeds."""
     rows = []
     for entry in entries:
         for pair in entry["pairs"]:

@@ -135,6 +135,32 @@ def check_isolation(speaker: Speaker, target: Target, tokens: Tensor, scale: flo
 
 
 @torch.no_grad()
+def refuse_unmeasurable(
+    speaker: Speaker, layers: Sequence[Layer], targets: Sequence[Target], tokens: Tensor, setting: Setting,
+    *, everyone: bool,
+) -> None:  # fmt: skip
+    """Refuse by one short pass what `sweep`, or `all_heads`, could not measure.
+
+    Args:
+        tokens: `(1, T)`.
+        everyone: whether all heads are asked for.
+
+    Raises:
+        HeadwiseError: a target's attention is not a softmax of its query's logits, or that of all heads.
+    """
+    for target in targets:
+        one = _OneHead(target, setting)
+        with attached(speaker.loaded.model, one):
+            speaker(tokens)
+        one.must_have_seen()
+    if everyone and not any(map(selects, layers)):
+        every = _AllHeads(setting)
+        with attached(speaker.loaded.model, every):
+            speaker(tokens)
+        every.must_have_seen(speaker.loaded.name)
+
+
+@torch.no_grad()
 def sweep(speaker: Speaker, samples: Tokens, targets: Sequence[Target], setting: Setting) -> list[Sweep]:
     """Measure each target at every scale, with the effect on the model's output.
 
@@ -184,8 +210,7 @@ def all_heads(speaker: Speaker, samples: Tokens, layers: Sequence[Layer], settin
     targets = [Target(layer, h, "any") for layer in selecting.values() for h in range(layer.n_heads)]
     found += sweep(speaker, samples, targets, setting) if targets else []
     if not found:
-        why = next(iter(collector.reasons.values()), "it has no softmax attention")
-        raise HeadwiseError(f"no head of {speaker.loaded.name} has a gain: {why}")
+        collector.must_have_seen(speaker.loaded.name)
     return sorted(found, key=lambda s: (s.layer, s.head))
 
 
@@ -251,6 +276,12 @@ class _AllHeads(Collector):
             squares[name] = squares.get(name, 0) + value.square().sum((1, 3)).cpu().numpy()
         self.means.setdefault(layer, []).append(means)
         self.n_tokens = value.shape[-1]
+
+    def must_have_seen(self, model: str) -> None:
+        """Refuse a model without a query to scale."""
+        if not self.means:
+            why = next(iter(self.reasons.values()), "it has no softmax attention")
+            raise HeadwiseError(f"no head of {model} has a gain: {why}")
 
     def sweeps(self) -> list[Sweep]:
         """One sweep per head, without k_eff and without an effect on the output."""

@@ -173,6 +173,28 @@ def test_a_kind_that_cannot_take_a_modifier_says_why(monkeypatch: pytest.MonkeyP
         Bare(AttentionShape(20, 4, 2, 6, modifiers=Modifiers(window=4)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "modifier", "said"),
+    [
+        ("tropical", {}, "sink", "a maximum over keys has no denominator"),
+        ("linear", {}, "windows", "sums all keys in one state"),
+        ("performer", {}, "sink", "products of features"),
+        ("differential", {}, "sink", "two softmaxes"),
+        ("fla", {}, "output_gate", "another package's"),
+        ("holo", {"form": "hrr"}, "windows", "in one vector, which none can leave"),
+        ("holo", {"form": "boundary"}, "windows", "cannot take it: of the modifiers it takes none"),
+    ],
+)
+def test_the_reason_is_that_of_the_kind(kind: str, options: Any, modifier: str, said: str) -> None:
+    config = AttentionConfig(kind=kind)
+    for key, value in options.items():
+        setattr(config.options(), key, value)
+    why = KINDS[kind].why_not(modifier, config.options())
+    assert why is not None
+    assert said in why
+    assert why.endswith("of the modifiers it takes none")
+
+
 def test_modifiers_are_keys_of_the_configuration(tmp_path: Any) -> None:
     config = from_dict(
         {"model.attention.windows": [256, "full"], "model.attention.sink": "learned", "training.max_steps": 1}
