@@ -99,7 +99,7 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
     from headwise.questions.sections import sections
     from headwise.runs.folder import RESULTS
     from headwise.study.lengths import search_lengths
-    from headwise.study.local import state
+    from headwise.study.executor import state
     from headwise.study.plan import plan, waiting
 
     folder = root / study.name
@@ -134,7 +134,8 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
 def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
     """Run everything, stages after the variants that they wait for; False first if Ctrl-C stopped it."""
     from headwise.study.display import StudyDisplay
-    from headwise.study.local import run_all
+    from headwise.study.executor import run_all
+    from headwise.study.local import Local
     from headwise.study.plan import plan, write_plan
 
     runs, folder = plan(study, root), root / study.name
@@ -142,7 +143,9 @@ def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
     try:
         while True:
             write_plan(study, runs, root)
-            complete = run_all(runs, workers=study.workers, show=display, on_end=lambda: _write_table(folder))
+            complete = run_all(
+                runs, Local(min(study.workers, len(runs))), show=display, on_end=lambda: _write_table(folder)
+            )
             more = plan(study, root) if complete else runs
             if len(more) == len(runs):
                 return complete, runs
@@ -160,7 +163,7 @@ def _write_table(folder: Path) -> None:
 
 
 def _show_plan(runs: list[PlannedRun], pending: dict[str, str]) -> None:
-    from headwise.study.local import state
+    from headwise.study.executor import state
 
     for run in runs:
         print(f"{run.folder.path}  {run.skip or state(run)}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headwise.runs.folder import RESULTS
-from headwise.study.local import state
+from headwise.study.executor import state
 from headwise.study.plan import PlannedRun
 
 

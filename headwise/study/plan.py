@@ -40,18 +40,20 @@ class PlannedRun:
         config: complete, `out` set.
         skip: why it cannot run here; None where it can.
         fit: what happens when its memory does not suffice.
+        attempt: of the worker that it was given to, as `RunFolder.take` numbered it.
     """
 
     variant: str
     config: Config
     skip: str | None = None
     fit: Fit = NO_FIT
+    attempt: int | None = None
 
     @property
     def folder(self) -> RunFolder:
         """Where it runs."""
         assert self.config.out is not None
-        return RunFolder(Path(self.config.out))
+        return RunFolder(Path(self.config.out), self.attempt)
 
 
 def plan(study: Study, root: Path) -> list[PlannedRun]:

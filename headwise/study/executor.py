@@ -1,0 +1,156 @@
+"""Where the runs of a study run: a protocol, and the driver that hands runs to whatever implements it.
+
+The driver decides which run is next, writes what became of it where its folder does not say, and starts again
+what was lost with its machine. An executor starts, watches and stops. Both know a run by its folder: what the
+folder says is what happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from headwise.config.run import to_yaml
+from headwise.runs.folder import RESULTS, Outdated, state_of
+from headwise.study.plan import PlannedRun
+
+POLL_S = 0.2
+TRIES = 5
+"""How often a command starts a run whose machine is lost each time."""
+
+TABLE_S = 10.0
+"""Seconds between two writes of what is made from all runs."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the process of a run ended, as its executor saw it.
+
+    Attributes:
+        run: as it was submitted.
+        state, reason: written to the run's folder where its worker wrote nothing of its end.
+        lost: its machine is gone, or what held its process there; it starts again elsewhere.
+    """
+
+    run: PlannedRun
+    state: str
+    reason: str
+    lost: bool = False
+
+
+class Executor(Protocol):
+    """Runs processes somewhere, each the body of `headwise.study.work.work`."""
+
+    def room(self) -> bool:
+        """Whether one more run may be submitted now."""
+
+    def submit(self, run: PlannedRun) -> None:
+        """Start a run, or queue it."""
+
+    def poll(self, wait_s: float) -> list[Ending]:
+        """The runs that ended since; waits up to `wait_s` seconds for the first."""
+
+    def stop(self) -> None:
+        """End everything that was submitted: each run finishes its step and saves; what does not is killed."""
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    executor: Executor,
+    *,
+    show: Callable[[Sequence[PlannedRun]], None],
+    on_end: Callable[[], None] = lambda: None,
+) -> bool:
+    """Run what has not ended yet; a run that fails does not stop the others.
+
+    Args:
+        executor: where they run; it is stopped at the end.
+        show: called a few times a second with all runs, to draw progress from their folders.
+        on_end: called after runs have ended, at most every `TABLE_S` seconds, and at the end.
+
+    Returns:
+        False when stopped by Ctrl-C before all had their turn.
+    """
+    waiting = [run for run in runs if not _settled(run)]
+    active = 0
+    tries: Counter[str | None] = Counter()
+    told, untold = time.monotonic(), False
+    try:
+        while waiting or active:
+            while waiting and executor.room() and (run := next_run(waiting)):
+                tries[run.config.out] += 1
+                executor.submit(_taken(run))
+                active += 1
+            for ending in executor.poll(POLL_S if active else 0):
+                active -= 1
+                untold = True
+                _record(ending)
+                if ending.lost and state(ending.run) not in RESULTS and tries[ending.run.config.out] < TRIES:
+                    waiting.append(ending.run)
+            if untold and time.monotonic() - told > TABLE_S:
+                on_end()
+                told, untold = time.monotonic(), False
+            show(runs)
+            if waiting and not active:
+                time.sleep(POLL_S)
+        return True
+    except KeyboardInterrupt:
+        return False
+    finally:
+        executor.stop()
+        for ending in executor.poll(0):
+            _record(ending)
+        if untold:
+            on_end()
+        show(runs)
+
+
+def next_run(waiting: list[PlannedRun]) -> PlannedRun | None:
+    """Take the next run that has not ended and that no other process runs just now; None where there is none.
+
+    Others are those of a study that was killed, or on a machine that is lost to us and lives: they finish
+    their step, save, and leave the run interrupted.
+    """
+    for run in list(waiting):
+        now = state(run)
+        if now != "running":
+            waiting.remove(run)
+            if now not in RESULTS:
+                return run
+    return None
+
+
+def state(run: PlannedRun) -> str:
+    """What the run's folder says."""
+    return state_of(run.folder.read_status())
+
+
+def _settled(run: PlannedRun) -> bool:
+    if state(run) in RESULTS:  # also a run that could not start here, but ended where it could
+        return True
+    if run.skip is None:
+        return False
+    if not run.folder.holds_run():
+        run.folder.start(to_yaml(run.config))
+    run.folder.write_status("skipped", reason=run.skip)
+    return True
+
+
+def _taken(run: PlannedRun) -> PlannedRun:
+    """`run` for one more attempt: whoever worked on it under an earlier number writes nothing any more."""
+    return dataclasses.replace(run, attempt=run.folder.take())
+
+
+def _record(ending: Ending) -> None:
+    """Write how a run ended unless its worker did."""
+    folder = ending.run.folder
+    status = folder.read_status()
+    if status.get("pid") is not None and status["state"] in (*RESULTS, "failed", "interrupted"):
+        return
+    with suppress(Outdated):
+        folder.write_status(ending.state, reason=ending.reason)

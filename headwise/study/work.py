@@ -1,0 +1,42 @@
+"""The body of a worker process: one run, trained here, whichever executor started the process."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING
+
+from headwise.attention.kinds import load_plugins
+from headwise.errors import HeadwiseError
+from headwise.runs.folder import Outdated
+
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
+
+
+def work(run: PlannedRun) -> None:
+    """Train a run, or continue it; what goes wrong is in its folder's status, and nothing is raised.
+
+    A worker whose place another one took (`Outdated`) ends without writing anything.
+    """
+    from headwise.study.fit import train_to_fit
+
+    folder = run.folder
+    try:
+        folder.refuse_outdated()
+        load_plugins(run.config.plugins)
+        train_to_fit(run)
+    except Outdated:
+        return
+    except HeadwiseError as error:
+        _fail(run, str(error))
+    except Exception as error:
+        _fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _fail(run: PlannedRun, reason: str, details: str = "") -> None:
+    try:
+        run.folder.write_status("failed", reason=reason)
+        if details:
+            run.folder.say(details)
+    except Outdated:
+        return
