@@ -13,15 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from headwise.config.run import to_yaml
+from headwise.errors import HeadwiseError, one_of
 from headwise.runs.folder import RESULTS, Outdated, state_of
 from headwise.study.plan import PlannedRun
 
 POLL_S = 0.2
 TRIES = 5
 """How often a command starts a run whose machine is lost each time."""
+
+EXECUTORS = {"local": "", "ray": "cluster", "slurm": "slurm"}
+"""Names, and the extra of the package that each needs."""
 
 TABLE_S = 10.0
 """Seconds between two writes of what is made from all runs."""
@@ -43,6 +48,31 @@ class Ending:
     lost: bool = False
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What a run gets, and how many run at a time.
+
+    Attributes:
+        threads: of each process of a run.
+        gpus: of a run; several make as many processes of it, as torchrun starts them.
+        workers: runs at a time at most; None for as many as there is place for.
+    """
+
+    threads: int = 1
+    gpus: int = 0
+    workers: int | None = None
+
+    @property
+    def processes(self) -> int:
+        """Of a run."""
+        return max(1, self.gpus)
+
+    @property
+    def cpus(self) -> int:
+        """Of a run."""
+        return self.threads * self.processes
+
+
 class Executor(Protocol):
     """Runs processes somewhere, each the body of `headwise.study.work.work`."""
 
@@ -56,7 +86,7 @@ class Executor(Protocol):
         """The runs that ended since; waits up to `wait_s` seconds for the first."""
 
     def stop(self) -> None:
-        """End everything that was submitted: each run finishes its step and saves; what does not is killed."""
+        """End everything that was submitted: runs finish their step and save; what does not is killed."""
 
 
 def run_all(
@@ -154,3 +184,45 @@ def _record(ending: Ending) -> None:
         return
     with suppress(Outdated):
         folder.write_status(ending.state, reason=ending.reason)
+
+
+def executor_named(
+    name: str,
+    resources: Resources,
+    folder: Path,
+    *,
+    address: str | None = None,
+    slurm: Sequence[str] = (),
+) -> Executor:
+    """The executor of a command line.
+
+    Args:
+        name: one of `EXECUTORS`.
+        resources: of each run.
+        folder: of the study, where Slurm's logs go.
+        address: of a Ray cluster.
+        slurm: `KEY=VALUE` of sbatch.
+
+    Raises:
+        HeadwiseError: it is not known or not installed, or an option is not its own.
+    """
+    one_of("--executor", name, EXECUTORS)
+    for flag, value, owner in (("--address", address, "ray"), ("--slurm", slurm, "slurm")):
+        if value and name != owner:
+            raise HeadwiseError(f"{flag} belongs to --executor {owner}, and the executor is {name}")
+    if name == "local":
+        from headwise.study.local import Local
+
+        return Local(resources.workers or 1, resources.threads, resources.processes)
+    try:
+        if name == "ray":
+            from headwise.study.ray import Ray
+
+            return Ray(address, resources)
+        from headwise.study.slurm import Slurm
+
+        return Slurm(resources, folder, slurm)
+    except ImportError as error:
+        raise HeadwiseError(
+            f"--executor {name} needs {error.name}, which is not installed: pip install 'headwise[{EXECUTORS[name]}]'"
+        ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -61,13 +62,14 @@ class Local:
     Args:
         workers: at a time.
         threads: of each; an equal share of the processors where not given.
-        gpus_per_run: GPUs that each sees, of this machine's; runs take them in turn.
+        processes: of each run, as torchrun starts them. Each has a GPU of this machine's where there are any;
+            runs take them in turn.
     """
 
-    def __init__(self, workers: int, threads: int | None = None, gpus_per_run: int = 1) -> None:
+    def __init__(self, workers: int, threads: int | None = None, processes: int = 1) -> None:
         self.workers = workers
         self.threads = threads or max(1, (os.cpu_count() or 1) // workers)
-        self.gpus_per_run = gpus_per_run
+        self.processes = processes
         self._gpus = visible_gpus()
         self._active: list[Worker] = []
 
@@ -78,8 +80,8 @@ class Local:
     def submit(self, run: PlannedRun) -> None:
         """Start a process."""
         taken = [gpu for worker in self._active for gpu in worker.gpus]
-        gpus = sorted(self._gpus, key=taken.count)[: self.gpus_per_run]
-        self._active.append(start(run, self.threads, gpus))
+        gpus = sorted(self._gpus, key=taken.count)[: self.processes]
+        self._active.append(start(run, self.threads, gpus, self.processes))
 
     def poll(self, wait_s: float) -> list[Ending]:
         """The runs whose processes ended."""
@@ -94,12 +96,17 @@ class Local:
         stop(self._active)
 
 
-def start(run: PlannedRun, threads: int, gpus: list[str]) -> Worker:
-    """Start the process of a run, which sees these GPUs alone."""
+def start(run: PlannedRun, threads: int, gpus: list[str], processes: int = 1) -> Worker:
+    """Start the process of a run in this folder; it sees these GPUs alone.
+
+    Args:
+        threads: of it, and of each of the processes that it starts.
+        processes: as torchrun starts them; 1 for it alone.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["headwise.training.run"])
+    context.set_forkserver_preload(["headwise.study.work", *_main_needs()])
     inside, outside = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, inside, threads, gpus))
+    process = context.Process(target=_work, args=(run, inside, os.getcwd(), threads, gpus, processes))
     process.start()
     inside.close()
     return Worker(run, process, outside, time.monotonic(), gpus)
@@ -129,18 +136,27 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _work(run: PlannedRun, pipe: Connection, threads: int, gpus: list[str]) -> None:
+def _main_needs() -> list[str]:
+    """What the main module imports, and with it every process: once here spares it to all of them."""
+    return [name for name in ("ray",) if name in sys.modules]
+
+
+def _work(
+    run: PlannedRun, pipe: Connection, home: str, threads: int, gpus: list[str], processes: int
+) -> None:
     """The body of the process."""
-    if gpus and run.config.device in ("auto", "cuda"):
+    os.chdir(home)
+    if run.config.device in ("auto", "cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     import torch
 
     from headwise.study.work import work
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR2):  # Ctrl-C, and what Slurm sends before it ends a job
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, args=(pipe,), daemon=True).start()
     torch.set_num_threads(threads)
-    work(run)
+    work(run, processes)
 
 
 def _stop_with_parent(pipe: Connection) -> None:

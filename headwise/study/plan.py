@@ -56,15 +56,18 @@ class PlannedRun:
         return RunFolder(Path(self.config.out), self.attempt)
 
 
-def plan(study: Study, root: Path) -> list[PlannedRun]:
+def plan(study: Study, root: Path, device: torch.device | None = None) -> list[PlannedRun]:
     """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
 
     A stage has runs once the variants that it waits for have ended.
 
+    Args:
+        device: that runs will compute on; the study's, on this machine, where not given.
+
     Raises:
         HeadwiseError: a configuration that cannot be, or a folder that holds another one.
     """
-    device = find_device(study.device)
+    device = device or find_device(study.device)
     refuse_newer_plan(root / study.name)
     found = _places(study, root)
     refuse_clash(((place.name, place.given) for place in found), "variants")
@@ -204,7 +207,7 @@ def _refuse_no_source(run: PlannedRun) -> None:
         )
 
 
-def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
+def write_plan(study: Study, runs: list[PlannedRun], root: Path, device: torch.device | None = None) -> Path:
     """Write study.yaml, which the report reads, and return the study's folder."""
     found = _places(study, root)
     others = references(study, found)
@@ -234,7 +237,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
     values = dataclasses.asdict(study) | {
         "baseline": baseline,
         "variants": variants,
-        "device": str(find_device(study.device)),
+        "device": str(device or find_device(study.device)),
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -13,18 +13,22 @@ if TYPE_CHECKING:
     from headwise.study.plan import PlannedRun
 
 
-def work(run: PlannedRun) -> None:
+def work(run: PlannedRun, processes: int = 1) -> None:
     """Train a run, or continue it; what goes wrong is in its folder's status, and nothing is raised.
 
     A worker whose place another one took (`Outdated`) ends without writing anything.
+
+    Args:
+        processes: as torchrun starts them, each with a GPU where there are any; 1 for this one alone.
     """
     from headwise.study.fit import train_to_fit
+    from headwise.study.ranks import train_ranks
 
     folder = run.folder
     try:
         folder.refuse_outdated()
         load_plugins(run.config.plugins)
-        train_to_fit(run)
+        train_to_fit(run) if processes == 1 else train_ranks(run, processes)
     except Outdated:
         return
     except HeadwiseError as error:
