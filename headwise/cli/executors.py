@@ -82,14 +82,15 @@ class Where:
             raise HeadwiseError("--gpus-per-run and --device cpu do not go together; leave one out")
         if (self.gpus or 0) > 1 and (study.fit_batch or study.memory_limit):
             raise HeadwiseError(
-                "a run on several GPUs does not fit its batch into memory: leave out --memory-limit and fit_batch "
-                "(a sweep has it), or use one GPU a run"
+                "a run on several GPUs does not fit its batch into memory: leave out --memory-limit and "
+                "fit_batch (a sweep has it), or use one GPU a run"
             )
         if self.name == "local":
             return
         if study.max_length_at:
             raise HeadwiseError(
-                f"--max-length-at measures this machine, and --executor {self.name} runs elsewhere; leave one out"
+                f"--max-length-at measures this machine, and --executor {self.name} runs elsewhere; "
+                "leave one out"
             )
         if ":" in study.device:
             raise HeadwiseError(
@@ -110,7 +111,7 @@ def add_executor_options(parser: argparse.ArgumentParser) -> None:
     add("--slurm", metavar="KEY=VALUE", action="append", default=[],
         help="an option of sbatch, such as partition=gpu or time=04:00:00; can be repeated")  # fmt: skip
     add("--cpus-per-run", metavar="N", type=int,
-        help="threads of each process of a run (default: local: a share of the processors; else 1)")  # fmt: skip
+        help="threads of each process of a run (default: a share here, 1 on a cluster)")  # fmt: skip
     add("--gpus-per-run", metavar="N", type=int,
         help="GPUs of a run on one machine; several train it together, as torchrun does")  # fmt: skip
 

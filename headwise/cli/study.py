@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headwise.cli.executors import Where, add_executor_options, where_of
 from headwise.errors import HeadwiseError
@@ -150,10 +150,11 @@ def _run(study: Study, root: Path, where: Where) -> tuple[bool, list[PlannedRun]
     runs, folder = plan(study, root, device), root / study.name
     executor = where.executor(study, len(runs), folder)
     display = StudyDisplay(len(runs))
+    rows: dict[Path, Any] = {}
     try:
         while True:
             write_plan(study, runs, root, device)
-            complete = run_all(runs, executor, show=display, on_end=lambda: _write_table(folder))
+            complete = run_all(runs, executor, show=display, on_end=lambda: _write_table(folder, rows))
             more = plan(study, root, device) if complete else runs
             if len(more) == len(runs):
                 return complete, runs
@@ -162,12 +163,12 @@ def _run(study: Study, root: Path, where: Where) -> tuple[bool, list[PlannedRun]
         display.close()
 
 
-def _write_table(folder: Path) -> None:
-    """Write the current table of all runs, so that it exists after a kill."""
+def _write_table(folder: Path, rows: dict[Path, Any]) -> None:
+    """Write the current table of all runs, so that it exists after a kill; `rows` has those that rest."""
     from headwise.report.exports import write_sweep
     from headwise.runs.read import Study
 
-    write_sweep(Study.read(folder).runs, folder, folder)
+    write_sweep(Study.read(folder).runs, folder, folder, rows)
 
 
 def _show_plan(runs: list[PlannedRun], pending: dict[str, str]) -> None:

@@ -8,18 +8,20 @@ folder says is what happened.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from headwise.config.run import to_yaml
 from headwise.errors import HeadwiseError, one_of
-from headwise.runs.folder import RESULTS, Outdated, state_of
-from headwise.study.plan import PlannedRun
+from headwise.runs.folder import RESULTS, Outdated, RunFolder, state_of
+
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
 
 POLL_S = 0.2
 TRIES = 5
@@ -28,8 +30,8 @@ TRIES = 5
 EXECUTORS = {"local": "", "ray": "cluster", "slurm": "slurm"}
 """Names, and the extra of the package that each needs."""
 
-TABLE_S = 10.0
-"""Seconds between two writes of what is made from all runs."""
+TABLE_S, TABLE_SHARE = 10.0, 0.05
+"""What is made from all runs is made again after so many seconds at the soonest, and in this share of the time."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,26 @@ class Ending:
     state: str
     reason: str
     lost: bool = False
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A run on its way to the process that trains it: what watches that process imports no torch for it.
+
+    Attributes:
+        folder: of the run.
+        timeout_s: of its training.
+        content: the `PlannedRun`, pickled.
+    """
+
+    folder: RunFolder
+    timeout_s: float | None
+    content: bytes
+
+
+def parcel(run: PlannedRun) -> Parcel:
+    """A run, packed."""
+    return Parcel(run.folder, run.config.training.timeout_s, pickle.dumps(run))
 
 
 @dataclass(frozen=True)
@@ -101,7 +123,7 @@ def run_all(
     Args:
         executor: where they run; it is stopped at the end.
         show: called a few times a second with all runs, to draw progress from their folders.
-        on_end: called after runs have ended, at most every `TABLE_S` seconds, and at the end.
+        on_end: called after runs have ended, rarely (`TABLE_S`), and at the end.
 
     Returns:
         False when stopped by Ctrl-C before all had their turn.
@@ -109,7 +131,7 @@ def run_all(
     waiting = [run for run in runs if not _settled(run)]
     active = 0
     tries: Counter[str | None] = Counter()
-    told, untold = time.monotonic(), False
+    due, untold = time.monotonic() + TABLE_S, False
     try:
         while waiting or active:
             while waiting and executor.room() and (run := next_run(waiting)):
@@ -122,9 +144,10 @@ def run_all(
                 _record(ending)
                 if ending.lost and state(ending.run) not in RESULTS and tries[ending.run.config.out] < TRIES:
                     waiting.append(ending.run)
-            if untold and time.monotonic() - told > TABLE_S:
+            if untold and time.monotonic() > due:
+                began, untold = time.monotonic(), False
                 on_end()
-                told, untold = time.monotonic(), False
+                due = time.monotonic() + max(TABLE_S, (time.monotonic() - began) / TABLE_SHARE)
             show(runs)
             if waiting and not active:
                 time.sleep(POLL_S)
@@ -166,6 +189,8 @@ def _settled(run: PlannedRun) -> bool:
     if run.skip is None:
         return False
     if not run.folder.holds_run():
+        from headwise.config.run import to_yaml
+
         run.folder.start(to_yaml(run.config))
     run.folder.write_status("skipped", reason=run.skip)
     return True
@@ -224,5 +249,6 @@ def executor_named(
         return Slurm(resources, folder, slurm)
     except ImportError as error:
         raise HeadwiseError(
-            f"--executor {name} needs {error.name}, which is not installed: pip install 'headwise[{EXECUTORS[name]}]'"
+            f"--executor {name} needs {error.name}, which is not installed: "
+            f"pip install 'headwise[{EXECUTORS[name]}]'"
         ) from error

@@ -12,18 +12,18 @@ import time
 from multiprocessing.connection import wait
 
 from headwise.errors import HeadwiseError
+from headwise.study.executor import Parcel
 from headwise.study.local import start, stop, visible_gpus
-from headwise.study.plan import PlannedRun
 
 SEEN_S = 10.0
 """Seconds that a shared file system may take to show what another machine wrote."""
 
 
-def host(run: PlannedRun, home: str, threads: int, gpus: int) -> tuple[str, str, bool]:
+def host(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, bool]:
     """Work on a run until it ends, or until KeyboardInterrupt asks to save and end.
 
     Args:
-        run: with the number of its attempt.
+        parcel: the run, with the number of its attempt.
         home: the folder that relative paths of the run begin at; on shared storage.
         threads: of each process.
         gpus: of those that the cluster lets this process see; several make as many processes.
@@ -32,15 +32,15 @@ def host(run: PlannedRun, home: str, threads: int, gpus: int) -> tuple[str, str,
         The state, the reason, and whether it was stopped from outside: for the folder where it does not say.
     """
     try:
-        _refuse_elsewhere(run, home)
+        _refuse_elsewhere(parcel, home)
     except HeadwiseError as error:
         return "failed", str(error), False
-    worker = start(run, threads, visible_gpus()[:gpus], processes=max(1, gpus))
+    worker = start(parcel, threads, visible_gpus()[:gpus], processes=max(1, gpus))
     try:
         while True:
             ending = worker.ending()
             if ending is not None:
-                return ending.state, ending.reason, False
+                return *ending, False
             wait([worker.process.sentinel], 1.0)
     except BaseException as error:  # whatever the cluster raises here to end the task
         stop([worker])
@@ -49,7 +49,7 @@ def host(run: PlannedRun, home: str, threads: int, gpus: int) -> tuple[str, str,
         return "interrupted", "stopped before its first step", True
 
 
-def _refuse_elsewhere(run: PlannedRun, home: str) -> None:
+def _refuse_elsewhere(parcel: Parcel, home: str) -> None:
     """Refuse a node that does not see the folders of the machine that the study was started on.
 
     Raises:
@@ -59,11 +59,11 @@ def _refuse_elsewhere(run: PlannedRun, home: str) -> None:
     while True:
         if os.path.isdir(home):
             os.chdir(home)
-            if (run.folder.read_status().get("attempt") or 0) >= (run.attempt or 0):
+            if (parcel.folder.read_status().get("attempt") or 0) >= (parcel.folder.attempt or 0):
                 return
         if time.monotonic() > ends:
             raise HeadwiseError(
-                f"node {socket.gethostname()} does not see {os.path.join(home, run.folder.path)} as the machine "
-                "that started the study does; put the study on storage that all nodes share"
+                f"node {socket.gethostname()} does not see {os.path.join(home, parcel.folder.path)} as the "
+                "machine that started the study does; put the study on storage that all nodes share"
             )
         time.sleep(0.1)

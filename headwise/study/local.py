@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -15,9 +16,12 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
 
-from headwise.study.executor import Ending
-from headwise.study.plan import PlannedRun
+from headwise.study.executor import Ending, Parcel, parcel
+
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
 
 GRACE_S = 60.0
 """Seconds that a run has to finish its step and save before it is killed."""
@@ -27,18 +31,18 @@ GRACE_S = 60.0
 class Worker:
     """A process that works on a run."""
 
-    run: PlannedRun
+    parcel: Parcel
     process: BaseProcess
     pipe: Connection
     started: float
     gpus: list[str]
 
-    def ending(self) -> Ending | None:
-        """How it ended; None while it lives. One that outlives its time by `GRACE_S` is killed."""
-        timeout = self.run.config.training.timeout_s
+    def ending(self) -> tuple[str, str] | None:
+        """State and reason of its end; None while it lives. One that outlives its time is killed."""
+        timeout = self.parcel.timeout_s
         if timeout and time.monotonic() - self.started > timeout + GRACE_S and self.process.is_alive():
             self.kill()
-            return Ending(self.run, "timed_out", f"killed {GRACE_S:g} s after its {timeout:g} s")
+            return "timed_out", f"killed {GRACE_S:g} s after its {timeout:g} s"
         if self.process.is_alive():
             return None
         self.process.join()
@@ -46,8 +50,8 @@ class Worker:
         code = self.process.exitcode or 0
         if code < 0:
             reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
-            return Ending(self.run, "interrupted", reason)
-        return Ending(self.run, "failed", f"its process ended with {code}")
+            return "interrupted", reason
+        return "failed", f"its process ended with {code}"
 
     def kill(self) -> None:
         """End it at once."""
@@ -71,7 +75,7 @@ class Local:
         self.threads = threads or max(1, (os.cpu_count() or 1) // workers)
         self.processes = processes
         self._gpus = visible_gpus()
-        self._active: list[Worker] = []
+        self._active: list[tuple[PlannedRun, Worker]] = []
 
     def room(self) -> bool:
         """Whether fewer than `workers` run."""
@@ -79,24 +83,24 @@ class Local:
 
     def submit(self, run: PlannedRun) -> None:
         """Start a process."""
-        taken = [gpu for worker in self._active for gpu in worker.gpus]
+        taken = [gpu for _, worker in self._active for gpu in worker.gpus]
         gpus = sorted(self._gpus, key=taken.count)[: self.processes]
-        self._active.append(start(run, self.threads, gpus, self.processes))
+        self._active.append((run, start(parcel(run), self.threads, gpus, self.processes)))
 
     def poll(self, wait_s: float) -> list[Ending]:
         """The runs whose processes ended."""
         if wait_s and self._active:
-            wait([worker.process.sentinel for worker in self._active], wait_s)
-        found = {id(worker): ending for worker in self._active if (ending := worker.ending())}
-        self._active = [worker for worker in self._active if id(worker) not in found]
-        return list(found.values())
+            wait([worker.process.sentinel for _, worker in self._active], wait_s)
+        ended = [(run, worker.ending(), worker) for run, worker in self._active]
+        self._active = [(run, worker) for run, ending, worker in ended if ending is None]
+        return [Ending(run, *ending) for run, ending, _ in ended if ending is not None]
 
     def stop(self) -> None:
         """Let every process finish its step and save."""
-        stop(self._active)
+        stop([worker for _, worker in self._active])
 
 
-def start(run: PlannedRun, threads: int, gpus: list[str], processes: int = 1) -> Worker:
+def start(parcel: Parcel, threads: int, gpus: list[str], processes: int = 1) -> Worker:
     """Start the process of a run in this folder; it sees these GPUs alone.
 
     Args:
@@ -106,10 +110,10 @@ def start(run: PlannedRun, threads: int, gpus: list[str], processes: int = 1) ->
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["headwise.study.work", *_main_needs()])
     inside, outside = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, inside, os.getcwd(), threads, gpus, processes))
+    process = context.Process(target=_work, args=(parcel, inside, os.getcwd(), threads, gpus, processes))
     process.start()
     inside.close()
-    return Worker(run, process, outside, time.monotonic(), gpus)
+    return Worker(parcel, process, outside, time.monotonic(), gpus)
 
 
 def stop(workers: list[Worker]) -> None:
@@ -141,11 +145,10 @@ def _main_needs() -> list[str]:
     return [name for name in ("ray",) if name in sys.modules]
 
 
-def _work(
-    run: PlannedRun, pipe: Connection, home: str, threads: int, gpus: list[str], processes: int
-) -> None:
+def _work(parcel: Parcel, pipe: Connection, home: str, threads: int, gpus: list[str], processes: int) -> None:
     """The body of the process."""
     os.chdir(home)
+    run: PlannedRun = pickle.loads(parcel.content)  # from the pipe of the process that started this one
     if run.config.device in ("auto", "cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     import torch

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import exceptions
 
 from headwise.errors import HeadwiseError
 from headwise.runs.folder import RESULTS, RunFolder
-from headwise.study.executor import Ending, Resources
+from headwise.study.executor import Ending, Parcel, Resources, parcel
 from headwise.study.host import host
 from headwise.study.local import GRACE_S
-from headwise.study.plan import PlannedRun
+
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
 
 LOST = (
     exceptions.NodeDiedError, exceptions.WorkerCrashedError, exceptions.LocalRayletDiedError,
@@ -69,7 +72,7 @@ class Ray:
         self._ended: list[Ending] = []
         self._slots, self._asked = 0, -math.inf
         self._refuse_infeasible()
-        self._remote = ray.remote(host)
+        self._remote = ray.remote(task_body)
 
     def room(self) -> bool:
         """Whether the cluster has a free place, or few runs wait for one."""
@@ -85,7 +88,7 @@ class Ray:
             largest = max(node.get("memory", 0) for node in self._nodes())
             needs["memory"] = int(min(need, largest))
         task = self._remote.options(max_retries=0, name=str(run.folder.path), **needs)
-        reference = task.remote(run, self._home, self.resources.threads, self.resources.gpus)
+        reference = task.remote(parcel(run), self._home, self.resources.threads, self.resources.gpus)
         self._tasks[reference] = run
 
     def poll(self, wait_s: float) -> list[Ending]:
@@ -144,9 +147,15 @@ class Ray:
         if self._places() == 0:
             have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes())
             raise HeadwiseError(
-                f"no node of the Ray cluster has the {self.resources.cpus} CPUs and {self.resources.gpus} GPUs of a "
-                f"run; its nodes have {have or 'nothing'}. Change --cpus-per-run and --gpus-per-run"
+                f"no node of the Ray cluster has the {self.resources.cpus} CPUs and {self.resources.gpus} "
+                f"GPUs of a run; its nodes have {have or 'nothing'}. Change --cpus-per-run and --gpus-per-run"
             )
+
+
+def task_body(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, bool]:
+    """The body of a task. Ray cancels it by SIGINT, which a cluster that a script started ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return host(parcel, home, threads, gpus)
 
 
 def memory_need(run: PlannedRun) -> int | None:

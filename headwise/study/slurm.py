@@ -15,16 +15,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import submitit
 
 from headwise.errors import HeadwiseError
 from headwise.runs.folder import RESULTS, Outdated
-from headwise.study.executor import Ending, Resources
+from headwise.study.executor import Ending, Parcel, Resources, parcel
 from headwise.study.host import host
 from headwise.study.local import GRACE_S
-from headwise.study.plan import PlannedRun
+
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
 
 LOGS = ".slurm"
 MOST_JOBS = 500
@@ -34,8 +36,8 @@ OWN = {
     "cpus_per_task": "--cpus-per-run", "gpus": "--gpus-per-run", "gpus_per_node": "--gpus-per-run",
     "gres": "--gpus-per-run", "ntasks": "--gpus-per-run", "nodes": "nothing: a run lies on one node",
     "array": "nothing: every run is a job", "output": f"nothing: logs lie in {LOGS}",
-    "error": f"nothing: logs lie in {LOGS}", "signal": "nothing", "open_mode": "nothing", "job_name": "nothing",
-    "wrap": "nothing", "chdir": "nothing", "export": "nothing",
+    "error": f"nothing: logs lie in {LOGS}", "signal": "nothing", "open_mode": "nothing",
+    "job_name": "nothing",    "wrap": "nothing", "chdir": "nothing", "export": "nothing",
 }  # fmt: skip
 """Options of sbatch that are decided here, and what to use instead."""
 
@@ -94,7 +96,7 @@ class Slurm:
         self._submitit.update_parameters(**self._parameters(run))
         try:
             job = self._submitit.submit(
-                job_body, run, self._home, self.resources.threads, self.resources.gpus
+                job_body, parcel(run), self._home, self.resources.threads, self.resources.gpus
             )
         except submitit.core.utils.FailedJobError as error:
             reason = " ".join(str(error).split())[-300:]
@@ -178,7 +180,7 @@ def parse_options(options: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def job_body(run: PlannedRun, home: str, threads: int, gpus: int) -> None:
+def job_body(parcel: Parcel, home: str, threads: int, gpus: int) -> None:
     """The body of a job: works on the run; what Slurm sends before it ends a job lets the run save."""
 
     def stop(*_: Any) -> None:
@@ -186,11 +188,11 @@ def job_body(run: PlannedRun, home: str, threads: int, gpus: int) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, stop)
-    state, reason, _ = host(run, home, threads, gpus)
-    status = run.folder.read_status()
+    state, reason, _ = host(parcel, home, threads, gpus)
+    status = parcel.folder.read_status()
     if status.get("pid") is None or status["state"] not in (*RESULTS, "failed", "interrupted"):
         with suppress(Outdated):
-            run.folder.write_status(state, reason=reason)
+            parcel.folder.write_status(state, reason=reason)
 
 
 def _works(run: PlannedRun) -> bool:
