@@ -31,7 +31,7 @@ EXECUTORS = {"local": "", "ray": "cluster", "slurm": "slurm"}
 """Names, and the extra of the package that each needs."""
 
 TABLE_S, TABLE_SHARE = 10.0, 0.05
-"""What is made from all runs is made again after so many seconds at the soonest, and in this share of the time."""
+"""What is made from all runs is made again after so many seconds, and in at most this share of the time."""
 
 
 @dataclass(frozen=True)
