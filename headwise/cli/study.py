@@ -155,7 +155,8 @@ def _run(study: Study, root: Path, where: Where) -> tuple[bool, list[PlannedRun]
         while True:
             write_plan(study, runs, root, device)
             complete = run_all(runs, executor, show=display, on_end=lambda: _write_table(folder, rows))
-            more = plan(study, root, device) if complete else runs
+            staged = any(variant.best_of for variant in study.variants.values())
+            more = plan(study, root, device) if complete and staged else runs
             if len(more) == len(runs):
                 return complete, runs
             runs = more

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +150,7 @@ def configure(study: Study, place: Place) -> Config:
         values["training.timeout_s"] = study.timeout_s
     if study.plugins:
         values["plugins"] = study.plugins
-    return from_dict(values | {"device": study.device})
+    return _config(values | {"device": study.device}, place.at)
 
 
 def _refuse_missing_kind(place: Place, values: dict[str, Any]) -> None:
@@ -160,11 +162,54 @@ def _refuse_missing_kind(place: Place, values: dict[str, Any]) -> None:
         )
 
 
+_counted: dict[str, int] = {}
+_parsed: dict[str, Config] = {}
+"""What was worked out before in this process: the thousand places of a plan are alike."""
+
+
 def count_parameters(config: Config) -> int:
     """Parameters of the model that `config` describes, without making it; a missing vocabulary counts 256."""
-    sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
-    with torch.device("meta"):
-        return sum(parameters_by_part(Decoder(sized, config.data.seq_len)).values())
+    key = repr((config.model, config.data.seq_len))
+    if key not in _counted:
+        sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
+        with torch.device("meta"):
+            _counted[key] = sum(parameters_by_part(Decoder(sized, config.data.seq_len)).values())
+    return _counted[key]
+
+
+def _config(values: dict[str, Any], axes: Collection[str]) -> Config:
+    """The configuration of dotted `values`; one that differs from an earlier one in numbers is not parsed.
+
+    Args:
+        axes: the keys among them that may differ.
+    """
+    numbers = {key: values[key] for key in axes if type(values[key]) in (int, float, bool)}
+    rest = sorted((key, repr(value)) for key, value in values.items() if key not in numbers)
+    like = repr((rest, sorted(numbers)))
+    found = _with_numbers(_parsed[like], numbers) if like in _parsed else None
+    if found is None:
+        found = from_dict(values)
+        _parsed.setdefault(like, found)
+    return found
+
+
+def _with_numbers(config: Config, numbers: dict[str, Any]) -> Config | None:
+    """A copy of `config` with these numbers; None where the parser must judge: another type, or a refusal."""
+    found = copy.deepcopy(config)
+    for key, value in numbers.items():
+        *sections, name = key.split(".")
+        section: Any = found
+        for part in sections:
+            section = getattr(section, part, None)
+        if type(getattr(section, name, None)) is not type(value):
+            return None
+        setattr(section, name, value)
+    try:
+        reading.check(to_dict(found), Config)
+        found.validate()
+    except HeadwiseError:
+        return None
+    return found
 
 
 def match_parameters(config: Config, baseline: Config) -> Config:
