@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 GRACE_S = 60.0
 """Seconds that a run has to finish its step and save before it is killed."""
 
+PRELOADED = ("headwise.study.plan", "headwise.study.fit", "torch._dynamo")
+"""What every run imports, the last at its first step: once for all of them, before they fork."""
+
 
 @dataclass
 class Worker:
@@ -108,7 +111,7 @@ def start(parcel: Parcel, threads: int, gpus: list[str], processes: int = 1) -> 
         processes: as torchrun starts them; 1 for it alone.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["headwise.study.work", *_main_needs()])
+    context.set_forkserver_preload([*PRELOADED, *_main_needs()])
     inside, outside = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(parcel, inside, os.getcwd(), threads, gpus, processes))
     process.start()
