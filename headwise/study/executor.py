@@ -138,7 +138,8 @@ def run_all(
                 tries[run.config.out] += 1
                 executor.submit(_taken(run))
                 active += 1
-            for ending in executor.poll(POLL_S if active else 0):
+            ended = executor.poll(POLL_S if active else 0)
+            for ending in ended:
                 active -= 1
                 untold = True
                 _record(ending)
@@ -149,7 +150,7 @@ def run_all(
                 on_end()
                 due = time.monotonic() + max(TABLE_S, (time.monotonic() - began) / TABLE_SHARE)
             show(runs)
-            if waiting and not active:
+            if waiting and not active and not ended:  # other processes have them
                 time.sleep(POLL_S)
         return True
     except KeyboardInterrupt:
