@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,11 @@ class Where:
     def _gpus(self, study: Study) -> int:
         return self.gpus if self.gpus is not None else int(study.device.startswith("cuda"))
 
-    def check(self, study: Study) -> None:
+    def check(self, study: Study, root: Path) -> None:
         """Refuse what does not go together, before anything is planned.
+
+        Args:
+            root: the folder of the study's folder.
 
         Raises:
             HeadwiseError: names the options.
@@ -78,6 +82,10 @@ class Where:
         for flag, number in (("--cpus-per-run", self.cpus), ("--gpus-per-run", self.gpus)):
             if number is not None:
                 in_range(flag, number, int(flag == "--cpus-per-run"), MOST)
+        if re.match(r"[a-z][a-z0-9+.]*:/", str(root)):
+            raise HeadwiseError(
+                f"--out {root} is no folder: give one that all machines mount; `headwise runs push` copies it"
+            )
         if self.gpus and study.device == "cpu":
             raise HeadwiseError("--gpus-per-run and --device cpu do not go together; leave one out")
         if (self.gpus or 0) > 1 and (study.fit_batch or study.memory_limit):

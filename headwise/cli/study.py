@@ -110,9 +110,9 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False, where: Where
     from headwise.study.plan import plan, waiting
 
     folder = root / study.name
-    must_be_folder(folder)
     where = where or Where()
-    where.check(study)
+    where.check(study, root)
+    must_be_folder(folder)
     if only_plan:
         _show_plan(plan(study, root, where.device(study)), waiting(study, root))
         return 0

@@ -173,7 +173,12 @@ def test_options_that_do_not_go_together_are_refused(
 ) -> None:
     study = Study("demo", variants={"flash": Variant()}, **values)
     with pytest.raises(HeadwiseError, match=message):
-        where.check(study)
+        where.check(study, Path("runs"))
+
+
+def test_a_url_is_no_folder_of_runs() -> None:
+    with pytest.raises(HeadwiseError, match="give one that all machines mount"):
+        Where("ray").check(Study("demo", variants={"flash": Variant()}), Path("s3://bucket/runs"))
 
 
 @pytest.mark.parametrize(("name", "option"), [("local", {"address": "x:1"}), ("ray", {"slurm": ["a=b"]})])
