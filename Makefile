@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,check,datasets,search]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,check,datasets,search,cluster,slurm]'
 	touch $@
 
 clean:  ## remove what is built; runs stay

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="NAME", help="this block; can be repeated"
     )
     run.add_argument("--device", help="cpu, cuda, auto: of all train and study lines")
-    run.add_argument("--executor", default="local", help="where runs are executed (default: local)")
+    run.add_argument(
+        "--executor", default="local", help="where runs run: local, ray or slurm (default: local)"
+    )
     run.add_argument("--watch", action="store_true", help="stay, and run again whenever the file changes")
     run.add_argument(
         "--replace-edited", action="store_true", help="replace results that were edited by hand too"
@@ -72,12 +74,14 @@ def _beside(notebook: str) -> Iterator[Path]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from headwise.errors import in_range
+    from headwise.errors import in_range, one_of
+    from headwise.notebook.execute import EXECUTORS
     from headwise.notebook.planning import Options
     from headwise.notebook.running import How, run_notebook
     from headwise.study.display import StudyDisplay
 
     in_range("--workers", arguments.workers, 1, 2**10)
+    one_of("--executor", arguments.executor, EXECUTORS)
     with _beside(arguments.notebook) as path:
         options = Options(
             path.parent, path.stem, tuple(arguments.only), arguments.device, _read_study, _load_plugins

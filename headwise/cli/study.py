@@ -7,8 +7,9 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from headwise.cli.executors import Where, add_executor_options, where_of
 from headwise.errors import HeadwiseError
 from headwise.files import alone, must_be_folder, sweep
 
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
         study_of(arguments, flags, f"headwise study {shlex.join(argv)}"),
         Path(arguments.out),
         only_plan=arguments.plan,
+        where=where_of(arguments),
     )
 
 
@@ -59,6 +61,7 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
         metavar="SIZE",
         help="also search each variant's longest trainable sequence in this memory",
     )
+    add_executor_options(found)
     found.add_argument("--plan", action="store_true", help="show the runs and stop")
     return found
 
@@ -96,23 +99,31 @@ def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
-    """Run a study, print its conclusions and the path of its report; returns the exit code."""
+def carry_out(study: Study, root: Path, *, only_plan: bool = False, where: Where | None = None) -> int:
+    """Run a study, print its conclusions and the path of its report; returns the exit code.
+
+    Args:
+        where: its runs run; on this machine where not given.
+    """
     from headwise import report
     from headwise.questions.sections import sections
     from headwise.runs.folder import RESULTS
+    from headwise.study.executor import state
     from headwise.study.lengths import search_lengths
-    from headwise.study.local import state
     from headwise.study.plan import plan, still_to_come, waiting
 
     folder = root / study.name
+    where = where or Where()
+    where.check(study, root)
     must_be_folder(folder)
     if only_plan:
-        _show_plan(plan(study, root), waiting(study, root), still_to_come(study, root))
+        _show_plan(
+            plan(study, root, device=where.device(study)), waiting(study, root), still_to_come(study, root)
+        )
         return 0
     with alone(folder / LOCK, f"works on the study {folder}"):
         sweep(folder)
-        complete, runs = _run(study, root)
+        complete, runs = _run(study, root, where)
         if complete and study.max_length_at:
             search_lengths(study, root)
         states = [state(run) for run in runs]
@@ -135,21 +146,24 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
     return 0 if fine and not pending else 1
 
 
-def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
+def _run(study: Study, root: Path, where: Where) -> tuple[bool, list[PlannedRun]]:
     """Run everything, stages after the variants that they wait for; False first if Ctrl-C stopped it."""
     from headwise.study.display import StudyDisplay
-    from headwise.study.local import run_all
+    from headwise.study.executor import run_all
     from headwise.study.plan import plan, still_to_come, write_plan
 
-    runs, folder = plan(study, root), root / study.name
+    device = where.device(study)
+    runs, folder = plan(study, root, device=device), root / study.name
+    executor = where.executor(study, len(runs), folder)
     display = StudyDisplay(len(runs))
-    write_plan(study, runs, root)
+    rows: dict[Path, Any] = {}
+    write_plan(study, runs, root, device)
     try:
         while True:
             display.total = len(runs) + still_to_come(study, root)
-            complete = run_all(runs, workers=study.workers, show=display, on_end=lambda: _write_table(folder))
-            more = plan(study, root, runs) if complete else runs
-            write_plan(study, more, root)
+            complete = run_all(runs, executor, show=display, on_end=lambda: _write_table(folder, rows))
+            more = plan(study, root, runs, device) if complete else runs
+            write_plan(study, more, root, device)
             if len(more) == len(runs):
                 return complete, runs
             runs = more
@@ -157,17 +171,17 @@ def _run(study: Study, root: Path) -> tuple[bool, list[PlannedRun]]:
         display.close()
 
 
-def _write_table(folder: Path) -> None:
-    """Write the current table of all runs, so that it exists after a kill."""
+def _write_table(folder: Path, rows: dict[Path, Any]) -> None:
+    """Write the current table of all runs, so that it exists after a kill; `rows` has those that rest."""
     from headwise.report.exports import write_sweep
     from headwise.runs.read import Study
 
     study = Study.read(folder)
-    write_sweep(study.runs + study.trials, folder, folder)
+    write_sweep(study.runs + study.trials, folder, folder, rows)
 
 
 def _show_plan(runs: list[PlannedRun], pending: dict[str, str], more: int) -> None:
-    from headwise.study.local import state
+    from headwise.study.executor import state
 
     for run in runs:
         print(f"{run.folder.path}  {run.skip or state(run)}")

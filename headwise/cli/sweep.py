@@ -17,6 +17,7 @@ DESCRIPTION = (
 
 def main(argv: list[str]) -> int:
     """Run the sweep, write its table and its report; returns the exit code."""
+    from headwise.cli.executors import where_of
     from headwise.cli.study import carry_out, parser, study_of
 
     arguments, flags = parser("sweep", DESCRIPTION).parse_known_args(argv)
@@ -27,4 +28,4 @@ def main(argv: list[str]) -> int:
             "such as --axes.data.seq_len=[512,1024]"
         )
     study.fit_batch = True
-    return carry_out(study, Path(arguments.out), only_plan=arguments.plan)
+    return carry_out(study, Path(arguments.out), only_plan=arguments.plan, where=where_of(arguments))

@@ -138,7 +138,7 @@ class Driver:
         try:
             return execute(
                 [item.run for _, item in batch],
-                workers=self.how.workers, executor=self.how.executor, show=show,
+                workers=self.how.workers, executor=self.how.executor, folder=Path("runs"), show=show,
             )  # fmt: skip
         finally:
             display.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +46,42 @@ def sweep_rows(runs: list[Run], root: Path) -> list[dict[str, Any]]:
     return [{name: values.get(name) for name in SWEEP} for values in found]
 
 
-def write_sweep(runs: list[Run], root: Path, out: Path) -> Path:
-    """Write `out/sweep_results.csv`, whole or not at all."""
+def write_sweep(
+    runs: list[Run], root: Path, out: Path, known: dict[Path, tuple[Any, dict[str, Any]]] | None = None
+) -> Path:
+    """Write `out/sweep_results.csv`, whole or not at all.
+
+    Args:
+        known: rows of an earlier call, which are taken where a run's status and summary are as they were; it
+            is brought up to date.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, SWEEP, lineterminator="\n")
     writer.writeheader()
-    for row in sweep_rows(runs, root):
+    for row in sweep_rows(runs, root) if known is None else _changed_rows(runs, root, known):
         writer.writerow({key: "" if value is None else value for key, value in row.items()})
     path = out / "sweep_results.csv"
     write_text(path, text.getvalue())
     return path
+
+
+def _changed_rows(
+    runs: list[Run], root: Path, known: dict[Path, tuple[Any, dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    for run in runs:
+        seen = [_stamp(run.path / name) for name in ("status.json", "summary.json")]
+        if run.path not in known or known[run.path][0] != seen:
+            known[run.path] = (seen, sweep_rows([run], root)[0])
+        yield known[run.path][1]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes with a file that is replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def write_all(runs: list[Run], root: Path, out: Path) -> Path:

@@ -65,11 +65,21 @@ BEGINNING = ("status.json", "log.txt")
 """Files that a run may leave when it ends before its config.yaml is in place."""
 
 
+class Outdated(HeadwiseError):
+    """Another worker was given the run; this one writes nothing any more."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and whole-file writes of one run."""
+    """Paths and whole-file writes of one run.
+
+    Attributes:
+        path: the folder.
+        attempt: of the worker that writes, as `take` numbered it; None for one that nobody numbered.
+    """
 
     path: Path
+    attempt: int | None = None
 
     @property
     def config(self) -> Path:
@@ -187,11 +197,43 @@ class RunFolder:
         """Replace status.json, keeping earlier values that are not given again."""
         if state not in STATES:
             raise ValueError(f"{state!r} is not one of {STATES}")
-        status = self.read_status() | {
+        before = self.read_status()
+        self._refuse_outdated(before)
+        status = before | {
             "state": state, "pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time(),
             "format": FORMAT,
         }  # fmt: skip
+        if self.attempt is not None:
+            status["attempt"] = self.attempt
         write_json(self.path / "status.json", status | values)
+
+    def take(self) -> int:
+        """Number the next attempt at the run; a worker with an earlier number writes nothing from now on.
+
+        Until the new worker writes, `pid` is None.
+
+        Raises:
+            HeadwiseError: the status is damaged, or cannot be written.
+        """
+        status = self.read_status()
+        attempt: int = (status.get("attempt") or 0) + 1
+        taken = {"state": state_of(status), "attempt": attempt, "pid": None, "format": FORMAT}
+        write_json(self.path / "status.json", status | taken)
+        return attempt
+
+    def refuse_outdated(self) -> None:
+        """Refuse to go on where another worker was given the run.
+
+        Raises:
+            Outdated: that is so.
+        """
+        if self.attempt is not None:
+            self._refuse_outdated(self.read_status())
+
+    def _refuse_outdated(self, status: dict[str, Any]) -> None:
+        now = status.get("attempt") or 0
+        if self.attempt is not None and now > self.attempt:
+            raise Outdated(f"{self.path} was given to another worker (attempt {now}, this is {self.attempt})")
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json.
@@ -211,6 +253,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the last file of a run."""
+        self.refuse_outdated()
         write_json(self.summary, summary | {"format": FORMAT})
 
     def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -218,7 +261,9 @@ class RunFolder:
 
         Raises:
             HeadwiseError: the disk is full, or the file is damaged.
+            Outdated: another worker was given the run.
         """
+        self.refuse_outdated()
         fresh = not self.metrics.exists() or self.metrics.stat().st_size == 0
         if not fresh and not set(METRICS) <= set(self._columns()):
             self._rewrite(self.read_metrics())
@@ -290,6 +335,7 @@ class RunFolder:
             HeadwiseError: a newer headwise wrote the folder, or metrics.csv is damaged; nothing is changed.
         """
         self.refuse_newer()
+        self.refuse_outdated()
         rows = [row for row in self.read_metrics() if int(row["step"]) <= step]
         sweep(self.path)
         if self.metrics.exists():

@@ -24,6 +24,7 @@ class Status(TypedDict, total=False):
     reason: str | None
     pid: Process | None
     host: str | None
+    attempt: Count | None
     heartbeat: float
     step: Count | None
     max_steps: Count | None

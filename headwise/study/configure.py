@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import copy
+from collections.abc import Collection
 from typing import Any
 
+from headwise import reading
 from headwise.attention import KINDS
-from headwise.config.run import Config, flatten, from_dict
+from headwise.config.run import Config, flatten, from_dict, to_dict
 from headwise.errors import HeadwiseError, did_you_mean
 from headwise.study.expand import Place
 from headwise.study.study import BUDGETS, KIND, Study
@@ -30,18 +31,46 @@ def configure(study: Study, place: Place) -> Config:
         values["training.timeout_s"] = study.timeout_s
     if study.plugins:
         values["plugins"] = study.plugins
-    made = _made(json.dumps(values | {"device": study.device}), tuple(KINDS))
-    if isinstance(made, HeadwiseError):
-        raise HeadwiseError(str(made))
-    return made
+    return _config(values | {"device": study.device}, place.at)
 
 
-@functools.lru_cache(maxsize=4096)  # a search asks for one configuration again and again
-def _made(values: str, kinds: tuple[str, ...]) -> Config | HeadwiseError:
+_parsed: dict[str, Config] = {}
+"""What was worked out before in this process: the thousand places of a plan are alike."""
+
+
+def _config(values: dict[str, Any], axes: Collection[str]) -> Config:
+    """The configuration of dotted `values`; one that differs from an earlier one in numbers is not parsed.
+
+    Args:
+        axes: the keys among them that may differ.
+    """
+    numbers = {key: values[key] for key in axes if type(values[key]) in (int, float, bool)}
+    rest = sorted((key, repr(value)) for key, value in values.items() if key not in numbers)
+    like = repr((rest, sorted(numbers)))
+    found = _with_numbers(_parsed[like], numbers) if like in _parsed else None
+    if found is None:
+        found = from_dict(values)
+        _parsed.setdefault(like, found)
+    return found
+
+
+def _with_numbers(config: Config, numbers: dict[str, Any]) -> Config | None:
+    """A copy of `config` with these numbers; None where the parser must judge: another type, or a refusal."""
+    found = copy.deepcopy(config)
+    for key, value in numbers.items():
+        *sections, name = key.split(".")
+        section: Any = found
+        for part in sections:
+            section = getattr(section, part, None)
+        if type(getattr(section, name, None)) is not type(value):
+            return None
+        setattr(section, name, value)
     try:
-        return from_dict(json.loads(values))
-    except HeadwiseError as error:
-        return error.with_traceback(None)
+        reading.check(to_dict(found), Config)
+        found.validate()
+    except HeadwiseError:
+        return None
+    return found
 
 
 def _refuse_missing_kind(place: Place, values: dict[str, Any]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from headwise.runs.folder import RESULTS
-from headwise.study.local import state
+from headwise.runs.folder import RESULTS, state_of
 from headwise.study.plan import PlannedRun
 
 
@@ -27,6 +28,8 @@ class StudyDisplay:
         self._said: set[str] = set()
         self._first: float | None = None
         self._live = sys.stderr.isatty()
+        self._statuses: dict[Path, tuple[tuple[int, ...], dict[str, Any]]] = {}
+        self._runs: Sequence[PlannedRun] = ()
         if self._live:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
@@ -38,11 +41,14 @@ class StudyDisplay:
 
     def __call__(self, runs: Sequence[PlannedRun]) -> None:
         """Redraw, at most twice a second."""
-        if time.monotonic() - self._drawn < 0.5:
-            return
+        self._runs = runs
+        if time.monotonic() - self._drawn >= 0.5:
+            self._draw(runs)
+
+    def _draw(self, runs: Sequence[PlannedRun]) -> None:
         self._drawn = time.monotonic()
-        statuses = {id(run): run.folder.read_status() for run in runs}
-        states = {id(run): state(run) for run in runs}
+        statuses = {id(run): self._status(run) for run in runs}
+        states = {key: state_of(status) for key, status in statuses.items()}
         shares = [_share(statuses[id(run)], states[id(run)]) for run in runs]
         done = sum(shares) / max(self.total, len(shares))
         self._first = done if self._first is None else self._first
@@ -54,9 +60,23 @@ class StudyDisplay:
             self._bar.update(self._task, completed=done, text="  ".join([text, *running]))
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Say what is left to say, and leave the terminal as it was."""
+        if self._runs:
+            self._draw(self._runs)
         if self._live:
             self._bar.stop()
+
+    def _status(self, run: PlannedRun) -> dict[str, Any]:
+        """The run's status, read again where the file changed: of a thousand runs most rest."""
+        path = run.folder.path / "status.json"
+        try:
+            found = os.stat(path)
+        except OSError:
+            return {"state": "planned"}
+        seen = (found.st_mtime_ns, found.st_ino, found.st_size)
+        if path not in self._statuses or self._statuses[path][0] != seen:
+            self._statuses[path] = (seen, run.folder.read_status())
+        return self._statuses[path][1]
 
     def _left(self, done: float) -> str:
         assert self._first is not None

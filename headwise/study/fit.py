@@ -92,7 +92,7 @@ def train_to_fit(run: PlannedRun) -> None:
         try:
             if run.fit.limit is not None and device.type == "cpu" and not resume:
                 _refuse_above(run.fit.limit, config, device)
-            train(config, resume=resume)
+            train(config, resume=resume, attempt=run.attempt)
             return
         except OutOfMemory as error:
             reason = str(error)
@@ -110,6 +110,7 @@ def train_to_fit(run: PlannedRun) -> None:
                 folder.start(to_yaml(config))
             folder.write_status("out_of_memory", reason=reason, fit=about)
             return
+        folder.refuse_outdated()
         discard(folder.path)  # what a run left that never took a whole step
         folder.write_status("planned", fit=about)
         folder.say(

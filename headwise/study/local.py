@@ -1,4 +1,4 @@
-"""Run planned runs: N at a time on this machine, each in its own process.
+"""Runs on this machine, each in its own process, N at a time.
 
 A process is stopped by closing its pipe, which is also what happens when this program is killed: it
 then finishes its step, saves, and ends as interrupted.
@@ -8,128 +8,133 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING
 
-from headwise.config.run import to_yaml
-from headwise.errors import HeadwiseError
-from headwise.runs.folder import RESULTS, state_of
-from headwise.study.plan import PlannedRun
+from headwise.study.executor import Ending, Parcel, parcel
+
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
 
 GRACE_S = 60.0
-POLL_S = 0.2
+"""Seconds that a run has to finish its step and save before it is killed."""
+
+PRELOADED = ("headwise.study.plan", "headwise.study.fit", "torch._dynamo")
+"""What every run imports, the last at its first step: once for all of them, before they fork."""
 
 
 @dataclass
-class _Worker:
-    run: PlannedRun
+class Worker:
+    """A process that works on a run."""
+
+    parcel: Parcel
     process: BaseProcess
     pipe: Connection
     started: float
-    gpu: str | None
+    gpus: list[str]
+
+    def ending(self) -> tuple[str, str] | None:
+        """State and reason of its end; None while it lives. One that outlives its time is killed."""
+        timeout = self.parcel.timeout_s
+        if timeout and time.monotonic() - self.started > timeout + GRACE_S and self.process.is_alive():
+            self.kill()
+            return "timed_out", f"killed {GRACE_S:g} s after its {timeout:g} s"
+        if self.process.is_alive():
+            return None
+        self.process.join()
+        self.pipe.close()
+        code = self.process.exitcode or 0
+        if code < 0:
+            reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
+            return "interrupted", reason
+        return "failed", f"its process ended with {code}"
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
-def run_all(
-    runs: Sequence[PlannedRun],
-    *,
-    workers: int,
-    show: Callable[[Sequence[PlannedRun]], None],
-    on_end: Callable[[], None] = lambda: None,
-) -> bool:
-    """Run what has not ended yet; a run that fails does not stop the others.
+class Local:
+    """An executor: processes on this machine.
 
     Args:
-        workers: processes at a time.
-        show: called a few times a second with all runs, to draw progress from their folders.
-        on_end: called after runs have ended.
+        workers: at a time.
+        threads: of each; an equal share of the processors where not given.
+        processes: of each run, as torchrun starts them. Each has a GPU of this machine's where there are any;
+            runs take them in turn.
+    """
 
-    Returns:
-        False when stopped by Ctrl-C before all had their turn.
+    def __init__(self, workers: int, threads: int | None = None, processes: int = 1) -> None:
+        self.workers = workers
+        self.threads = threads or max(1, (os.cpu_count() or 1) // workers)
+        self.processes = processes
+        self._gpus = visible_gpus()
+        self._active: list[tuple[PlannedRun, Worker]] = []
+
+    def room(self) -> bool:
+        """Whether fewer than `workers` run."""
+        return len(self._active) < self.workers
+
+    def submit(self, run: PlannedRun) -> None:
+        """Start a process."""
+        taken = [gpu for _, worker in self._active for gpu in worker.gpus]
+        gpus = sorted(self._gpus, key=taken.count)[: self.processes]
+        self._active.append((run, start(parcel(run), self.threads, gpus, self.processes)))
+
+    def poll(self, wait_s: float) -> list[Ending]:
+        """The runs whose processes ended."""
+        if wait_s and self._active:
+            wait([worker.process.sentinel for _, worker in self._active], wait_s)
+        ended = [(run, worker.ending(), worker) for run, worker in self._active]
+        self._active = [(run, worker) for run, ending, worker in ended if ending is None]
+        return [Ending(run, *ending) for run, ending, _ in ended if ending is not None]
+
+    def stop(self) -> None:
+        """Let every process finish its step and save."""
+        stop([worker for _, worker in self._active])
+
+
+def start(parcel: Parcel, threads: int, gpus: list[str], processes: int = 1) -> Worker:
+    """Start the process of a run in this folder; it sees these GPUs alone.
+
+    Args:
+        threads: of it, and of each of the processes that it starts.
+        processes: as torchrun starts them; 1 for it alone.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["headwise.training.run"])
-    waiting = [run for run in runs if not _settled(run)]
-    threads = max(1, (os.cpu_count() or 1) // min(workers, max(1, len(waiting))))
-    gpus = _gpus()
-    active: list[_Worker] = []
-    try:
-        while waiting or active:
-            while len(active) < workers and (run := _next(waiting)):
-                taken = [worker.gpu for worker in active]
-                gpu = min(gpus, key=taken.count) if gpus else None
-                active.append(_start(context, run, threads, gpu))
-            still = [worker for worker in active if not _ended(worker)]
-            if len(still) < len(active):
-                on_end()
-            active = still
-            show(runs)
-            if active:
-                active[0].process.join(POLL_S)
-            elif waiting:
-                time.sleep(POLL_S)
-        return True
-    except KeyboardInterrupt:
-        for worker in active:
-            worker.pipe.close()
-        for worker in active:
-            worker.process.join(GRACE_S)
-        return False
-    finally:
-        for worker in active:
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-        show(runs)
-
-
-def _next(waiting: list[PlannedRun]) -> PlannedRun | None:
-    """Take the next run that has not ended and that no other process runs just now; None where there is none.
-
-    Others are those of a study that was killed: they finish their step, save, and leave the run interrupted.
-    """
-    for run in list(waiting):
-        now = state(run)
-        if now != "running":
-            waiting.remove(run)
-            if now not in RESULTS:
-                return run
-    return None
-
-
-def state(run: PlannedRun) -> str:
-    """What the run's folder says."""
-    return state_of(run.folder.read_status())
-
-
-def _settled(run: PlannedRun) -> bool:
-    now = state(run)
-    if now in RESULTS or (now == "failed" and run.trial):
-        return True  # also a run that could not start here, but ended where it could
-    if run.skip is None:
-        return False
-    if not run.folder.holds_run():
-        run.folder.start(to_yaml(run.config))
-    run.folder.write_status("skipped", reason=run.skip)
-    return True
-
-
-def _start(context: Any, run: PlannedRun, threads: int, gpu: str | None) -> _Worker:
+    context.set_forkserver_preload([*PRELOADED, *_main_needs()])
     inside, outside = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, inside, threads, gpu))
+    process = context.Process(target=_work, args=(parcel, inside, os.getcwd(), threads, gpus, processes))
     process.start()
     inside.close()
-    return _Worker(run, process, outside, time.monotonic(), gpu)
+    return Worker(parcel, process, outside, time.monotonic(), gpus)
 
 
-def _gpus() -> list[str]:
-    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; runs take them in turn."""
+def stop(workers: list[Worker]) -> None:
+    """Let processes finish their step and save; those that take longer than `GRACE_S` are killed."""
+    for worker in workers:
+        worker.pipe.close()
+    try:
+        ends = time.monotonic() + GRACE_S
+        for worker in workers:
+            worker.process.join(max(0.0, ends - time.monotonic()))
+    finally:
+        for worker in workers:
+            if worker.process.is_alive():
+                worker.kill()
+
+
+def visible_gpus() -> list[str]:
+    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -138,47 +143,26 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _ended(worker: _Worker) -> bool:
-    timeout = worker.run.config.training.timeout_s
-    if timeout and time.monotonic() - worker.started > timeout + GRACE_S and worker.process.is_alive():
-        worker.process.kill()
-        worker.process.join()
-        worker.run.folder.write_status("timed_out", reason=f"killed {GRACE_S:g} s after its {timeout:g} s")
-    if worker.process.is_alive():
-        return False
-    worker.process.join()
-    worker.pipe.close()
-    code, now = worker.process.exitcode or 0, state(worker.run)
-    if code < 0 and now not in RESULTS:
-        reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
-        worker.run.folder.write_status("interrupted", reason=reason)
-    elif now not in (*RESULTS, "failed", "interrupted"):
-        worker.run.folder.write_status("failed", reason=f"its process ended with {code}")
-    return True
+def _main_needs() -> list[str]:
+    """What the main module imports, and with it every process: once here spares it to all of them."""
+    return [name for name in ("ray",) if name in sys.modules]
 
 
-def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> None:
-    """The body of a worker process, which sees one GPU where there are any."""
-    if gpu is not None and run.config.device in ("auto", "cuda"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+def _work(parcel: Parcel, pipe: Connection, home: str, threads: int, gpus: list[str], processes: int) -> None:
+    """The body of the process."""
+    os.chdir(home)
+    run: PlannedRun = pickle.loads(parcel.content)  # from the pipe of the process that started this one
+    if run.config.device in ("auto", "cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     import torch
 
-    from headwise.attention.kinds import load_plugins
-    from headwise.study.fit import train_to_fit
+    from headwise.study.work import work
 
-    load_plugins(run.config.plugins)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR2):  # Ctrl-C, and what Slurm sends before it ends a job
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, args=(pipe,), daemon=True).start()
     torch.set_num_threads(threads)
-    folder = run.folder
-    try:
-        train_to_fit(run)
-    except HeadwiseError as error:
-        folder.write_status("failed", reason=str(error))
-    except Exception as error:
-        folder.write_status("failed", reason=f"{type(error).__name__}: {error}")
-        folder.say(traceback.format_exc())
+    work(run, processes)
 
 
 def _stop_with_parent(pipe: Connection) -> None:

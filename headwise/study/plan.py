@@ -45,6 +45,7 @@ class PlannedRun:
         skip: why it cannot run here; None where it can.
         fit: what happens when its memory does not suffice.
         trial: whether a search tries it out: then a failure is its result, and it is in no comparison.
+        attempt: of the worker that it was given to, as `RunFolder.take` numbered it.
     """
 
     variant: str
@@ -52,22 +53,28 @@ class PlannedRun:
     skip: str | None = None
     fit: Fit = NO_FIT
     trial: bool = False
+    attempt: int | None = None
 
     @property
     def folder(self) -> RunFolder:
         """Where it runs."""
         assert self.config.out is not None
-        return RunFolder(Path(self.config.out))
+        return RunFolder(Path(self.config.out), self.attempt)
 
 
-def plan(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[PlannedRun]:
+def plan(
+    study: Study, root: Path, known: Sequence[PlannedRun] = (), device: torch.device | None = None
+) -> list[PlannedRun]:
     """Every run of the study, as `planned_runs`.
+
+    Args:
+        device: that runs will compute on; the study's, on this machine, where not given.
 
     Raises:
         HeadwiseError: a configuration that cannot be, or a folder that holds another one.
     """
     taken = set(map(id, known))
-    runs = planned_runs(study, root, known)
+    runs = planned_runs(study, root, known, device)
     for run in runs:
         if id(run) not in taken:
             _refuse_other(run)
@@ -75,7 +82,9 @@ def plan(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[Pla
     return runs
 
 
-def planned_runs(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> list[PlannedRun]:
+def planned_runs(
+    study: Study, root: Path, known: Sequence[PlannedRun] = (), device: torch.device | None = None
+) -> list[PlannedRun]:
     """Every run of the study, seed by seed, so that an early stop leaves whole comparisons.
 
     A stage has runs once the variants that it waits for have ended; a search has the trials that are known,
@@ -83,11 +92,12 @@ def planned_runs(study: Study, root: Path, known: Sequence[PlannedRun] = ()) -> 
 
     Args:
         known: runs of an earlier plan of this study, which are taken as they are.
+        device: that runs will compute on; the study's, on this machine, where not given.
 
     Raises:
         HeadwiseError: a configuration that cannot be.
     """
-    device = find_device(study.device)
+    device = device or find_device(study.device)
     refuse_newer_plan(root / study.name)
     found = _places(study, root)
     refuse_clash(((place.name, place.given) for place in found), "variants")
@@ -162,11 +172,17 @@ def _chosen(study: Study, root: Path, name: str) -> Choice | None:
     return choose(stage, root / study.name, seeds)
 
 
+_counted: dict[str, int] = {}
+
+
 def count_parameters(config: Config) -> int:
     """Parameters of the model that `config` describes, without making it; a missing vocabulary counts 256."""
-    sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
-    with torch.device("meta"):
-        return sum(parameters_by_part(Decoder(sized, config.data.seq_len)).values())
+    key = repr((config.model, config.data.seq_len))
+    if key not in _counted:
+        sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
+        with torch.device("meta"):
+            _counted[key] = sum(parameters_by_part(Decoder(sized, config.data.seq_len)).values())
+    return _counted[key]
 
 
 def match_parameters(config: Config, baseline: Config) -> Config:
@@ -209,7 +225,7 @@ def _refuse_no_source(run: PlannedRun) -> None:
         )
 
 
-def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
+def write_plan(study: Study, runs: list[PlannedRun], root: Path, device: torch.device | None = None) -> Path:
     """Write study.yaml, which the report reads, and return the study's folder."""
     found = [place for place in _places(study, root) if not place.trial]
     others = references(study, places(study))
@@ -241,7 +257,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
         "baseline": baseline,
         "variants": variants,
         "search": record(study, follow_all(study, root)),
-        "device": str(find_device(study.device)),
+        "device": str(device or find_device(study.device)),
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -3,13 +3,15 @@ do not make a run look dead."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from headwise.errors import HeadwiseError
-from headwise.runs.folder import HEARTBEAT_S, RunFolder
+from headwise.runs.folder import HEARTBEAT_S, Outdated, RunFolder
 
 
 @contextmanager
@@ -23,6 +25,9 @@ def beating(
         while not ended.wait(every_s):
             try:
                 folder.write_status("running", **about())
+            except Outdated:  # the run is another worker's now: end after this step, without a checkpoint
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             except (HeadwiseError, OSError):  # a full disk: the run meets it too, and is the one to say so
                 continue
 

@@ -58,20 +58,23 @@ def train(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    attempt: int | None = None,
 ) -> dict[str, Any]:
     """Run one configuration to its end and return its summary.
 
     Args:
         config: validated, with `out` set.
         resume: continue the run in `config.out` exactly.
+        attempt: this worker's number, as `RunFolder.take` gave it.
 
     Raises:
         HeadwiseError: whatever makes the run impossible, before any work is lost.
+        Outdated: another worker was given the run meanwhile.
         OutOfMemory: memory ran out, then or later.
     """
     if config.out is None:
         raise ValueError("config.out is not set")
-    folder = RunFolder(Path(config.out))
+    folder = RunFolder(Path(config.out), attempt)
     world = distributed.join(config.device)
     try:
         refuse_device(config, world.device)

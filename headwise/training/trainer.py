@@ -363,6 +363,7 @@ class Trainer:
                 checkpoint.optimizer_tensors(self.model, self.optimizer),
                 self._state(),
             )
+            self.folder.refuse_outdated()
             checkpoint.save(self.folder.checkpoints, saved)
             if better and self.best:
                 checkpoint.mark_best(self.folder.checkpoints, self.best, loss)

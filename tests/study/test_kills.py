@@ -18,7 +18,8 @@ import pytest
 from headwise.cli.study import LOCK, carry_out
 from headwise.errors import HeadwiseError
 from headwise.files import alone
-from headwise.study.local import _next, run_all, state
+from headwise.study.executor import next_run, run_all, state
+from headwise.study.local import Local
 from headwise.study.plan import PlannedRun, plan
 from headwise.study.study import Study, Variant
 
@@ -58,16 +59,16 @@ def test_a_killed_worker_is_interrupted_and_the_next_study_continues_it(tmp_path
         one.base = BASE | {"training": BASE["training"] | {"max_steps": 100_000}}
     [run] = plan(one, tmp_path)
     killer = Killer(begun=begun)
-    assert run_all([run], workers=1, show=killer)
+    assert run_all([run], Local(1), show=killer)
     assert killer.killed
     assert state(run) == "interrupted"
     assert "killed (SIGKILL)" in run.folder.read_status()["reason"]
     if not begun:
         assert not run.folder.holds_run()
-        assert run_all([run], workers=1, show=lambda _: None)
+        assert run_all([run], Local(1), show=lambda _: None)
         assert state(run) == "finished"
     else:
-        assert _next([run]) is run
+        assert next_run([run]) is run
 
 
 def test_a_run_of_another_process_is_waited_for(tmp_path: Path) -> None:
@@ -76,11 +77,11 @@ def test_a_run_of_another_process_is_waited_for(tmp_path: Path) -> None:
     first.folder.write_status("running")
     (first.folder.path / "status.json").write_text(json.dumps({"state": "running"} | other))
     waiting = [first, second]
-    assert _next(waiting) is second
-    assert _next(waiting) is None
+    assert next_run(waiting) is second
+    assert next_run(waiting) is None
     assert waiting == [first]
     first.folder.write_status("interrupted")
-    assert _next(waiting) is first
+    assert next_run(waiting) is first
 
 
 def test_a_second_study_on_the_folder_names_the_first(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headwise.study.local import _gpus
+from headwise.study.local import visible_gpus
 
 
 @pytest.mark.parametrize(("visible", "found"), [("3,5", ["3", "5"]), ("", []), ("GPU-1", ["GPU-1"])])
@@ -12,4 +12,4 @@ def test_only_visible_gpus_are_shared_out(
     visible: str, found: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert _gpus() == found
+    assert visible_gpus() == found

@@ -18,7 +18,7 @@ import yaml
 from headwise.cli.main import main
 from headwise.errors import HeadwiseError
 from headwise.runs.read import Study as Planned
-from headwise.study.local import state
+from headwise.study.executor import state
 from headwise.study.plan import count_parameters, match_parameters, plan, write_plan
 from headwise.study.read import read_study
 from headwise.study.study import Study, Variant
@@ -209,20 +209,22 @@ def test_finished_runs_are_not_run_again(finished: Path) -> None:
     runs = [run for run in plan(made, finished / "runs") if run.variant == "good"]
     assert all(state(run) == "finished" for run in runs)
     summaries = {run.folder.summary: run.folder.summary.stat().st_mtime_ns for run in runs}
-    from headwise.study.local import run_all
+    from headwise.study.executor import run_all
+    from headwise.study.local import Local
 
-    assert run_all(runs, workers=1, show=lambda _: None)
+    assert run_all(runs, Local(1), show=lambda _: None)
     assert {path: path.stat().st_mtime_ns for path in summaries} == summaries
 
 
 def test_a_run_that_ended_elsewhere_is_not_marked_skipped_here(tmp_path: Path) -> None:
     from headwise.config.run import to_yaml
-    from headwise.study.local import run_all
+    from headwise.study.executor import run_all
+    from headwise.study.local import Local
 
     [run] = plan(study(variants={"flex": variant("flex")}, seeds=[0]), tmp_path)
     run.folder.start(to_yaml(run.config))
     run.folder.write_status("finished", reason="on a GPU")
-    assert run_all([run], workers=1, show=lambda _: None)
+    assert run_all([run], Local(1), show=lambda _: None)
     assert state(run) == "finished"
 
 

@@ -1,0 +1,174 @@
+"""Runs on a Ray cluster: each run a task with its processors, GPUs and memory.
+
+Ray places tasks on nodes and tells when a node is lost. A task watches the run's own process on its node
+(`headwise.study.host`), and a task of several GPUs starts it with torchrun: Ray gives a task all that it asks
+for on one node. What a run became is in its folder, which all nodes share.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import exceptions
+
+from headwise.errors import HeadwiseError
+from headwise.runs.folder import RESULTS, RunFolder
+from headwise.study.executor import Ending, Parcel, Resources, parcel
+from headwise.study.host import host
+from headwise.study.local import GRACE_S
+
+if TYPE_CHECKING:
+    from headwise.study.plan import PlannedRun
+
+LOST = (
+    exceptions.NodeDiedError, exceptions.WorkerCrashedError, exceptions.LocalRayletDiedError,
+    exceptions.ObjectLostError, exceptions.RaySystemError, exceptions.TaskUnschedulableError,
+)  # fmt: skip
+"""What Ray says of a task whose node, or whose process on it, is gone."""
+
+SLOTS_S = 5.0
+"""Seconds that what the cluster offers is taken to stay the same."""
+
+QUEUED = 2
+"""Tasks that wait in the cluster, so that a node never waits for the driver."""
+
+HEADROOM = 1.25
+"""Memory asked for, as a share of what another seed of the variant took at most."""
+
+
+class Ray:
+    """An executor: tasks of a Ray cluster.
+
+    Args:
+        address: of the cluster; None for the one that RAY_ADDRESS or this machine knows, or a new one here.
+        resources: of each run.
+
+    Raises:
+        HeadwiseError: no cluster answers there, or no node of it has what a run needs.
+    """
+
+    def __init__(self, address: str | None, resources: Resources) -> None:
+        if address and "://" in address:
+            raise HeadwiseError(
+                f"--address {address} is a client's; start the command on a node of the cluster, with "
+                "--address HOST:PORT or auto"
+            )
+        self.resources = resources
+        try:
+            if not ray.is_initialized():
+                ray.init(address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise HeadwiseError(
+                f"no Ray cluster answers at {address or 'the default address'}: {reason}"
+            ) from None
+        self._home = os.getcwd()
+        self._tasks: dict[Any, PlannedRun] = {}
+        self._ended: list[Ending] = []
+        self._slots, self._asked = 0, -math.inf
+        self._refuse_infeasible()
+        self._remote = ray.remote(task_body)
+
+    def room(self) -> bool:
+        """Whether the cluster has a free place, or few runs wait for one."""
+        if time.monotonic() - self._asked > SLOTS_S:
+            self._slots, self._asked = self._places(), time.monotonic()
+        most = self._slots + QUEUED
+        return len(self._tasks) < min(most, self.resources.workers or most)
+
+    def submit(self, run: PlannedRun) -> None:
+        """Queue a task."""
+        needs: dict[str, Any] = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus}
+        if need := memory_need(run):
+            largest = max(node.get("memory", 0) for node in self._nodes())
+            needs["memory"] = int(min(need, largest))
+        task = self._remote.options(max_retries=0, name=str(run.folder.path), **needs)
+        reference = task.remote(parcel(run), self._home, self.resources.threads, self.resources.gpus)
+        self._tasks[reference] = run
+
+    def poll(self, wait_s: float) -> list[Ending]:
+        """The runs whose tasks ended, or were lost with their node."""
+        found, self._ended = self._ended, []
+        if self._tasks:
+            ray.wait(list(self._tasks), timeout=wait_s)
+            ready, _ = ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
+            found += [ending for task in ready if (ending := self._ending(task))]
+        return found
+
+    def stop(self) -> None:
+        """Cancel what waits, let what runs save, leave nothing in the cluster."""
+        for task in self._tasks:
+            ray.cancel(task, force=False)
+        tasks = list(self._tasks)
+        try:
+            if tasks:
+                ray.wait(tasks, num_returns=len(tasks), timeout=GRACE_S + 10)
+        finally:
+            for task in tasks:
+                ray.cancel(task, force=True)
+        self._ended += [ending for task in tasks if (ending := self._ending(task))]
+
+    def _ending(self, task: Any) -> Ending | None:
+        run = self._tasks.pop(task)
+        try:
+            state, reason, _ = ray.get(task, timeout=1)
+            return Ending(run, state, reason)
+        except LOST as error:
+            name = type(error).__name__
+            return Ending(
+                run, "interrupted", f"its node was lost ({name}); the same command continues it", True
+            )
+        except exceptions.OutOfMemoryError:
+            return Ending(run, "interrupted", "its node ran out of memory; the same command continues it")
+        except (exceptions.TaskCancelledError, exceptions.GetTimeoutError):
+            began = run.folder.read_status().get("pid") is not None
+            return Ending(run, "interrupted", "stopped; the same command continues it") if began else None
+        except Exception as error:  # of the task, such as a package that the node lacks
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            return Ending(run, "failed", f"{type(error).__name__}: {lines[-1][:300] if lines else ''}")
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def _places(self) -> int:
+        """How many runs fit into the cluster at a time."""
+        needs = {"CPU": self.resources.cpus, "GPU": self.resources.gpus}
+        return sum(
+            min(int(node.get(name, 0) // need) for name, need in needs.items() if need)
+            for node in self._nodes()
+        )
+
+    def _refuse_infeasible(self) -> None:
+        if self._places() == 0:
+            have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes())
+            raise HeadwiseError(
+                f"no node of the Ray cluster has the {self.resources.cpus} CPUs and {self.resources.gpus} "
+                f"GPUs of a run; its nodes have {have or 'nothing'}. Change --cpus-per-run and --gpus-per-run"
+            )
+
+
+def task_body(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, bool]:
+    """The body of a task. Ray cancels it by SIGINT, which a cluster that a script started ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return host(parcel, home, threads, gpus)
+
+
+def memory_need(run: PlannedRun) -> int | None:
+    """Bytes of main memory that a run needs, as far as is known.
+
+    That is the study's `memory_limit` on a CPU, or what a finished run of another seed took at most and a
+    quarter more; None where neither is known.
+    """
+    if run.fit.limit is not None and run.config.device == "cpu":
+        return run.fit.limit
+    peaks = []
+    for path in run.folder.path.parent.glob("seed_*"):
+        other = RunFolder(path)
+        if other.summary.is_file() and other.read_status()["state"] in RESULTS:
+            peaks.append(other.read_summary().get("peak_rss_mb") or 0)
+    return int(HEADROOM * max(peaks) * 1e6) if any(peaks) else None
