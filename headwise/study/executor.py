@@ -138,6 +138,7 @@ def run_all(
                 tries[run.config.out] += 1
                 executor.submit(_taken(run))
                 active += 1
+            show(runs)
             ended = executor.poll(POLL_S if active else 0)
             for ending in ended:
                 active -= 1
@@ -149,7 +150,6 @@ def run_all(
                 began, untold = time.monotonic(), False
                 on_end()
                 due = time.monotonic() + max(TABLE_S, (time.monotonic() - began) / TABLE_SHARE)
-            show(runs)
             if waiting and not active and not ended:  # other processes have them
                 time.sleep(POLL_S)
         return True

@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -41,6 +44,17 @@ HEADROOM = 1.25
 """Memory asked for, as a share of what another seed of the variant took at most."""
 
 
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this program's handler of SIGTERM: Ray replaces it with one that ends the program."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 class Ray:
     """An executor: tasks of a Ray cluster.
 
@@ -61,7 +75,8 @@ class Ray:
         self.resources = resources
         try:
             if not ray.is_initialized():
-                ray.init(address, log_to_driver=False, configure_logging=False)
+                with _own_sigterm():
+                    ray.init(address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise HeadwiseError(

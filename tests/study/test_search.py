@@ -19,7 +19,7 @@ from headwise.errors import HeadwiseError
 from headwise.questions.sections import sections
 from headwise.report.collect import collect
 from headwise.runs.read import Study as Planned
-from headwise.study.local import _settled
+from headwise.study.executor import _settled
 from headwise.study.plan import PlannedRun, plan, still_to_come, waiting, write_plan
 from headwise.study.read import override, read_study
 from headwise.study.search import _drawn, propose
