@@ -1,19 +1,19 @@
 """What the claims of one section of a notebook amount to over seeds: supported, refuted or not resolved.
 
-    claim about d = a - b      supported where the whole interval of d    refuted where the whole interval of d
+    claim on d = a - b         supported: the whole interval of d         refuted: the whole interval of d
     lower                      lies below 0                               lies above 0
     lower by at least s        lies at or below -s                        lies above -s
     higher                     the mirror image
     equal within s             lies within ±s                             lies outside of ±s
 
-The differences are paired by seed. The interval holds at every look (`headwise.analysis.sequential`), so that one
-may look after each seed and stop when one likes. The claims of a section are corrected by Holm's step-down
-procedure (Scandinavian Journal of Statistics 6, 1979): of m claims the one with the smallest p-value is decided at
-confidence 1 - 0.05/m, the next at 1 - 0.05/(m - 1), and so on up to the first that is not decided. A claim counts in
-m from the time it is stated, with runs or without. The interval that is shown has the confidence of the claim's
-step, so that it settles the claim exactly where the decision says so. Claims stated beforehand are corrected among
-themselves; a claim stated afterwards (exploratory) is corrected with all claims of the section, so that it never
-weakens the others.
+The differences are paired by seed. The interval holds at every look (`headwise.analysis.sequential`), so that
+one may look after each seed and stop when one likes. The claims of a section are corrected by Holm's
+step-down procedure (Scandinavian Journal of Statistics 6, 1979): of m claims the one with the smallest
+p-value is decided at confidence 1 - 0.05/m, the next at 1 - 0.05/(m - 1), and so on up to the first that is
+not decided. A claim counts in m from the time it is stated, with runs or without. The interval that is shown
+has the confidence of the claim's step, so that it settles the claim exactly where the decision says so.
+Claims stated beforehand are corrected among themselves; a claim stated afterwards (exploratory) is corrected
+with all claims of the section, so that it never weakens the others.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Claim:
     """`a` is lower than, higher than or equal to `b` in `measure`.
 
     Attributes:
-        smallest: lower, higher: by at least this much. equal: within this much, which must be above 0. A number
-            in the measure's unit, or a share of b's mean such as `0.5%`.
+        smallest: lower, higher: by at least this much. equal: within this much, which must be above 0. A
+            number in the measure's unit, or a share of b's mean such as `0.5%`.
         exploratory: stated after its runs had ended.
 
     Raises:
@@ -64,8 +64,8 @@ class Claim:
         none = not isinstance(self.smallest, bool | str) and self.smallest == 0
         if self.direction == "equal" and none:
             raise HeadwiseError(
-                f"{self.a} equal {self.b} has no smallest difference, and no interval shows that two means are "
-                "equal to the last digit; add the smallest difference that matters, such as 0.01"
+                f"{self.a} equal {self.b} has no smallest difference, and no interval shows that two means "
+                "are equal to the last digit; add the smallest difference that matters, such as 0.01"
             )
         if not none:
             smallest_difference(self.smallest, None)
@@ -86,14 +86,14 @@ class Decision:
     Attributes:
         decision: `supported`, `refuted` or `not resolved`.
         why: the reason, as a clause with its numbers.
-        difference: a - b over the seeds that both have: n, mean, std, and the half-width at `confidence`, None
-            where there is no interval yet.
+        difference: a - b over the seeds that both have: n, mean, std, and the half-width at `confidence`,
+            None where there is no interval yet.
         confidence: of the interval, which holds at every look: that of the claim's step in Holm's procedure.
         p: the p-value at every look, corrected by Holm; None where nothing was tested.
         seeds: the seeds counted.
         smallest: the smallest difference as a number, in the measure's unit.
-        further_seeds: from and to how many seeds beyond these would resolve the claim if the mean stayed as it
-            is; None where it is resolved or nothing can be told.
+        further_seeds: from and to how many seeds beyond these would resolve the claim if the mean stayed as
+            it is; None where it is resolved or nothing can be told.
         notes: what was left out and why, a clause each.
     """
 
@@ -126,8 +126,8 @@ def decide(claims: Sequence[Claim], values: Mapping[tuple[str, str], Sequence[Va
     """Decide the claims of one section together; the answers keep the order of the claims.
 
     Args:
-        claims: all claims that the section states, those without runs too: they count in the correction. A claim
-            that is stated twice counts once.
+        claims: all claims that the section states, those without runs too: they count in the correction. A
+            claim that is stated twice counts once.
         values: (run or group, measure) -> its runs.
     """
     evidence = {claim: _evidence(claim, values) for claim in claims}
@@ -172,8 +172,8 @@ def _evidence(claim: Claim, values: Mapping[tuple[str, str], Sequence[Value]]) -
         doubt = f"{claim.a} and {claim.b} have no seed in common with a value of {claim.measure}"
     if doubt is None and difference.std == 0 and not identical:
         doubt = (
-            f"the difference is {signed(difference.mean or 0.0)} on each of {len(seeds)} seeds, which shows no "
-            "spread to judge it by"
+            f"the difference is {signed(difference.mean or 0.0)} on each of {len(seeds)} seeds, which shows "
+            "no spread to judge it by"
         )
     p = None
     if doubt is None and difference.mean is not None and difference.std is not None:
@@ -238,8 +238,8 @@ def _decision(claim: Claim, found: _Evidence, p: float, confidence: float) -> De
     if low is None or high is None or mean is None:
         least = least_seeds(confidence)
         why = (
-            f"{shown.n} seed{'s' * (shown.n != 1)} in common; an interval of {confidence:.1%} that holds at every "
-            f"look needs {least}"
+            f"{shown.n} seed{'s' * (shown.n != 1)} in common; an interval of {confidence:.1%} that holds at "
+            f"every look needs {least}"
         )
         return result("not resolved", why, _further(claim, found, confidence))
     word = _word(claim.direction, low, high, found.smallest)

@@ -37,8 +37,8 @@ class Conclusion:
         comparisons: how many variants the interval holds for at once.
         smallest: the smallest difference that matters.
         doubt: why the values cannot be compared at all; None where they can.
-        further_seeds: from and to how many seeds beyond these would decide an undecided comparison if the mean
-            stayed as it is; None where it is decided or nothing can be told.
+        further_seeds: from and to how many seeds beyond these would decide an undecided comparison if the
+            mean stayed as it is; None where it is decided or nothing can be told.
     """
 
     conclusion: str
@@ -77,7 +77,7 @@ def conclude(
 
 
 def further_seeds(difference: Summary, smallest: float, comparisons: int = 1) -> Seeds | None:
-    """Seeds beyond the n seen after which the same mean would be decided, from and to (`analysis.further`)."""
+    """From and to how many seeds beyond the n seen would decide the same mean (`analysis.further`)."""
     mean = difference.mean
     if mean is None:
         return None

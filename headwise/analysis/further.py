@@ -1,7 +1,7 @@
 """How many further seeds would decide a comparison: a range, since a few seeds tell little about the spread.
 
-The standard deviation of n values is known up to its chi-square interval: of 2 seeds the 80% interval reaches from
-0.6 to 8 times what was seen, of 5 from 0.7 to 1.9 times. The seeds that are needed grow with its square.
+The standard deviation of n values is known up to its chi-square interval: of 2 seeds the 80% interval reaches
+from 0.6 to 8 times what was seen, of 5 from 0.7 to 1.9 times. The seeds that are needed grow with its square.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def further_seeds(difference: Summary, decided: Callable[[float, int], bool]) ->
 
     Args:
         difference: n, mean and standard deviation seen.
-        decided: whether the mean seen would be decided by (standard deviation, number of seeds); once it is, more
-            seeds never undo it.
+        decided: whether the mean seen would be decided by (standard deviation, number of seeds); once it is,
+            more seeds never undo it.
 
     Returns:
-        Two numbers of at least 1, for both ends of the 80% interval of the spread. None where nothing can be told:
-        no spread was seen, or even the small end needs more than a million seeds.
+        Two numbers of at least 1, for both ends of the 80% interval of the spread. None where nothing can be
+        told: no spread was seen, or even the small end needs more than a million seeds.
     """
     if not difference.std:
         return None

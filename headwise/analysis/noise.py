@@ -1,4 +1,5 @@
-"""The noise floor: how much an unchanged baseline differs between seeds, and which difference can be seen over it."""
+"""The noise floor: how much an unchanged baseline differs between seeds, and which difference can be seen
+over it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Detectable:
-    """The difference that `n` pairs of seeds tell from 0 with chance 0.8, at the spread seen and at its interval's ends."""
+    """The difference that `n` pairs of seeds tell from 0 with chance 0.8, at the spread seen and at its
+    interval's ends."""
 
     n: int
     difference: float

@@ -1,6 +1,7 @@
 """Which runs of a group count as seeds: each seed once, and none that repeats another.
 
-More values make every interval narrower, so that a value that counts twice shows a difference that is not there.
+More values make every interval narrower, so that a value that counts twice shows a difference that is not
+there.
 """
 
 from __future__ import annotations

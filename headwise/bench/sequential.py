@@ -1,4 +1,5 @@
-"""How often the claims of a notebook are decided wrongly when one looks after every seed, and how many seeds they need."""
+"""How often the claims of a notebook are decided wrongly when one looks after every seed, and how many seeds
+they need."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def null(noise: str, notebooks: int, seeds: int, comparisons: int) -> dict[str, Any]:
-    """Notebooks whose variants are all the baseline: how many ever decide one claim, looking at every n from 2."""
+    """Notebooks whose variants are all the baseline: how many ever decide a claim, at any n from 2 on."""
     rng = np.random.default_rng(0)
     claims = [Claim(f"variant {i}", "baseline", "loss", "lower") for i in range(comparisons)]
     wrong = 0
@@ -79,7 +80,8 @@ def power(shift: float, comparisons: int, notebooks: int, seeds: int) -> dict[st
     share = {f"resolved_at_{n}": sum(x <= n for x in needed) / notebooks for n in (3, 5, 8, 16)}
     return {
         "true_difference_in_std": shift, "claims": comparisons, "notebooks": notebooks,
-        "median_seeds": _whole(statistics.median(needed)), "seeds_for_80_percent": _whole(np.quantile(needed, 0.8)),
+        "median_seeds": _whole(statistics.median(needed)),
+        "seeds_for_80_percent": _whole(np.quantile(needed, 0.8)),
         **share,
     }  # fmt: skip
 
