@@ -200,8 +200,6 @@ def _unpaired(claim: Claim, a: Counted, b: Counted) -> list[str]:
 def _p(direction: str, difference: Summary, smallest: float) -> float:
     """The smallest error rate at which the claim is decided, one way or the other."""
     mean, std = difference.mean or 0.0, difference.std or 0.0
-    if direction == "equal" and abs(mean) <= smallest:
-        return max(p_value(mean + edge, std, difference.n) for edge in (-smallest, smallest))
     if direction == "equal":
         return p_value(abs(mean) - smallest, std, difference.n)
     edge = smallest if direction == "higher" else -smallest
