@@ -25,7 +25,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from headwise.analysis.seeds import fine
+from headwise.analysis.seeds import fine, summarize_differences, usable
 from headwise.analysis.sequential import LEAST, anytime
 from headwise.analysis.statistics import Summary, summarize
 from headwise.errors import HeadwiseError, one_of
@@ -148,7 +148,7 @@ class _Search:
         """The measurement with its sign, so that worse is higher; None where the run gave no value."""
         self.used.add((index, seed))
         value = self.measured[index, seed]
-        return None if value is None or not math.isfinite(value) else self.sign * value
+        return self.sign * value if usable(value) else None
 
     def need(self, pairs: Sequence[tuple[int, int]], why: str) -> None:
         """Ask for the runs among `pairs` that are not there."""
@@ -184,7 +184,8 @@ class _Search:
                     )
             self.seeds.append(seed)
             differences.append(bad - good)
-            self.difference = anytime(summarize(differences))
+            values = [self.value(index, s) or 0.0 for index in (0, last) for s in self.seeds]
+            self.difference = anytime(summarize_differences(differences, values))
             low, high = self.difference.low, self.difference.high
             if low is None or high is None or self.difference.std == 0:
                 continue

@@ -18,19 +18,19 @@ with all claims of the section, so that it never weakens the others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headwise.analysis import further
 from headwise.analysis.conclusion import signed, smallest_difference
 from headwise.analysis.further import Seeds
-from headwise.analysis.seeds import Counted, Value, count, fine
+from headwise.analysis.noise import NoiseFloor, noise_floor
+from headwise.analysis.seeds import Counted, Value, count, fine, summarize_differences
 from headwise.analysis.sequential import ERROR_RATE, anytime, half_width, least_seeds, p_value
 from headwise.analysis.statistics import Summary, holm, summarize
 from headwise.errors import HeadwiseError, one_of
 
-__all__ = ["DIRECTIONS", "Claim", "Decision", "Value", "decide"]
+__all__ = ["DIRECTIONS", "Claim", "Decision", "NoiseFloor", "Value", "decide", "noise_floor"]
 
 DIRECTIONS = ("lower", "higher", "equal")
 MIRROR = {"lower": "higher", "higher": "lower", "equal": "equal"}
@@ -159,7 +159,7 @@ def _evidence(claim: Claim, values: Mapping[tuple[str, str], Sequence[Value]]) -
     a, b = (count(values.get((name, claim.measure), ()), name) for name in (claim.a, claim.b))
     seeds = tuple(seed for seed in a.values if seed in b.values)
     differences = [a.values[seed] - b.values[seed] for seed in seeds]
-    difference = _summary(differences, [*a.values.values(), *b.values.values()])
+    difference = summarize_differences(differences, [*a.values.values(), *b.values.values()])
     base = summarize(b.values[seed] for seed in seeds).mean
     smallest = 0.0 if claim.smallest == 0 else smallest_difference(claim.smallest, base)
     doubt = a.doubt or b.doubt
@@ -179,13 +179,6 @@ def _evidence(claim: Claim, values: Mapping[tuple[str, str], Sequence[Value]]) -
     if doubt is None and difference.mean is not None and difference.std is not None:
         p = 0.0 if identical else _p(claim.direction, difference, smallest)
     return _Evidence(difference, seeds, smallest, p, doubt, identical, tuple(notes))
-
-
-def _summary(differences: list[float], values: list[float]) -> Summary:
-    """Their summary; a spread that rounding alone would leave is none."""
-    found = summarize(differences)
-    rounding = 8 * math.ulp(max(map(abs, values), default=0.0))
-    return replace(found, std=0.0, ci95=0.0) if found.std is not None and found.std <= rounding else found
 
 
 def _unpaired(claim: Claim, a: Counted, b: Counted) -> list[str]:

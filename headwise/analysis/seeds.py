@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeGuard
+
+from headwise.analysis.statistics import Summary, summarize
 
 FINE = 9
 """Significant digits from which on two seeds do not give one value by chance."""
+LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,18 @@ class Counted:
     doubt: str | None
 
 
+def usable(value: float | None) -> TypeGuard[float]:
+    """Whether a run has a value that can be compared: finite, and with a square that is finite too."""
+    return value is not None and abs(value) <= LARGEST
+
+
+def summarize_differences(differences: Sequence[float], values: Iterable[float]) -> Summary:
+    """Summary of differences of `values`; a spread that their rounding alone would leave is 0."""
+    found = summarize(differences)
+    rounding = 8 * math.ulp(max(map(abs, values), default=0.0))
+    return replace(found, std=0.0, ci95=0.0) if found.std is not None and found.std <= rounding else found
+
+
 def fine(value: float) -> bool:
     """Whether a number carries so many digits that another computation does not give it by chance."""
     digits = repr(float(value)).lower().split("e")[0].replace(".", "").lstrip("-0").rstrip("0")
@@ -64,7 +80,7 @@ def count(values: Iterable[Value], name: str) -> Counted:
     failed: list[str] = []
     notes: list[str] = []
     for seed in sorted(runs):
-        finite = [run.value for run in runs[seed] if run.value is not None and math.isfinite(run.value)]
+        finite = [run.value for run in runs[seed] if usable(run.value)]
         distinct = sorted(set(finite))
         if not finite:
             why = ", ".join(sorted({_why(run) for run in runs[seed]}))
@@ -89,7 +105,7 @@ def count(values: Iterable[Value], name: str) -> Counted:
 
 def _why(run: Value) -> str:
     if run.value is not None:
-        return "not finite"
+        return f"{run.value:.3g}, too large to compare" if math.isfinite(run.value) else "not finite"
     return run.why or "no value"
 
 

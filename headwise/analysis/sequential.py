@@ -62,7 +62,8 @@ def p_value(distance: float, std: float, n: int) -> float:
     if std == 0:
         return 0.0
     wide = 1 + n * PRIOR_STD**2
-    x = (distance / std) ** 2 * n / (n - 1)
+    effect = distance / std
+    x = effect * effect * n / (n - 1)
     if math.isinf(x):
         return math.exp(-(n - 1) / 2 * math.log(wide))
     log_factor = n / 2 * (math.log1p(x) - math.log1p(x / wide)) - math.log(wide) / 2

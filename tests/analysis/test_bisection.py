@@ -135,6 +135,9 @@ def test_seeds_that_change_nothing_show_no_noise() -> None:
     answer, _ = drive(lambda i, s: fixed[int(i > 3)], 8)
     assert answer.candidates == ()
     assert "the noise cannot be seen" in answer.why
+    rounded, measured = drive(lambda i, s: (0.1 * s + 0.3) if i > 3 else 0.1 * s, 8)
+    assert rounded.first_bad == 4
+    assert (0, 15) in measured  # equal differences show no spread before the last seed
     coarse, _ = drive(lambda i, s: float(i > 3) + s, 8)
     assert coarse.first_bad == 4
 

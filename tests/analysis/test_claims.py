@@ -188,6 +188,9 @@ def test_failed_runs_and_seeds_without_a_pair_are_said_and_never_averaged() -> N
     assert found.seeds == (0, 1, 2)
     assert "3 of 7 seeds of A gave no value: 3 (diverged), 4 (not finite), 5 (not finite)" in found.notes
     assert "seed 6 of A without a pair" in found.notes
+    huge = one([*noisy(0.9, 3), Value(3, 1e308), Value(4, -1e200)], runs([1.0, 1.5, 1.7, -1e308, 1.0]))
+    assert huge.seeds == (0, 1, 2)
+    assert any("too large to compare" in note for note in huge.notes)
     retried = one([*noisy(0.9, 3), Value(0, None, "failed")], noisy(1.0, 3, seed=1))
     assert (retried.seeds, retried.notes) == ((0, 1, 2), ())
 
@@ -218,6 +221,7 @@ def test_runs_that_agree_digit_for_digit_are_equal_and_rounding_is_no_spread() -
     assert "digit for digit" in one(a, a, "lower").why
     coarse = runs([0.5, 0.75, 1.0])
     assert one(coarse, coarse, "equal", 0.01).decision == "not resolved"
+    assert one(runs([1e99, 1e98, 1e97]), runs([1e-9, 1e-99, 2e-9])).decision == "not resolved"
     assert one(runs([0.3, 0.7, 0.9]), runs([0.2, 0.6, 0.8]), "higher").decision == "not resolved"
 
 
