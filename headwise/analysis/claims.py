@@ -164,8 +164,8 @@ def _evidence(claim: Claim, values: Mapping[tuple[str, str], Sequence[Value]]) -
     smallest = 0.0 if claim.smallest == 0 else smallest_difference(claim.smallest, base)
     doubt = a.doubt or b.doubt
     notes = [*a.notes, *b.notes, *_unpaired(claim, a, b)]
-    data = {run.data for name in (claim.a, claim.b) for run in values.get((name, claim.measure), ())}
-    if doubt is None and len(data) > 1:
+    runs = [run for name in (claim.a, claim.b) for run in values.get((name, claim.measure), ())]
+    if doubt is None and len({run.data for run in runs if run.data and run.value is not None}) > 1:
         doubt = f"the runs of {claim.a} and {claim.b} used different data"
     identical = len(seeds) > 1 and not any(differences) and all(fine(a.values[seed]) for seed in seeds)
     if doubt is None and not seeds:

@@ -27,8 +27,8 @@ class Value:
         seed: of the run.
         value: None where the run has none.
         why: of None, as a clause such as `diverged`.
-        configuration: a fingerprint of all but the seed.
-        data: the checksum of its data.
+        configuration: a fingerprint of all but the seed; empty where it is not known.
+        data: the checksum of its data; empty where it is not known.
     """
 
     seed: int
@@ -122,7 +122,7 @@ def _repeats(counted: dict[int, float]) -> dict[int, int]:
 
 
 def _doubt(name: str, runs: dict[int, list[Value]], counted: dict[int, float], repeats: bool) -> str | None:
-    configurations = {run.configuration for seed in runs for run in runs[seed]}
+    configurations = {run.configuration for seed in runs for run in runs[seed] if run.configuration}
     if len(configurations) > 1:
         return f"the runs of {name} have {len(configurations)} configurations, so that they are not one group"
     if (len(counted) == 1 and repeats) or (len(counted) > 1 and len(set(counted.values())) == 1):

@@ -207,7 +207,7 @@ def test_failed_runs_and_seeds_without_a_pair_are_said_and_never_averaged() -> N
     ],
 )
 def test_what_cannot_be_compared_resolves_nothing(a: list[Value], part: str) -> None:
-    b = runs([1.0, 2.0, 3.0, 4.5])
+    b = [Value(s, x, data="ours", configuration="b") for s, x in enumerate([1.0, 2.0, 3.0, 4.5])]
     for direction, smallest in (("lower", 0.0), ("higher", 0.0), ("equal", 10.0)):
         found = one(a, b, direction, smallest)
         assert (found.decision, found.p, found.further_seeds) == ("not resolved", None, None)
