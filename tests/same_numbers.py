@@ -31,6 +31,7 @@ from tests.small_commands import COMMANDS, run_all, shared_files
 INTENDED: dict[str, str] = {
     "*flops*": "FLOPs of selection are counted",
     "*report.json:comparisons.*": "intervals are simultaneous over variants, and p_adjusted is theirs",
+    "*report.json:conclusions.*.further_seeds*": "it is a range",
     "*report.json:verdict_note": "it is conclusion_note",
     "*report.json:verdicts.*": "verdicts are by the criteria of the study, against its own baseline",
     "shards/manifest.json:settings.input.*": "the input is known by its content, not by its size",

@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from headwise.analysis import further
+from headwise.analysis.further import Seeds
 from headwise.analysis.statistics import Paired, Summary, half_width, max_t, simultaneous
 from headwise.errors import HeadwiseError
 
 DEFAULT_SMALLEST = "0.5%"
-MOST_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Conclusion:
         comparisons: how many variants the interval holds for at once.
         smallest: the smallest difference that matters.
         doubt: why the values cannot be compared at all; None where they can.
-        further_seeds: seeds beyond these that would decide an undecided comparison if mean and spread
-            stayed as they are; None where it is decided or no spread was seen.
+        further_seeds: from and to how many seeds beyond these would decide an undecided comparison if the
+            mean stayed as it is; None where it is decided or nothing can be told.
     """
 
     conclusion: str
@@ -48,7 +49,7 @@ class Conclusion:
     p_adjusted: float | None
     comparisons: int
     smallest: float
-    further_seeds: int | None = None
+    further_seeds: Seeds | None = None
     doubt: str | None = None
 
 
@@ -66,42 +67,26 @@ def conclude(
     alone = pairs.difference
     found = simultaneous(alone, comparisons)
     word, why = _word_and_reason(found, smallest, unit, doubt)
-    further = None
+    seeds = None
     if word == "undecided" and doubt is None and found.n >= 2:
-        further = further_seeds(found, smallest, comparisons)
-        if further is not None:
-            seeds = "about 1 further seed" if further == 1 else f"about {further:,} further seeds"
-            why += f"; {seeds} would decide it at the spread seen"
+        seeds = further_seeds(found, smallest, comparisons)
+        if seeds is not None:
+            why += f"; if the mean stays, {further.in_words(seeds)} would decide it"
     p = pairs.p_t
-    return Conclusion(
-        word, why, found, alone, p, max_t(p, comparisons), comparisons, smallest, further, doubt
-    )
+    return Conclusion(word, why, found, alone, p, max_t(p, comparisons), comparisons, smallest, seeds, doubt)
 
 
-def further_seeds(difference: Summary, smallest: float, comparisons: int = 1) -> int | None:
-    """Seeds beyond the n seen after which the same mean and spread would be decided.
-
-    None for one seed, which shows no spread, and where no number of seeds up to a million would do.
-    """
-    mean, std, n = difference.mean, difference.std, difference.n
-    if mean is None or std is None:
+def further_seeds(difference: Summary, smallest: float, comparisons: int = 1) -> Seeds | None:
+    """From and to how many seeds beyond the n seen would decide the same mean (`analysis.further`)."""
+    mean = difference.mean
+    if mean is None:
         return None
 
-    def decided(total: int) -> bool:
+    def decided(std: float, total: int) -> bool:
         half = half_width(std, total, 0.95 ** (1 / comparisons))
         return _word(mean - half, mean + half, smallest) != "undecided"
 
-    if decided(n):
-        return 0
-    low, high = n, n + 1
-    while not decided(high):
-        low, high = high, 2 * high
-        if high > MOST_SEEDS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decided(middle) else (middle, high)
-    return high - n
+    return further.further_seeds(difference, decided)
 
 
 def smallest_difference(value: float | str, baseline: float | None) -> float:

@@ -98,6 +98,20 @@ def summarize(values: Iterable[float]) -> Summary:
     return Summary(n, mean, std, half_width(std, n))
 
 
+def spread_interval(std: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Where the true standard deviation lies, by chi-square with n - 1 degrees of freedom.
+
+    Raises:
+        ValueError: n < 2; one value has no spread.
+    """
+    if n < 2:
+        raise ValueError(f"a spread needs at least 2 values, got n = {n}")
+    from scipy.special import chdtri
+
+    tail = (1 - confidence) / 2
+    return tuple(std * math.sqrt((n - 1) / float(chdtri(n - 1, p))) for p in (tail, 1 - tail))  # type: ignore[return-value]
+
+
 def simultaneous(summary: Summary, comparisons: int) -> Summary:
     """The same mean with the half-width that holds for `comparisons` means at once, by max-t.
 

@@ -8,6 +8,7 @@ from headwise.errors import one_of
 
 BENCHMARKS = (
     "train-step", "head-stats", "decode", "profile", "copy", "observe", "compare-memory", "modifiers", "page",
+    "sequential", "bisect",
 )  # fmt: skip
 
 

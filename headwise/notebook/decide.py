@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from headwise.analysis.claims import Claim, Decision, NoiseFloor, Value, decide, noise_floor
 from headwise.analysis.conclusion import signed
 from headwise.notebook.document import Compare, Document
 from headwise.notebook.edit import Board
-from headwise.notebook.judge import Claim, Decision, NoiseFloor, Value, decide, noise_floor
 from headwise.notebook.memory import Memory, now
 from headwise.notebook.results import Group, escaped, groups_of, label, value_of
 from headwise.runs.folder import RESULTS

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from headwise.analysis.conclusion import Conclusion, conclude, further_seeds, smallest_difference
+from headwise.analysis.further import in_words
 from headwise.analysis.statistics import Summary, half_width, max_t, paired, simultaneous, summarize
 from headwise.errors import HeadwiseError
 
@@ -138,17 +139,19 @@ def test_a_change_of_unit_changes_nothing(values: list[float], smallest: float, 
 
 
 @settings(deadline=None)
-@given(differences, smallest_values, families)
-def test_the_further_seeds_decide_and_one_fewer_would_not(
-    values: list[float], smallest: float, m: int
+@given(differences, smallest_values, families, st.sampled_from([0, 1]))
+def test_the_further_seeds_decide_at_their_end_of_the_spread_and_one_fewer_would_not(
+    values: list[float], smallest: float, m: int, end: int
 ) -> None:
     found = concluded(values, smallest, m)
     if found.conclusion != "undecided":
         assert found.further_seeds is None
         return
-    total = len(values) + found.further_seeds
-    mean, std = found.difference.mean, found.difference.std
-    for n, open_ in ((total, False), (total - 1, True)):
+    seen, further = len(values), found.further_seeds and found.further_seeds[end]
+    assume(further is not None)
+    mean = found.difference.mean
+    std = found.difference.std * math.sqrt((seen - 1) / stats.chi2.ppf((0.9, 0.1)[end], seen - 1))
+    for n, open_ in ((seen + further, False), (seen + further - 1, True))[: 2 if further > 1 else 1]:
         half = stats.t.ppf(0.5 + 0.95 ** (1 / m) / 2, n - 1) * std / math.sqrt(n)
         low, high = mean - half, mean + half
         edges = (low, high, low + smallest, high - smallest)
@@ -158,10 +161,23 @@ def test_the_further_seeds_decide_and_one_fewer_would_not(
 
 
 def test_further_seeds_by_hand() -> None:
-    # mean 0, std 1, smallest 1: t·1/√n <= 1 first holds for n = 7 (t = 2.447 < √7 = 2.646; t_5 = 2.571 > √6)
-    assert further_seeds(Summary(2, 0.0, 1.0, None), 1.0) == 5
+    # Of 5 seeds χ²_4 is 1.0636 and 7.7794 at 10% and 90%: a std of 1 is 0.717 to 1.939.
+    # mean 0, smallest 1: t·0.717/√n <= 1 holds at the next n already; t·1.939/√n <= 1 first holds for n = 17
+    # (t = 2.120 < √17/1.939 = 2.126; t_15 = 2.131 > √16/1.939)
+    assert further_seeds(Summary(5, 0.0, 1.0, None), 1.0) == (1, 12)
     assert further_seeds(Summary(1, 0.3, None, None), 1.0) is None
     assert further_seeds(Summary(3, 0.0, 1.0, None), 0.0) is None
+
+
+def test_two_seeds_give_a_wide_range_or_one_end_of_it() -> None:
+    low, high = further_seeds(Summary(2, 0.0, 1.0, None), 1.0)
+    assert low <= 5 < 50 * low < high
+    assert further_seeds(Summary(2, 0.0, 200.0, None), 1.0)[1] is None
+    found = concluded([0.3, -0.2], 0.01)
+    assert "if the mean stays, between" in found.why
+    assert "about" not in found.why
+    assert in_words((3, None)) == "3 or more further seeds"
+    assert (in_words((1, 1)), in_words((2, 2))) == ("1 further seed", "2 further seeds")
 
 
 @settings(deadline=None)

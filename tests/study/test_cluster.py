@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    before = signal.getsignal(signal.SIGTERM)  # a node in this process takes it
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         yield made
     finally:
         ray.shutdown()
         made.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_run_whose_node_is_lost_goes_on_elsewhere_with_the_same_numbers(
