@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from headwise.analysis.bisection import MOST_SEEDS, Found, next_step
 from headwise.bench import harness
+from headwise.bench.harness import Table
 
 History = Callable[[np.random.Generator, int], tuple[np.ndarray, set[int], set[int]]]
 """Draws the levels of the commits, the right answers (none: no regression) and the commits that cannot
@@ -68,19 +68,15 @@ HISTORIES: dict[str, History] = {
 
 def main(argv: list[str]) -> int:
     """Simulate, print the table and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench bisect", description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser = harness.parser("bisect", __doc__)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--commits", type=int, default=64)
     arguments = parser.parse_args(argv)
-    rows = [
-        row(name, shared, arguments.trials, arguments.commits)
+    cases = {
+        f"{name}, shared noise {shared:g}": partial(row, name, shared, arguments.trials, arguments.commits)
         for name, shared in [(name, 0.0) for name in HISTORIES] + [("regression of 3 std", 2.0)]
-    ]
-    harness.print_table(rows)
-    harness.save("bisect", rows, arguments.out, device="cpu")
-    return 0
+    }
+    return harness.run("bisect", arguments, [Table(cases)], device="cpu")
 
 
 def row(name: str, shared: float, trials: int, commits: int) -> dict[str, Any]:

@@ -3,16 +3,16 @@ they need."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from headwise.analysis.claims import Claim, Value, decide
 from headwise.bench import harness
+from headwise.bench.harness import Table
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 NOISE: dict[str, Draw] = {
@@ -26,25 +26,19 @@ NOISE: dict[str, Draw] = {
 
 def main(argv: list[str]) -> int:
     """Simulate, print the tables and write the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="headwise bench sequential", description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser = harness.parser("sequential", __doc__)
     parser.add_argument("--notebooks", type=int, default=1000, help="simulated notebooks a row")
     parser.add_argument("--seeds", type=int, default=64, help="seeds after which a notebook ends")
     parser.add_argument("--comparisons", type=int, default=3, help="claims of a notebook's section")
     arguments = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = [
-        null(noise, arguments.notebooks, arguments.seeds, arguments.comparisons) for noise in NOISE
-    ]
-    rows += [
-        power(shift, comparisons, arguments.notebooks, arguments.seeds)
+    given = (arguments.notebooks, arguments.seeds)
+    nulls = {noise: partial(null, noise, *given, arguments.comparisons) for noise in NOISE}
+    powers = {
+        f"{shift} std, {comparisons} claims": partial(power, shift, comparisons, *given)
         for comparisons in (1, arguments.comparisons)
         for shift in (1.0, 2.0, 3.0)
-    ]
-    harness.print_table([row for row in rows if "noise" in row])
-    harness.print_table([row for row in rows if "noise" not in row])
-    harness.save("sequential", rows, arguments.out, device="cpu")
-    return 0
+    }
+    return harness.run("sequential", arguments, [Table(nulls), Table(powers)], device="cpu")
 
 
 def null(noise: str, notebooks: int, seeds: int, comparisons: int) -> dict[str, Any]:
