@@ -32,7 +32,8 @@ STANDS_ON = {
     "report": ["analysis", "runs"],
     "questions": ["report", "study"],
     "bench": ["questions"],
-    "cli": ["bench"],
+    "notebook": ["questions"],
+    "cli": ["bench", "notebook"],
     "testing": ["cli"],
     "__main__": ["cli"],
 }
