@@ -22,8 +22,8 @@ LIMIT = 16 << 20
 """Bytes of a log."""
 
 DESCRIPTION = """Translate the selective attention log, a Markdown file whose fences are commands of
-andrew-healey/context-compression, into a notebook, and print what was found, inferred and left out. Beside the
-notebook lies a YAML file of its name, which the blocks share."""
+andrew-healey/context-compression, into a notebook, and print what was found, inferred and left out. Beside
+the notebook lies a YAML file of its name, which the blocks share."""
 
 
 def parser() -> argparse.ArgumentParser:

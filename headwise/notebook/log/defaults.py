@@ -1,9 +1,9 @@
 """What the log's program did where a command is silent, by the state that the program was in.
 
-Read in the history of `andrew-healey/context-compression` on 2026-11-28. The log does not say at which commit a
-run was started, so the state follows from the words of the command: the script of one file, the module with
-environment names, with flags that name the attention (which it required then), with the flags of its later
-months, or those with the mini model.
+Read in the history of `andrew-healey/context-compression` on 2026-11-28. The log does not say at which
+commit a run was started, so the state follows from the words of the command: the script of one file, the
+module with environment names, with flags that name the attention (which it required then), with the flags of
+its later months, or those with the mini model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ALWAYS: dict[str, Value] = {
 
 SCRIPT = Defaults(
     "script",
-    "perplexity_loss_only.py at 07db287. Before USE_SELECTIVE existed, the script trained selective attention",
+    "perplexity_loss_only.py at 07db287; before USE_SELECTIVE it trained selective attention",
     _ALWAYS
     | {
         "total_batch_size": 491520, "max_steps": 10000, "n_heads": 12, "use_compile": False,
@@ -63,8 +63,8 @@ NAMES = Defaults(
 )  # fmt: skip
 EARLY = Defaults(
     "early flags",
-    "the first context_compression/train.py with flags, which requires --attention_kind; a new head goes to the "
-    "start since --add_head_to_end exists",
+    "the first context_compression/train.py with flags, which requires --attention_kind; a new head goes to "
+    "the start since --add_head_to_end exists",
     _ALWAYS
     | {
         "max_steps": 10000, "n_heads": 12, "use_compile": False, "vocab_size": 50304, "eval_every": 25,
@@ -100,7 +100,7 @@ GAME_ONE_BY_ONE = (
     "scratch_pretrain_with_extra_head_4", "scratch_pretrain_with_extra_head_5",
     "scratch_pretrain_with_extra_head_6", "debugging_protection",
 )  # fmt: skip
-"""Groups before the "stable protect-and-attack": the game of protection was summed one query after another."""
+"""Groups before the "stable protect-and-attack": the game was summed one query after another."""
 
 NORMAL_COMBINATION = ("scratch_pretrain_with_extra_head_4", "scratch_pretrain_with_extra_head_6")
 """Groups before the combination's start at head zero took effect, by the order of the log."""

@@ -1,4 +1,4 @@
-"""Prose and fences of a Markdown log, as CommonMark finds them: a longer close closes, an odd info string too."""
+"""Prose and fences of a Markdown log, as CommonMark finds them: a longer close closes too."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def split(text: str) -> list[Prose | Fence]:
 
 
 class _Ends:
-    """Where HTML that hides what is in it ends, found from the end once, so that a log of openings is read fast."""
+    """Where HTML that hides what is in it ends; a log of ten thousand openings is searched once."""
 
     def __init__(self, lines: list[str]) -> None:
         self._lines = lines

@@ -160,11 +160,10 @@ def _pairs(words: list[str]) -> Iterator[tuple[str, str | None]]:
             yield word, None
             continue
         name, equals, value = word[2:].partition("=")
+        alone = name in SWITCHES or not MEANINGLESS.get(name, (True, ""))[0]
         if equals:
             yield f"--{name}", value
-        elif name in SWITCHES or not MEANINGLESS.get(name, (True, ""))[0]:
-            yield f"--{name}", None
-        elif following is None or following.startswith("--"):
+        elif alone or following is None or following.startswith("--"):
             yield f"--{name}", None
         else:
             at += 1

@@ -26,6 +26,7 @@ LONGEST = 80
 MOST_FENCES = 100_000
 OPERATED = "operated"
 STEP = "checkpoints/step_{:08d}"
+STAND_IN_SEED = 1337
 
 
 @dataclass
@@ -36,12 +37,14 @@ class Block:
         commands: words of each, `headwise` first.
         comments: lines above them.
         same: the block whose configuration this one has; its commands are not written then.
+        made: it makes weights that the log's runs start from, and is no run of the log.
     """
 
     name: str
     commands: list[list[str]]
     comments: list[str]
     same: str | None = None
+    made: bool = False
 
 
 @dataclass
@@ -163,7 +166,13 @@ def import_log(
             state.counts.changed += part.changed
             found.append(part)
             continue
-        found += _fence(part, state, full, reading)
+        blocks = _fence(part, state, full, reading)
+        made = [block for block in blocks if isinstance(block, Block) and block.made]
+        before = len(found) - bool(
+            found and isinstance(found[-1], Prose)
+        )  # its prose is the run's hypothesis
+        found[before:before] = made
+        found += [block for block in blocks if block not in made]
         done += 1
         show(done, fences)
     state.counts.distinct = len(state.seen)
@@ -270,8 +279,8 @@ def _place_start(run: Run, state: _State, added: list[Block], notes: list[str]) 
     if run.start is None:
         return None
     if run.start.source is None:
-        return _made(sources.fresh(run), f"fresh_{run.seed}", run.seed, state, added,
-                     "a model before a head is added to it, trained for the one step that a run has at least")  # fmt: skip
+        what = "a model before a head is added to it, trained for the one step that a run has at least"
+        return _made(sources.fresh(run), f"fresh_{run.seed}", run.seed, state, added, what)
     source, note = sources.named(run.start.source)
     notes += [note] if note else []
     saved = sources.of_the_log(source)
@@ -283,8 +292,9 @@ def _place_start(run: Run, state: _State, added: list[Block], notes: list[str]) 
         return folder
     if state.small:
         notes.append(f"a small model stands in for {source}")
-        return _made(sources.stand_in(run, source), f"source_{_cleaned(source.rpartition('/')[0])}", 1337, state,
-                     added, f"a small model that stands in for {source}, whose weights are not here")  # fmt: skip
+        name = f"source_{_cleaned(source.rpartition('/')[0])}"
+        what = f"a small model that stands in for {source}, whose weights are not here"
+        return _made(sources.stand_in(run, source), name, STAND_IN_SEED, state, added, what)
     return source
 
 
@@ -299,7 +309,7 @@ def _made(
         name = state_name(state, wanted)
         state.made[key] = _Place(name, seed, values["training.max_steps"])
         words = ["headwise", "train", "--config", f"{state.stem}.yaml", *_flags(values, state.base)]
-        added.append(Block(name, [[*words, "--seed", str(seed)]], [comment]))
+        added.append(Block(name, [[*words, "--seed", str(seed)]], [comment], made=True))
     return state.folder(state.made[key])
 
 

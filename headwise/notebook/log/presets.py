@@ -1,4 +1,4 @@
-"""The same run at another size: `full` as the log ran it, `smallest` in a second on a CPU, with nothing to download."""
+"""A run at another size: `full` as the log has it, `smallest` in a second on a CPU, nothing downloaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ DROPPED = ("data.path", "model.vocab_size")
 def smallest(values: dict[str, Any]) -> dict[str, Any]:
     """A run with its switches, heads and ratios, and with small sizes.
 
-    Widths keep their ratio to the width of a head, lengths go by their square root, a batch and its passes are
-    a thirty-second of the log's, and steps are their order of magnitude.
+    Widths keep their ratio to the width of a head, lengths are their square root, batches a quarter, the
+    passes of a step a thirty-second, and steps their order of magnitude.
     """
     small = {key: value for key, value in values.items() if key not in DROPPED} | SMALL
     width = _head_width(values)

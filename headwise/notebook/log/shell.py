@@ -1,8 +1,8 @@
 """The commands of a fence of the log, read as a shell reads them, without running any.
 
-A fence may change folders, pull, check a revision out, set variables and wrap its command for another machine;
-one of its commands is the run. A line that lacks its backslash is joined to the command before it, as it was
-meant, and noted.
+A fence may change folders, pull, check a revision out, set variables and wrap its command for another
+machine; one of its commands is the run. A line that lacks its backslash is joined to the command before it,
+as it was meant, and noted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The weights that runs of the log start from: files, earlier runs of the log, and models made for the purpose."""
+"""The weights that runs of the log start from: files, earlier runs of the log, models made for them."""
 
 from __future__ import annotations
 

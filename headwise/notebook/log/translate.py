@@ -46,6 +46,13 @@ ACCUMULATE = {
 """How the log's kinds of protection summed, where their name says it."""
 
 
+GAME = {
+    "leaky_relu_alpha": "alpha", "leaky_relu_bias": "offset", "protection_head_scaling_factor": "scale",
+    "protection_head_bias": "bias",
+}  # fmt: skip
+"""Flags of the game, and their keys below `protection`."""
+
+
 @dataclass(frozen=True)
 class Start:
     """The weights that a run starts from.
@@ -132,8 +139,8 @@ def translate(call: Call, asked: Asked, defaults: Defaults, reading: str) -> Run
     for name in asked.repeated:
         notes.append(f"--{name} is given more than once; the last counts, as in that program")
     return Run(
-        call.line, str(take.given("log_dir") or ""), group, values, _seed(take("random_seed")), start, defaults,
-        take.inferred, notes, asked.meaningless, asked.repeated, "attention_kind" in asked.values,
+        call.line, str(take.given("log_dir") or ""), group, values, _seed(take("random_seed")), start,
+        defaults, take.inferred, notes, asked.meaningless, asked.repeated, "attention_kind" in asked.values,
     )  # fmt: skip
 
 
@@ -160,8 +167,8 @@ def _start(take: _Taken, notes: list[str]) -> Start | None:
     keep = bool(take("resume_optimizer")) and init is None
     if keep:
         notes.append(
-            "that program went on with step count and schedule; here training starts at step 0 with these weights "
-            "and the optimizer's state"
+            "that program went on with step count and schedule; here training starts at step 0 with these "
+            "weights and the optimizer's state"
         )
     return Start(str(source), place, init, keep)
 
@@ -305,8 +312,7 @@ def _protection(take: _Taken, put: Any, ran: Any, group: str, notes: list[str]) 
     if not plays:
         return
     put("protection.kind", game)
-    for flag, key in (("leaky_relu_alpha", "alpha"), ("leaky_relu_bias", "offset"),
-                      ("protection_head_scaling_factor", "scale"), ("protection_head_bias", "bias")):  # fmt: skip
+    for flag, key in GAME.items():
         if (value := take.given(flag)) is not None:
             put(f"protection.{key}", value)
     if group in WRONG_SIGN:

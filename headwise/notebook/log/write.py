@@ -91,13 +91,13 @@ def _about(imported: Imported) -> list[str]:
     counts = imported.counts
     found = [
         "## About this import", "",
-        f"`headwise notebook import` made this notebook from a log of `{REPOSITORY}`. Each block holds the log's "
-        "command as comments, what was inferred, and what differs. Results of the log are not here: its runs are "
-        "planned.", "",
+        f"`headwise notebook import` made this notebook from a log of `{REPOSITORY}`. Each block holds the "
+        "log's command as comments, what was inferred, and what differs. Results of the log are not here: "
+        "its runs are planned.", "",
         *table(("count", "what"), [(count, what) for what, count in counts.rows()]),
     ]  # fmt: skip
-    found += ["", "### Defaults of that program", "",
-              f"Values that a command does not name, read in the program's history on {READ}.", ""]  # fmt: skip
+    read = f"Values that a command does not name, read in the program's history on {READ}."
+    found += ["", "### Defaults of that program", "", read, ""]
     names = [name for name in STATES[-1].values if len({state.values.get(name) for state in STATES}) > 1]
     rows = [(state.name, counts.states[state.name], state.source,
              *(state.values.get(name, "") for name in names)) for state in STATES]  # fmt: skip
