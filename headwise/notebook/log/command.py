@@ -12,6 +12,7 @@ from pathlib import Path
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import write_text
+from headwise.names import folder_name
 from headwise.notebook.log.counts import lines
 from headwise.notebook.log.notebook import import_log
 from headwise.notebook.log.presets import PRESETS
@@ -50,8 +51,10 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     out = Path(arguments.out)
     shared = out.with_suffix(".yaml")
-    if out.suffix.lower() not in (".md", ".markdown") or not out.stem.isprintable():
+    if out.suffix.lower() not in (".md", ".markdown"):
         raise HeadwiseError(f"--out {arguments.out} is no Markdown file; give a name that ends with .md")
+    if not (folder_name(out.stem, "--out")[0].isalnum() or out.stem[0] == "_"):
+        raise HeadwiseError(f"--out {arguments.out}: a notebook's name begins with a letter or a digit")
     for place in (out, shared):
         if os.path.lexists(place):
             raise HeadwiseError(f"{place} exists; give --out the name of a new file")

@@ -64,8 +64,8 @@ def split(text: str) -> list[Prose | Fence]:
             found.append(Fence(at + 1, opening[2].strip(), body, last < len(lines), opening[1]))
             at = last + 1
             continue
-        last = ends.of(at)
-        kept = [_harmless(line)] if last is None else lines[at : last + 1]
+        hidden = ends.of(at)
+        kept = [_harmless(line)] if hidden is None else lines[at : hidden + 1]
         changed += [at + 1] if kept[0] != line else []
         prose += kept
         at += len(kept)

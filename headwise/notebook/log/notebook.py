@@ -87,6 +87,7 @@ class _State:
     base: dict[str, Any]
     counts: Counts
     names: set[str] = field(default_factory=set)
+    numbers: dict[str, int] = field(default_factory=dict)
     dirs: dict[str, _Place] = field(default_factory=dict)
     seen: dict[Any, _Place] = field(default_factory=dict)
     made: dict[Any, _Place] = field(default_factory=dict)
@@ -235,7 +236,7 @@ def _blocks(
     first = state.seen.get(key) if state.small else None
     start = None if first else _place_start(run, state, added, notes)
     wanted = _cleaned(run.log_dir)
-    name = state_name(state, wanted)
+    name = _free_name(state, wanted)
     if wanted != PurePosixPath(run.log_dir).name:
         state.counts.renamed.append((run.log_dir, wanted))
         notes.append(f"called {run.log_dir!r} in the log")
@@ -255,12 +256,13 @@ def _blocks(
     return [*added, block]
 
 
-def state_name(state: _State, wanted: str) -> str:
+def _free_name(state: _State, wanted: str) -> str:
     """A name that no other block has, whatever its case: numbered on where it is taken."""
-    number, name = 1, wanted
+    number, name = state.numbers.get(wanted, 1), wanted
     while name.casefold() in state.names:
         number += 1
         name = f"{wanted}-{number}"
+    state.numbers[wanted] = number
     state.names.add(name.casefold())
     return name
 
@@ -306,7 +308,7 @@ def _made(
     state.check(values)
     key = (frozenset(values.items()), wanted, seed)
     if key not in state.made:
-        name = state_name(state, wanted)
+        name = _free_name(state, wanted)
         state.made[key] = _Place(name, seed, values["training.max_steps"])
         words = ["headwise", "train", "--config", f"{state.stem}.yaml", *_flags(values, state.base)]
         added.append(Block(name, [[*words, "--seed", str(seed)]], [comment], made=True))

@@ -101,7 +101,7 @@ def test_counts() -> None:
     assert counts.inferred["attention_kind"] == 8
     flags = {flag: count for flag, count, _ in counts.flags()}
     assert (flags["--mup"], flags["git checkout"], flags["clear"], flags["--master_port"]) == (2, 1, 1, 1)
-    assert not counts.untranslated and not counts.changed
+    assert (counts.untranslated, counts.changed) == ([], [])
 
 
 def test_prose_and_states() -> None:
@@ -130,7 +130,7 @@ def test_runs_of_the_smallest_preset_train(
     notebook = written["smallest-meant"]
     monkeypatch.chdir(notebook.parent)
     verbs = {"train": train_verb.main, "surgery": surgery.main}
-    wanted = ("fresh_1337", "scratch_0.02", "game", "7fb24853684d6", "wide_1")
+    wanted = ("fresh_1337", "scratch_0.02", "game", "7fb24853684d6")
     for block in blocks(import_log(LOG.read_text(), notebook.stem, preset="smallest")).values():
         if block.name not in wanted:
             continue
@@ -171,7 +171,7 @@ def test_heads_are_the_width_in_runs_of_the_mini_model() -> None:
     mini = blocks(
         imported(fence("--log_dir x --n_heads 4 --mup", program="python -m context_compression.train"))
     )
-    assert "--model.d_model=256" in mini["x"].commands[0] and "--model.n_heads=4" in mini["x"].commands[0]
+    assert {"--model.d_model=256", "--model.n_heads=4"} <= set(mini["x"].commands[0])
     assert "model.d_model" not in values("--n_heads 4", "--max_steps 3")
 
 
@@ -216,7 +216,8 @@ def test_what_cannot_be_translated_is_kept_with_the_reason(words: str, reason: s
     ((_, why),) = found.counts.untranslated
     assert reason in why
     text = notebook_text(found)
-    assert "Not translated: " in text and "```headwise" not in text
+    assert "Not translated: " in text
+    assert "```headwise" not in text
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_names_stay_in_their_folder(name: str) -> None:
     found = re.findall(r"^```headwise:planned (.*)$", text, re.M)
     assert len(set(map(str.casefold, found))) == 2
     for one in found:
-        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", one) and "--" not in one and ".." not in one
+        assert re.fullmatch(r"(?!.*(--|\.\.))[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", one)
 
 
 def test_prose_that_a_notebook_would_read_as_its_own_is_changed_and_told() -> None:
@@ -238,19 +239,21 @@ def test_prose_that_a_notebook_would_read_as_its_own_is_changed_and_told() -> No
     found = imported(hostile + fence("--log_dir x") + "```headwise:finished/abc x\nrm -rf /\n```\n")
     text = notebook_text(found)
     assert found.counts.changed == [1, 2, 3, 4, 5]
-    assert "<!--" not in text and "<script" not in text and "Compare:" not in text
-    assert text.count("```headwise") == 1 and "```text:finished/abc x\nrm -rf /" in text
+    assert not re.search("<!--|<script|Compare:", text)
+    assert text.count("```headwise") == 1
+    assert "```text:finished/abc x\nrm -rf /" in text
 
 
 def test_a_fence_in_a_comment_is_prose() -> None:
     hidden = f"<!--\n{fence('--log_dir hidden')}-->\n"
     found = imported(hidden + fence("--log_dir x"))
-    assert found.counts.fences == 1 and notebook_text(found).startswith(hidden)
+    assert found.counts.fences == 1
+    assert notebook_text(found).startswith(hidden)
 
 
 def test_thousands_of_fences() -> None:
-    found = imported("".join(fence("--log_dir x", f"--max_steps {n % 50 + 1}") for n in range(2000)))
-    assert (found.counts.translated, found.counts.distinct, len(found.counts.numbered)) == (2000, 50, 1999)
+    found = imported("".join(fence("--log_dir x", f"--max_steps {n % 50 + 1}") for n in range(1000)))
+    assert (found.counts.translated, found.counts.distinct, len(found.counts.numbered)) == (1000, 50, 999)
 
 
 def test_odd_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
@@ -261,7 +264,7 @@ def test_odd_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
             log.write_bytes(content)
         with pytest.raises(HeadwiseError, match=reason):
             main([str(log), "--out", str(out)])
-        assert not out.exists() and not out.with_suffix(".yaml").exists()
+        assert not list(tmp_path.glob("out.*"))
 
     refused(None, "log.md")
     refused(b"\xff\xfe", "not UTF-8")
@@ -278,5 +281,6 @@ def test_odd_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
             main([str(LOG), "--out", str(out)])
         assert (tmp_path / taken).read_text() == "mine"
         (tmp_path / taken).unlink()
-    with pytest.raises(HeadwiseError, match="no Markdown file"):
-        main([str(LOG), "--out", str(tmp_path / "out.txt")])
+    for name, reason in (("out.txt", "no Markdown file"), ("-x.md", "begins with"), ("#x.md", "begins with")):
+        with pytest.raises(HeadwiseError, match=reason):
+            main([str(LOG), "--out", str(tmp_path / name)])
