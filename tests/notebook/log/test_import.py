@@ -46,10 +46,9 @@ def values(*words: str, **options: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("imported")
-    for preset in ("full", "smallest"):
-        for reading in ("meant", "ran"):
-            out = folder / f"{preset}-{reading}.md"
-            assert main([str(LOG), "--out", str(out), "--preset", preset, "--reading", reading]) == 0
+    for preset, reading in (("full", "meant"), ("full", "ran"), ("smallest", "meant")):
+        out = folder / f"{preset}-{reading}.md"
+        assert main([str(LOG), "--out", str(out), "--preset", preset, "--reading", reading]) == 0
     return {path.stem: path for path in folder.glob("*.md")}
 
 
@@ -79,7 +78,7 @@ def config_of(words: list[str]) -> Config:
     return configuration.parse(parser_of_surgery(), rest[1:])[0]
 
 
-@pytest.mark.parametrize("which", ["full-meant", "full-ran", "smallest-meant", "smallest-ran"])
+@pytest.mark.parametrize("which", ["full-meant", "full-ran", "smallest-meant"])
 def test_every_line_is_a_configuration(
     written: dict[str, Path], which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
