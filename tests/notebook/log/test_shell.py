@@ -80,10 +80,10 @@ def test_a_longer_close_closes_and_a_shorter_one_does_not() -> None:
 WORDS = st.sampled_from(
     [
         "```", "````", "~~~", "\n", "\n", " ", "\\\n", "\\ \n", "'", '"', "`", "&&", ";", "&>", "2>&1",
-        "$(x)", "<!--", "-->", "# ", "torchrun", "python", "-m", TRAIN, "perplexity_loss_only.py", "run_in_remote.sh",
-        "--log_dir", "../x", "--max_steps", "3", "3", "--n_heads", "1e9", "é", "--seq_len=64", "headwise",
-        "Compare:", "MAX_STEPS=2", "--add_a_head", "--resume_checkpoint", "hf://a/b", "--attention_kind",
-        "self", "<pre>", "\x0b", "\r",
+        "$(x)", "<!--", "-->", "# ", "torchrun", "python", "-m", TRAIN, "perplexity_loss_only.py",
+        "run_in_remote.sh", "--log_dir", "../x", "--max_steps", "3", "3", "--n_heads", "1e9", "é",
+        "--seq_len=64", "headwise", "Compare:", "MAX_STEPS=2", "--add_a_head", "--resume_checkpoint", "hf://a/b",
+        "--attention_kind", "self", "<pre>", "\x0b", "\r",
     ]
 )  # fmt: skip
 
