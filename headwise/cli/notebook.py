@@ -25,6 +25,10 @@ DESCRIPTION = (
 
 def main(argv: list[str]) -> int:
     """Run, look, render or start; returns the exit code."""
+    if argv[:1] == ["import"]:
+        from headwise.notebook.log import command
+
+        return command.main(argv[1:])
     arguments = _parser().parse_args(argv)
     action = {"run": _run, "status": _status, "new": _new, "report": _report}[arguments.action]
     return action(arguments)
@@ -53,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--replace-edited", action="store_true", help="replace results that were edited by hand too"
     )
     add("status", "show every block with its state, its runs and the decisions")
+    actions.add_parser("import", help="translate the selective attention log into a notebook", add_help=False)
     add("new", "write a notebook that runs as it is, on a CPU, in about a minute")
     report = add("report", "write one HTML page: the noise floor, the decisions, hypothesis beside result")
     report.add_argument("--out", metavar="FILE", help="the page (default: the notebook's name with .html)")
