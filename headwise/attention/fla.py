@@ -26,6 +26,9 @@ from headwise.attention.observation import Unmeasured
 from headwise.errors import HeadwiseError, one_of
 
 PACKAGE = "fla.layers"
+
+MASK = "attention_mask"
+"""An argument that some layers must be given; None is no padding."""
 INSTALL = "attention kind 'fla' needs the package flash-linear-attention: pip install 'headwise[fla]'"
 QUADRATIC = frozenset(
     {
@@ -109,7 +112,9 @@ def build(shape: AttentionShape, options: FlaConfig) -> tuple[str, nn.Module]:
     needs = [
         name
         for name, one in list(inspect.signature(cls.forward).parameters.items())[2:]
-        if one.default is inspect.Parameter.empty and one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if one.default is inspect.Parameter.empty
+        and one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        and name != MASK
     ]
     if needs:
         raise HeadwiseError(
@@ -156,6 +161,8 @@ class FlaAttention(Attention):
         super().__init__(shape, options)
         self.config = options or FlaConfig()
         self.layer_name, self.inner = build(shape, self.config)
+        asked = inspect.signature(type(self.inner).forward).parameters
+        self.no_mask: dict[str, None] = {MASK: None} if MASK in asked else {}
         drawn = {
             f"{place}.weight" if place else "weight"
             for place, module in self.inner.named_modules()
@@ -204,7 +211,7 @@ class FlaAttention(Attention):
             raise HeadwiseError(_no_cuda())
         self.record_engine(f"fla-{self.layer_name}")
         try:
-            y = self.inner(hidden_states=x)
+            y = self.inner(hidden_states=x, **self.no_mask)
         except AssertionError as error:  # such as a dtype without a kernel
             raise HeadwiseError(
                 f"layer {self.config.layer} of flash-linear-attention refuses its input ({x.dtype}, "
