@@ -64,6 +64,7 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> Study:
     """The study of a command line, validated."""
+    from headwise.study.code import locate
     from headwise.study.read import override, read_study
 
     study = read_study(arguments.file, arguments.size)
@@ -78,6 +79,7 @@ def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> S
     study.timeout_s = arguments.timeout_s or study.timeout_s
     study.command = command
     study.validate()
+    locate(study, Path(arguments.file).absolute().parent)
     return study
 
 
@@ -98,6 +100,7 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
     from headwise import report
     from headwise.questions.sections import sections
     from headwise.runs.folder import RESULTS
+    from headwise.study.code import moved
     from headwise.study.lengths import search_lengths
     from headwise.study.local import state
     from headwise.study.plan import plan, waiting
@@ -109,6 +112,8 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False) -> int:
         return 0
     with alone(folder / LOCK, f"works on the study {folder}"):
         sweep(folder)
+        for line in moved(study, root):
+            print(line, file=sys.stderr)
         complete, runs = _run(study, root)
         if complete and study.max_length_at:
             search_lengths(study, root)

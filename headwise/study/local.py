@@ -164,15 +164,17 @@ def _work(run: PlannedRun, pipe: Connection, threads: int, gpu: str | None) -> N
 
     from headwise.attention.kinds import load_plugins
     from headwise.study.fit import train_to_fit
+    from headwise.study.revision import train_at
 
-    load_plugins(run.config.plugins)
+    if run.code is None:
+        load_plugins(run.config.plugins)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, args=(pipe,), daemon=True).start()
     torch.set_num_threads(threads)
     folder = run.folder
     try:
-        train_to_fit(run)
+        train_to_fit(run) if run.code is None else train_at(run)
     except HeadwiseError as error:
         folder.write_status("failed", reason=str(error))
     except Exception as error:

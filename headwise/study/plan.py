@@ -19,11 +19,13 @@ from headwise.model.count import parameters_by_part
 from headwise.model.decoder import Decoder
 from headwise.names import refuse_clash
 from headwise.runs.folder import FORMAT, RunFolder
+from headwise.runs.schemas import RunConfig
+from headwise.study.code import Code, code_of, located, resolve
 from headwise.study.expand import Place, places, references
 from headwise.study.fit import NO_FIT, Fit, adopted, fit_of
 from headwise.study.folders import refuse_newer_plan, variant_folder
 from headwise.study.stages import Choice, choose
-from headwise.study.study import BUDGETS, KIND, Study, Variant
+from headwise.study.study import BUDGETS, CODE, KIND, Study, Variant
 from headwise.training.distributed import find_device
 from headwise.training.run import SAME_RUN, refuse_device
 
@@ -40,12 +42,14 @@ class PlannedRun:
         config: complete, `out` set.
         skip: why it cannot run here; None where it can.
         fit: what happens when its memory does not suffice.
+        code: the revision that it executes; None for the code that plans it.
     """
 
     variant: str
     config: Config
     skip: str | None = None
     fit: Fit = NO_FIT
+    code: Code | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -64,6 +68,7 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
     """
     device = find_device(study.device)
     refuse_newer_plan(root / study.name)
+    resolve(study)
     found = _places(study, root)
     refuse_clash(((place.name, place.given) for place in found), "variants")
     configs = {variant_folder(place.name): configure(study, place) for place in found}
@@ -71,25 +76,34 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
         others = references(study, found)
         baselines = {name: configs[others[name]] for name in configs}
         configs = {name: match_parameters(config, baselines[name]) for name, config in configs.items()}
-    origins = {place.name: place.origin for place in found}
+    by_name = {place.name: place for place in found}
     runs = []
     own = [seed for variant in study.variants for seed in study.seeds_of(variant)]
     for seed in dict.fromkeys([*study.seeds, *own]):
         for name, config in configs.items():
-            if seed not in study.seeds_of(origins[name]):
-                continue
-            out = str(root / study.name / name / f"seed_{seed}")
-            config = dataclasses.replace(config, seed=seed, out=out)
-            try:
-                refuse_device(config, device)
-                skip = None
-            except HeadwiseError as error:
-                skip = str(error)
-            runs.append(adopted(PlannedRun(name, config, skip, fit_of(study))))
+            if seed in study.seeds_of(by_name[name].origin):
+                runs.append(planned(study, by_name[name], config, seed, root, device))
     for run in runs:
         _refuse_other(run)
         _refuse_no_source(run)
     return runs
+
+
+def planned(
+    study: Study, place: Place, config: Config, seed: int, root: Path, device: torch.device
+) -> PlannedRun:
+    """A run of a place with its seed and folder."""
+    config = dataclasses.replace(config, seed=seed, out=str(root / study.name / place.name / f"seed_{seed}"))
+    try:
+        refuse_device(config, device)
+        skip = None
+    except HeadwiseError as error:
+        skip = str(error)
+    code = None
+    if CODE in place.at:
+        config = located(config)
+        code = code_of(study, place.at[CODE], root, config, given(study, place))
+    return adopted(PlannedRun(place.name, config, skip, fit_of(study), code))
 
 
 def waiting(study: Study, root: Path) -> dict[str, str]:
@@ -132,8 +146,14 @@ def configure(study: Study, place: Place) -> Config:
     Raises:
         HeadwiseError: it cannot be; says which variant where its kind of attention is not installed.
     """
-    values: dict[str, Any] = dict(flatten(study.base)) | place.overrides
+    values = given(study, place)
     _refuse_missing_kind(place, values)
+    return from_dict(values)
+
+
+def given(study: Study, place: Place) -> dict[str, Any]:
+    """Dotted keys and values that a study sets in the configuration of a variant; None for the default."""
+    values: dict[str, Any] = dict(flatten(study.base)) | place.overrides
     if study.budget:
         for kind, limit in BUDGETS.items():
             values[f"training.{limit}"] = study.budget["value"] if kind == study.budget["kind"] else None
@@ -143,7 +163,7 @@ def configure(study: Study, place: Place) -> Config:
         values["training.timeout_s"] = study.timeout_s
     if study.plugins:
         values["plugins"] = study.plugins
-    return from_dict(values | {"device": study.device})
+    return values | {"device": study.device}
 
 
 def _refuse_missing_kind(place: Place, values: dict[str, Any]) -> None:
@@ -182,7 +202,12 @@ def _refuse_other(run: PlannedRun) -> None:
     if not run.folder.holds_run():
         return
     run.folder.refuse_newer()
-    before, now = (dict(flatten(to_dict(c))) for c in (load(run.folder.config), run.config))
+    now = dict(flatten(to_dict(run.config)))
+    if run.code is None:
+        before = dict(flatten(to_dict(load(run.folder.config))))
+    else:  # another revision has keys and defaults of its own
+        recorded = dict(flatten(reading.read_yaml(run.folder.config, RunConfig)))
+        before = {key: value for key, value in recorded.items() if key in run.code.given}
     for key, value in before.items():
         if key in SAME_RUN or key == "model.vocab_size" or now[key] == value:
             continue
@@ -213,7 +238,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
         if config is None:
             continue
         label = origin.label or place.origin
-        axes = place.name.partition("@")[2].replace("@", ", ")
+        axes = _axes_of(study, place)
         variants[place.name] = {
             "label": f"{label} ({axes})" if axes else label,
             "kind": config.model.attention.kind,
@@ -223,6 +248,9 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
             "seeds": study.seeds_of(place.origin),
             "against": others[place.name],
         }
+        if CODE in place.at:
+            commit = study.commits[place.at[CODE]]
+            variants[place.name][CODE] = {"commit": commit.sha, "subject": commit.subject}
         if origin.best_of is not None and (choice := _chosen(study, root, place.origin)):
             variants[place.name]["chosen"] = dataclasses.asdict(choice)
     for name, reason in waiting(study, root).items():
@@ -239,6 +267,15 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path) -> Path:
     folder = root / study.name
     write_text(folder / "study.yaml", reading.to_yaml(values))
     return folder
+
+
+def _axes_of(study: Study, place: Place) -> str:
+    """The values of the axes for a label, a revision as the user wrote it."""
+    axes = place.name.partition("@")[2].replace("@", ", ")
+    if CODE not in place.at:
+        return axes
+    commit = study.commits[place.at[CODE]]
+    return axes.replace(f"{CODE}={commit.short}", f"{CODE}={commit.label}")
 
 
 def supported_variants(variants: dict[str, Variant]) -> dict[str, Variant]:
