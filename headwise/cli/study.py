@@ -68,7 +68,7 @@ def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> S
     from headwise.study.read import override, read_study
 
     study = read_study(arguments.file, arguments.size)
-    for key, value in _pairs(flags):
+    for key, value in pairs(flags, "study"):
         override(study, key, value)
     study.workers = arguments.workers or study.workers
     study.device = arguments.device or study.device
@@ -83,15 +83,19 @@ def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> S
     return study
 
 
-def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
-    """Keys and values of `--key=value` and `--key value`."""
+def pairs(flags: list[str], verb: str) -> Iterator[tuple[str, str]]:
+    """Keys and values of `--key=value` and `--key value`.
+
+    Raises:
+        HeadwiseError: a flag of another form; names the verb's help.
+    """
     rest = iter(flags)
     for flag in rest:
         key, equals, value = flag.removeprefix("--").partition("=")
         if not equals:
             value = next(rest, "")
         if not flag.startswith("--") or (not equals and (not value or value.startswith("--"))):
-            raise HeadwiseError(f"{flag!r} is not --KEY=VALUE; `headwise study --help` lists the options")
+            raise HeadwiseError(f"{flag!r} is not --KEY=VALUE; `headwise {verb} --help` lists the options")
         yield key, value
 
 

@@ -87,8 +87,13 @@ def locate(study: Study, near: Path) -> None:
         except NoRepository:
             if place == places[-1]:
                 raise
-    if study.code_repository not in sys.path:
-        sys.path.append(str(study.code_repository))
+    import_from(Repository(str(study.code_repository)))
+
+
+def import_from(repository: Repository) -> None:
+    """Let plug-ins be found in the user's working tree, after all other places."""
+    if repository.path not in sys.path:
+        sys.path.append(repository.path)
 
 
 def resolve(study: Study) -> None:

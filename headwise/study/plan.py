@@ -84,7 +84,7 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
             if seed in study.seeds_of(by_name[name].origin):
                 runs.append(planned(study, by_name[name], config, seed, root, device))
     for run in runs:
-        _refuse_other(run)
+        refuse_other(run, "give the study another name")
         _refuse_no_source(run)
     return runs
 
@@ -198,7 +198,15 @@ def match_parameters(config: Config, baseline: Config) -> Config:
     return at(max(1, round(1 + (wanted - count_parameters(at(1))) / per_unit)))
 
 
-def _refuse_other(run: PlannedRun) -> None:
+def refuse_other(run: PlannedRun, remedy: str) -> None:
+    """Refuse a run whose folder holds a run of another configuration.
+
+    Args:
+        remedy: what the user can do besides deleting the folder.
+
+    Raises:
+        HeadwiseError: that is so; names the first key that differs.
+    """
     if not run.folder.holds_run():
         return
     run.folder.refuse_newer()
@@ -212,8 +220,8 @@ def _refuse_other(run: PlannedRun) -> None:
         if key in SAME_RUN or key == "model.vocab_size" or now[key] == value:
             continue
         raise HeadwiseError(
-            f"{run.folder.path} holds a run with {key}={value}, and this study says {now[key]}; "
-            "give the study another name, or delete that folder"
+            f"{run.folder.path} holds a run with {key}={value}, and this command says {now[key]}; "
+            f"{remedy}, or delete that folder"
         )
 
 
