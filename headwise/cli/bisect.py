@@ -27,7 +27,7 @@ DESCRIPTION = (
     "executes one commit in a working tree of its own; yours is left as it is. Commits are tried along first "
     "parents, with as many seeds as the noise needs. After an interruption the same command continues."
 )
-NOT_A_COMMIT = ("seed", "out")
+SET_BY_SEARCH = ("seed", "out")
 """Keys of a configuration that the search sets in every run."""
 
 
@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         usage="headwise bisect --good REV --bad REV [options] [--SECTION.KEY=VALUE ...]",
         epilog="Dotted keys change the configuration of all runs (--training.lr=1e-3) or their budget "
-        "(--budget.kind=tokens --budget.value=1e6). A commit is given the keys that FILE and the command line "
-        "name; its own defaults hold for all others.",
+        "(--budget.kind=tokens --budget.value=1e6). A commit is given the keys that FILE and the command "
+        "line name; its own defaults hold for all others.",
         allow_abbrev=False,
     )
     add = found.add_argument
@@ -130,18 +130,17 @@ def _study_of(arguments: argparse.Namespace, flags: list[str]) -> Study:
         load_plugins(plugins, recorded_in=str(path) if path.name == "config.yaml" else None)
     from headwise.attention.kinds import LOADED
 
-    base = {key: value for key, value in values.items() if key not in NOT_A_COMMIT}
+    base = {key: value for key, value in values.items() if key not in SET_BY_SEARCH}
+    device = str(base.pop("device", "auto"))
     study = Study(
         Path(os.path.abspath(arguments.out)).name, plugins=list(LOADED), base=base,
         variants={VARIANT: Variant()}, seeds=[0], timeout_s=arguments.timeout_s,
-        device=arguments.device or str(base.pop("device", "auto")),
+        device=arguments.device or device,
     )  # fmt: skip
     for key, value in pairs(flags, "bisect"):
         override(study, key, value)
     if study.axes:
-        raise HeadwiseError(
-            f"a search has no axes; leave out {', '.join(f'--axes.{key}' for key in study.axes)}"
-        )
+        raise HeadwiseError(f"a search has no axes; leave out --axes.{next(iter(study.axes))}")
     study.validate()
     return study
 
@@ -170,8 +169,7 @@ def _conclusion(search: Search, found: Found) -> Iterator[str]:
         yield f"the first worse commit is one of {len(found.candidates)}, the earlier of which were skipped:"
         for index in found.candidates:
             commit = search.commit(index)
-            why = found.skipped.get(index)
-            yield f"  {commit.short} {commit.subject}{f': skipped, {why}' if why else ''}"
+            yield f"  {commit.short} {commit.subject}{' (skipped)' if index in found.skipped else ''}"
     else:
         yield found.why
     if found.difference.n:

@@ -7,6 +7,7 @@ and another search in the same folder uses what is there. A commit whose run fai
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,9 +33,12 @@ from headwise.training.distributed import find_device
 VARIANT = "run"
 ANSWER = "bisect.json"
 FORMAT = 1
-RELIABILITY = (
-    "how often such a search errs: of 1,000 simulated histories of 64 commits with one regression of 3 "
-    "standard deviations, it named another commit in under 1% (`headwise bench bisect`)"
+SIMULATED = {3.0: (0.992, 0.008), 2.0: (0.883, 0.028)}
+"""Size of a regression in standard deviations of the runs -> share of 1,000 simulated histories of 64 commits
+in which a search found the commit, and in which it named another: benchmarks/results/bisect-cpu.json."""
+RELIABILITY = "how often such a search errs: of 1,000 simulated histories of 64 commits it " + "; ".join(
+    f"found a regression of {size:g} standard deviations in {found:.1%}, and named another in {wrong:.1%}"
+    for size, (found, wrong) in SIMULATED.items()
 )
 SEEDS_A_COMMIT = 2
 """Guess at the seeds that a commit takes, while none is settled."""
@@ -101,21 +105,19 @@ class Search:
             step = self._next()
             if step.found is not None:
                 return step.found
-            wanted = [self.run(index, seed) for index, seed in step.measure]
-            waiting = [
-                pair for pair, run in zip(step.measure, wanted, strict=True)
-                if not self._read(pair, run) and pair[0] not in self.skipped
-            ]  # fmt: skip
-            if not waiting:
-                continue
-            runs = [self.run(*pair) for pair in waiting]
-            for number, pair in enumerate(waiting, len(self.measured) + 1):
+            runs = [self.run(*pair) for pair in step.measure]
+            known = [self._read(pair, run) for pair, run in zip(step.measure, runs, strict=True)]
+            if any(known):
+                continue  # runs of an earlier search, which may be all that is needed
+            for number, pair in enumerate(step.measure, len(self.measured) + 1):
                 say(f"run {number}: {self._about(pair, step)}")
+            began = time.monotonic()
             with show(runs) as display:
                 complete = run_all(runs, workers=self.workers, show=display)
+            self.seconds += [(time.monotonic() - began) / len(runs)] * len(runs)
             if not complete:
                 return None
-            for pair, run in zip(waiting, runs, strict=True):
+            for pair, run in zip(step.measure, runs, strict=True):
                 if not self._read(pair, run):
                     reason = run.folder.read_status().get("reason")
                     raise HeadwiseError(f"{run.folder.path} was interrupted: {reason}")
@@ -177,15 +179,12 @@ class Search:
         elif now == "finished" and value is None:
             self.skipped[index] = f"its runs have no {self.metric}"
         self.measured[pair] = None if value is None else float(value)
-        if status.get("started") and status.get("finished"):
-            self.seconds.append(float(status["finished"]) - float(status["started"]))
         if value is None and index in (0, len(self.commits) - 1):
             self._no_value[index].append(f"seed {seed} {reason}")
             if len(self._no_value[index]) >= LEAST and not self._values(index):
                 end = "bad" if index else "good"
-                raise HeadwiseError(
-                    f"the {end} end gives no {self.metric}: {'; '.join(self._no_value[index])}; choose another"
-                )
+                why = "; ".join(self._no_value[index])
+                raise HeadwiseError(f"the {end} end gives no {self.metric}: {why}; choose another")
         return True
 
     def _values(self, index: int) -> list[float]:
@@ -210,7 +209,7 @@ class Search:
         runs = max(1, round(math.ceil(math.log2(left + 1)) * seeds))
         if not self.seconds:
             return f"about {runs} runs"
-        seconds = runs * sum(self.seconds) / len(self.seconds) / self.workers
+        seconds = runs * sum(self.seconds) / len(self.seconds)
         return f"about {runs} runs in {_time(seconds)}"
 
 

@@ -146,7 +146,12 @@ def refuse_newer(repository: Repository, commit: Commit) -> None:
 
 
 def moved(study: Study, root: Path) -> Iterator[str]:
-    """Lines for the user: revisions that named another commit when the study ran before, and a dirty tree."""
+    """Lines for the user: revisions that named another commit when the study ran before, and a dirty tree.
+
+    Raises:
+        HeadwiseError: as `resolve`.
+    """
+    resolve(study)
     try:
         before = read_plan(root / study.name).get("commits") or {}
     except Unreadable:

@@ -105,9 +105,7 @@ class Repository:
             HeadwiseError: it names none, or is not text; tells near names.
         """
         if not isinstance(revision, str):
-            raise HeadwiseError(
-                f"code names the revision {revision!r}, which YAML reads as a number; quote it"
-            )
+            raise HeadwiseError(f"the revision {revision!r} is not text in YAML; put it in quotes")
         if not revision or revision[0] in "-^" or not revision.isprintable():
             raise HeadwiseError(
                 f"{revision!r} is not a revision; give a branch, a tag or a commit, such as main or 1a2b3c4"
