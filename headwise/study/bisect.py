@@ -135,7 +135,7 @@ class Search:
 
     def summary(self, found: Found) -> dict[str, Any]:
         """What `bisect.json` holds."""
-        rows = defaultdict(dict)
+        rows: dict[int, dict[str, float | None]] = defaultdict(dict)
         for (index, seed), value in sorted(self.measured.items()):
             rows[index][str(seed)] = value
         return {

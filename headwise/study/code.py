@@ -114,7 +114,7 @@ def resolve(study: Study) -> None:
         if getattr(study, key):
             raise HeadwiseError(
                 f"{key} measures the memory of the code that plans, and axes.{CODE} runs other revisions; "
-                "leave one out"
+                f"leave one out{' (headwise sweep sets it: use headwise study)' * (key == 'fit_batch')}"
             )
     locate(study, Path.cwd())
     repository = Repository(str(study.code_repository))
@@ -176,10 +176,8 @@ def located(config: Config) -> Config:
         tokenizer = place(tokenizer)
     if source is not None and not source.startswith("hf://"):
         source = place(source)
-    changed = {"path": place(data.path), "cache": place(data.cache), "tokenizer": tokenizer}
-    return dataclasses.replace(
-        config, data=dataclasses.replace(data, **changed), init_from=source, out=place(config.out)
-    )
+    data = dataclasses.replace(data, path=place(data.path), cache=place(data.cache), tokenizer=tokenizer)
+    return dataclasses.replace(config, data=data, init_from=source, out=place(config.out))
 
 
 def code_of(study: Study, revision: str, root: Path, config: Config, given: dict[str, Any]) -> Code:
