@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 def _search_of(arguments: argparse.Namespace, flags: list[str]) -> Search:
     from headwise.analysis.bisection import LEAST
     from headwise.study.bisect import Search
-    from headwise.study.code import import_from, refuse_newer
+    from headwise.study.code import import_from, refuse_newer, settle
     from headwise.study.git import Repository
     from headwise.study.study import CRITERIA
 
@@ -100,8 +101,8 @@ def _search_of(arguments: argparse.Namespace, flags: list[str]) -> Search:
     commits = repository.history(good, bad)
     import_from(repository)
     study = _study_of(arguments, flags)
-    study.code_repository, study.code_dirty = repository.path, repository.dirty()
-    study.commits = {good.sha: good, bad.sha: bad}
+    ends = [dataclasses.replace(end, written=end.sha) for end in (good, bad)]
+    settle(study, repository, ends)
     if study.code_dirty:
         print(f"{repository.path} has changes that are not committed; no run contains them", file=sys.stderr)
     root = Path(os.path.abspath(arguments.out)).parent

@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -23,12 +23,15 @@ from headwise import reading
 from headwise.config.run import Config, flatten, to_dict
 from headwise.errors import HeadwiseError
 from headwise.files import local, write_json
-from headwise.runs.folder import FORMAT
+from headwise.runs.folder import FORMAT, RunFolder
 from headwise.runs.read import Unreadable, read_plan
+from headwise.runs.schemas import Environment
 from headwise.study.git import Commit, GitError, NoRepository, Repository, git
 from headwise.study.study import CODE, Study
 
 FOLDER = ".code"
+PACKAGE = "headwise/__init__.py"
+"""A repository with it is one of headwise: its revisions run themselves."""
 LENGTH = 12
 """Digits of a commit in the name of its working tree."""
 
@@ -49,6 +52,7 @@ class Code:
         folder: where working trees of revisions lie.
         sha: the commit.
         written: the revision as the user wrote it.
+        has_headwise: whether the revision's own headwise runs, and not the installed one.
         dirty: whether files of the user's working tree differed from its commit; the run uses none of them.
         given: dotted keys of the configuration that the study sets, and their values. The revision decides
             the others, so that it is given no key that it may not know.
@@ -58,6 +62,7 @@ class Code:
     folder: str
     sha: str
     written: str
+    has_headwise: bool
     dirty: bool | None
     given: dict[str, Any]
 
@@ -127,7 +132,15 @@ def resolve(study: Study) -> None:
             )
         refuse_newer(repository, commit)
         found[revision] = commit
-    study.commits, study.code_dirty = found, repository.dirty()
+    settle(study, repository, found.values())
+
+
+def settle(study: Study, repository: Repository, commits: Collection[Commit]) -> None:
+    """Note the commits of a study, and what they have in common."""
+    study.code_repository = repository.path
+    study.commits = {commit.written: commit for commit in commits}
+    study.code_dirty = repository.dirty()
+    study.has_headwise = any(repository.content(commit.sha, PACKAGE) is not None for commit in commits)
 
 
 def refuse_newer(repository: Repository, commit: Commit) -> None:
@@ -164,6 +177,14 @@ def moved(study: Study, root: Path) -> Iterator[str]:
         yield f"{study.code_repository} has changes that are not committed; no run contains them"
 
 
+def record(folder: RunFolder, code: Code) -> None:
+    """Add the revision to the env.json of a run that ended."""
+    with suppress(reading.Unreadable):
+        environment = reading.read_json(folder.environment, Environment)
+        if environment.get(CODE) != code.record():
+            write_json(folder.environment, environment | {CODE: code.record()})
+
+
 def located(config: Config) -> Config:
     """`config` with the paths that it reads made absolute, because a revision runs in another folder."""
 
@@ -195,7 +216,7 @@ def code_of(study: Study, revision: str, root: Path, config: Config, given: dict
     keys = {key for key, value in given.items() if value is not None and key != "plugins"} | where | sized
     return Code(
         str(study.code_repository), os.path.abspath(root / study.name / FOLDER), study.commits[revision].sha,
-        revision, study.code_dirty, {key: values[key] for key in sorted(keys | {"seed"})},
+        revision, study.has_headwise, study.code_dirty, {key: values[key] for key in sorted(keys | {"seed"})},
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ revision's. Its argument is a JSON object:
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import json
 import os
@@ -68,11 +69,12 @@ def main(order: dict[str, Any]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(order["path"])  # of processes that the run starts
     sys.meta_path.insert(0, OnlyRevision(order["repository"], order["allowed"], order["exempt"]))
     try:
-        from headwise.cli.main import main as headwise
+        headwise = importlib.import_module("headwise.cli.main").main
     except Exception as error:
         print(f"headwise: this revision cannot be started: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    return headwise(order["argv"])
+    code: int = headwise(order["argv"])
+    return code
 
 
 if __name__ == "__main__":

@@ -14,19 +14,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import headwise
 from headwise import reading
 from headwise.errors import HeadwiseError
-from headwise.files import write_json, write_text
-from headwise.runs.folder import RESULTS, RunFolder
-from headwise.runs.schemas import Environment
+from headwise.files import write_text
+from headwise.runs.folder import RESULTS
 from headwise.study import entry
-from headwise.study.code import Code, worktree
-from headwise.study.study import CODE
+from headwise.study.code import PACKAGE, Code, record, worktree
 
 if TYPE_CHECKING:
     from headwise.study.plan import PlannedRun
@@ -46,6 +44,10 @@ def train_at(run: PlannedRun) -> None:
     """
     assert run.code is not None
     tree, folder = worktree(run.code), run.folder
+    if run.code.has_headwise and not (tree / PACKAGE).is_file():
+        raise HeadwiseError(
+            f"the revision {run.code.written} has no {PACKAGE}, and others that are compared have"
+        )
     with _asked_to_stop() as asked, tempfile.TemporaryFile() as said:
         inside, outside = os.pipe()
         try:
@@ -53,10 +55,10 @@ def train_at(run: PlannedRun) -> None:
         finally:
             os.close(inside)
         try:
-            code = _wait(process, asked, folder, run.code)
+            code = _wait(process, asked)
         finally:
             os.close(outside)  # if this process fails, the run ends at once
-        _record(folder, run.code)
+        record(folder, run.code)
         status = folder.read_status()
         if status.get("pid") == process.pid and status["state"] in (*RESULTS, "failed", "interrupted"):
             return
@@ -76,11 +78,10 @@ def _start(run: PlannedRun, code: Code, tree: Path, alive: int, said: IO[bytes])
     if run.folder.holds_run():
         argv.append("--resume")
     top = os.path.realpath(code.repository)
-    ours = (tree / "headwise" / "__init__.py").is_file() or os.path.realpath(HERE) == top
     order = {
         "argv": argv, "path": _path(top, tree), "repository": top, "alive": alive,
         "allowed": [os.path.realpath(tree), *_environments(top)],
-        "exempt": [] if ours else ["headwise"],
+        "exempt": [] if code.has_headwise else ["headwise"],
     }  # fmt: skip
     import torch
 
@@ -93,9 +94,13 @@ def _start(run: PlannedRun, code: Code, tree: Path, alive: int, said: IO[bytes])
     )  # fmt: skip
 
 
-def _wait(process: subprocess.Popen[bytes], asked: list[int], folder: RunFolder, code: Code) -> int:
-    """Wait for its end, handing on a request to stop; returns its exit code."""
-    told, recorded = False, False
+def _wait(process: subprocess.Popen[bytes], asked: list[int]) -> int:
+    """Wait for its end, handing on a request to stop; returns its exit code.
+
+    Nothing is written to the run's folder meanwhile: older revisions do not lock their drafts of files, which
+    would be taken for those of a killed process.
+    """
+    told = False
     while True:
         try:
             return process.wait(POLL_S)
@@ -103,17 +108,6 @@ def _wait(process: subprocess.Popen[bytes], asked: list[int], folder: RunFolder,
             if asked and not told:
                 process.terminate()
                 told = True
-            recorded = recorded or _record(folder, code)
-
-
-def _record(folder: RunFolder, code: Code) -> bool:
-    """Add the revision to the run's env.json; whether it is there."""
-    with suppress(reading.Unreadable):
-        environment = reading.read_json(folder.environment, Environment)
-        if environment.get(CODE) != code.record():
-            write_json(folder.environment, environment | {CODE: code.record()})
-        return True
-    return False
 
 
 @contextmanager

@@ -123,6 +123,7 @@ class Study:
         command: the command that makes the study again.
         commits: of the axis `code`: each revision's commit, once it is resolved.
         code_dirty: whether files of the user's own working tree differ from its commit.
+        has_headwise: whether one of these commits holds a headwise, so that the revisions run themselves.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Study:
     command: str = ""
     commits: dict[str, Commit] = field(default_factory=dict, init=False)
     code_dirty: bool | None = field(default=None, init=False)
+    has_headwise: bool = field(default=False, init=False)
 
     def validate(self) -> None:
         """Refuse a study that cannot be run.

@@ -94,20 +94,24 @@ def test_what_a_revision_refuses_or_lacks_fails_its_run_alone(
 ) -> None:
     made.small_headwise("good", 1.0)
     made.commit("needs helper", {"headwise/cli/main.py": "import helper_of_revision"})
+    made.git("rm", "-q", "-r", "headwise")
+    made.commit("no headwise")
+    made.git("checkout", "-q", "main~1", "--", "headwise")
     made.commit("broken", {"headwise/cli/main.py": "x = = 1"})
     made.small_headwise("last", 1.0)
     (made.path / "lib").mkdir()
     (made.path / "lib" / "helper_of_revision.py").write_text("")  # the user has it, no commit does
     monkeypatch.syspath_prepend(str(made.path / "lib"))
-    one = study(made, "main~3", "main~2", "main~1", "main")
+    one = study(made, "main~4", "main~3", "main~2", "main~1", "main")
     one.base = BASE | {"measure": {"maps": 0}}
     runs = plan(one, tmp_path / "out")
     assert run_all(runs, workers=2, show=quiet)
     assert {state(run) for run in runs} == {"failed"}
     reasons = [str(run.folder.read_status()["reason"]) for run in runs]
-    assert reasons[0] == reasons[3] == "unknown key 'measure'"
+    assert reasons[0] == reasons[4] == "unknown key 'measure'"
     assert "No module named 'helper_of_revision' at this revision" in reasons[1]
-    assert "SyntaxError" in reasons[2]
+    assert "has no headwise/__init__.py" in reasons[2]
+    assert "SyntaxError" in reasons[3]
 
 
 class Stop:
@@ -159,7 +163,7 @@ def test_a_working_tree_is_made_once_repaired_and_never_taken_from_the_user(
     made: History, tmp_path: Path
 ) -> None:
     sha = made.commit("one", {"a.py": "1"})
-    code = Code(str(made.path), str(tmp_path / "trees"), sha, "main", False, {})
+    code = Code(str(made.path), str(tmp_path / "trees"), sha, "main", False, False, {})
     tree = worktree(code)
     mark = tree.with_name(f"{tree.name}.json")
     number = tree.stat().st_ino
