@@ -177,7 +177,7 @@ def moved(study: Study, root: Path) -> Iterator[str]:
         yield f"{study.code_repository} has changes that are not committed; no run contains them"
 
 
-def record(folder: RunFolder, code: Code) -> None:
+def record_revision(folder: RunFolder, code: Code) -> None:
     """Add the revision to the env.json of a run that ended."""
     with suppress(reading.Unreadable):
         environment = reading.read_json(folder.environment, Environment)

@@ -20,7 +20,7 @@ from headwise.model.decoder import Decoder
 from headwise.names import refuse_clash
 from headwise.runs.folder import FORMAT, RESULTS, RunFolder, state_of
 from headwise.runs.schemas import RunConfig
-from headwise.study.code import Code, code_of, located, record, resolve
+from headwise.study.code import Code, code_of, located, record_revision, resolve
 from headwise.study.expand import Place, places, references
 from headwise.study.fit import NO_FIT, Fit, adopted, fit_of
 from headwise.study.folders import refuse_newer_plan, variant_folder
@@ -104,7 +104,7 @@ def planned(
         config = located(config)
         code = code_of(study, place.at[CODE], root, config, given(study, place))
         if state_of((folder := RunFolder(Path(str(config.out)))).read_status()) in RESULTS:
-            record(folder, code)  # its worker may have been killed before it could
+            record_revision(folder, code)  # its worker may have been killed before it could
     return adopted(PlannedRun(place.name, config, skip, fit_of(study), code))
 
 

@@ -24,7 +24,7 @@ from headwise.errors import HeadwiseError
 from headwise.files import write_text
 from headwise.runs.folder import RESULTS
 from headwise.study import entry
-from headwise.study.code import PACKAGE, Code, record, worktree
+from headwise.study.code import PACKAGE, Code, record_revision, worktree
 
 if TYPE_CHECKING:
     from headwise.study.plan import PlannedRun
@@ -58,7 +58,7 @@ def train_at(run: PlannedRun) -> None:
             code = _wait(process, asked)
         finally:
             os.close(outside)  # if this process fails, the run ends at once
-        record(folder, run.code)
+        record_revision(folder, run.code)
         status = folder.read_status()
         if status.get("pid") == process.pid and status["state"] in (*RESULTS, "failed", "interrupted"):
             return
