@@ -21,6 +21,7 @@ VERBS = {
     "sweep": "run a study with axes, such as lengths x ranks, in the memory there is",
     "notebook": "run the experiments of a Markdown file, and decide what they show",
     "per-head-metrics": "compare attention kinds head by head at equal FLOPs",
+    "bisect": "find the commit that made a loss worse, with as many seeds as that takes",
     "runs": "list runs, filtered and sorted",
     "report": "write the report of a study or of runs again",
     "profile": "measure every head of a checkpoint on real text",

@@ -68,10 +68,11 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> Study:
     """The study of a command line, validated."""
+    from headwise.study.code import locate
     from headwise.study.read import override, read_study
 
     study = read_study(arguments.file, arguments.size)
-    for key, value in _pairs(flags):
+    for key, value in pairs(flags, "study"):
         override(study, key, value)
     study.workers = arguments.workers or study.workers
     study.device = arguments.device or study.device
@@ -84,18 +85,23 @@ def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> S
     study.timeout_s = arguments.timeout_s or study.timeout_s
     study.command = command
     study.validate()
+    locate(study, Path(arguments.file).absolute().parent)
     return study
 
 
-def _pairs(flags: list[str]) -> Iterator[tuple[str, str]]:
-    """Keys and values of `--key=value` and `--key value`."""
+def pairs(flags: list[str], verb: str) -> Iterator[tuple[str, str]]:
+    """Keys and values of `--key=value` and `--key value`.
+
+    Raises:
+        HeadwiseError: a flag of another form; names the verb's help.
+    """
     rest = iter(flags)
     for flag in rest:
         key, equals, value = flag.removeprefix("--").partition("=")
         if not equals:
             value = next(rest, "")
         if not flag.startswith("--") or (not equals and (not value or value.startswith("--"))):
-            raise HeadwiseError(f"{flag!r} is not --KEY=VALUE; `headwise study --help` lists the options")
+            raise HeadwiseError(f"{flag!r} is not --KEY=VALUE; `headwise {verb} --help` lists the options")
         yield key, value
 
 
@@ -108,6 +114,7 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False, where: Where
     from headwise import report
     from headwise.questions.sections import sections
     from headwise.runs.folder import RESULTS
+    from headwise.study.code import moved
     from headwise.study.executor import state
     from headwise.study.lengths import search_lengths
     from headwise.study.plan import plan, still_to_come, waiting
@@ -123,6 +130,8 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False, where: Where
         return 0
     with alone(folder / LOCK, f"works on the study {folder}"):
         sweep(folder)
+        for line in moved(study, root):
+            print(line, file=sys.stderr)
         complete, runs = _run(study, root, where)
         if complete and study.max_length_at:
             search_lengths(study, root)

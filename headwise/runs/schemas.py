@@ -131,6 +131,15 @@ class DataFacts(TypedDict, total=False):
     vocab_size: Size | None
 
 
+class CodeFacts(TypedDict, total=False):
+    """`code` of `env.json`: the revision of a repository that a run of a study executed."""
+
+    commit: str
+    revision: str
+    repository: str
+    user_dirty: bool | None
+
+
 class Environment(TypedDict, total=False):
     """`env.json`."""
 
@@ -147,6 +156,7 @@ class Environment(TypedDict, total=False):
     git_dirty: bool | None
     engine: str | None
     data: DataFacts
+    code: CodeFacts
 
 
 class _Attention(TypedDict, total=False):
@@ -195,6 +205,13 @@ class PlannedVariant(TypedDict, total=False):
     params_total: Count | None
     overrides: dict[str, Any] | None
     seeds: list[Count] | None
+
+
+class PlannedCommit(TypedDict, total=False):
+    """What a revision was when a study was planned."""
+
+    sha: str
+    subject: str
 
 
 class PlannedTrial(TypedDict):
@@ -248,6 +265,7 @@ class StudyPlan(TypedDict, total=False):
     budget: Budget | None
     smallest_difference: float | str
     criteria: list[str]
+    commits: dict[str, PlannedCommit] | None
     timeout_s: float | None
     device: str | None
     size: str | None

@@ -20,8 +20,14 @@ def configure(study: Study, place: Place) -> Config:
     Raises:
         HeadwiseError: it cannot be; says which variant where its kind of attention is not installed.
     """
-    values: dict[str, Any] = dict(flatten(study.base)) | place.overrides
+    values = given(study, place)
     _refuse_missing_kind(place, values)
+    return _config(values, [key for key in place.at if key in values])
+
+
+def given(study: Study, place: Place) -> dict[str, Any]:
+    """Dotted keys and values that a study sets in the configuration of a variant; None for the default."""
+    values: dict[str, Any] = dict(flatten(study.base)) | place.overrides
     if study.budget:
         for kind, limit in BUDGETS.items():
             values[f"training.{limit}"] = study.budget["value"] if kind == study.budget["kind"] else None
@@ -31,7 +37,7 @@ def configure(study: Study, place: Place) -> Config:
         values["training.timeout_s"] = study.timeout_s
     if study.plugins:
         values["plugins"] = study.plugins
-    return _config(values | {"device": study.device}, place.at)
+    return values | {"device": study.device}
 
 
 _parsed: dict[str, Config] = {}

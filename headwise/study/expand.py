@@ -10,7 +10,7 @@ from headwise.attention import KINDS
 from headwise.attention.config import AttentionConfig
 from headwise.config.run import flatten
 from headwise.names import cleaned
-from headwise.study.study import KIND, Study
+from headwise.study.study import CODE, KIND, Study
 
 OPTIONS = "model.attention."
 
@@ -24,7 +24,7 @@ class Place:
         given: the same with the values as given, for messages.
         origin: the variant's own name.
         at: axis -> value, for the axes that apply to this kind.
-        overrides: dotted keys and values of the variant and the axes.
+        overrides: dotted keys and values of the variant and the axes, the revision left out.
         seeds: those it runs on, where they are not its variant's.
         trial: whether a search tries it out, so that it is in no comparison.
     """
@@ -39,7 +39,7 @@ class Place:
 
 
 def places(study: Study) -> list[Place]:
-    """Every variant at every combination of the axes; each combination once.
+    """Every variant at every combination of the axes, of a study whose revisions are resolved; each once.
 
     An axis that is an option of one kind of attention is left out where another kind runs.
     """
@@ -51,11 +51,17 @@ def places(study: Study) -> list[Place]:
             own = {"expected_engine": variant.expected_engine} | variant.overrides
             kind = (base | own | every).get(KIND, AttentionConfig().kind)
             at = {key: value for key, value in every.items() if owner(key) in (None, kind)}
-            axes = [(key.rpartition(".")[2], value) for key, value in at.items()]
-            given = name + "".join(f"@{key}={value!r}" for key, value in axes)
-            suffix = "".join(f"@{key}={cleaned(value)}" for key, value in axes)
-            found.setdefault(given, Place(name + suffix, given, name, at, own | at))
+            axes = [(key.rpartition(".")[2], key, value) for key, value in at.items()]
+            given = name + "".join(f"@{last}={value!r}" for last, _, value in axes)
+            folder = name + "".join(f"@{last}={_in_name(study, key, value)}" for last, key, value in axes)
+            overrides = own | {key: value for key, value in at.items() if key != CODE}
+            found.setdefault(given, Place(folder, given, name, at, overrides))
     return list(found.values())
+
+
+def _in_name(study: Study, key: str, value: Any) -> str:
+    """An axis's value as a part of a folder's name: of a revision, its commit."""
+    return study.commits[value].short if key == CODE else cleaned(value)
 
 
 def owner(key: str) -> str | None:

@@ -20,14 +20,16 @@ from headwise.files import write_text
 from headwise.model.count import parameters_by_part
 from headwise.model.decoder import Decoder
 from headwise.names import refuse_clash
-from headwise.runs.folder import FORMAT, RunFolder
-from headwise.study.configure import configure
+from headwise.runs.folder import FORMAT, RESULTS, RunFolder, state_of
+from headwise.runs.schemas import RunConfig
+from headwise.study.code import Code, code_of, located, record_revision, resolve
+from headwise.study.configure import configure, given
 from headwise.study.expand import Place, places, references
 from headwise.study.fit import NO_FIT, Fit, adopted, fit_of
 from headwise.study.folders import refuse_newer_plan, variant_folder
 from headwise.study.search import follow_all, record, search_places, to_come
 from headwise.study.stages import Choice, choose
-from headwise.study.study import KIND, Study, Variant
+from headwise.study.study import CODE, KIND, Study, Variant
 from headwise.training.distributed import find_device
 from headwise.training.run import SAME_RUN, refuse_device
 
@@ -46,6 +48,7 @@ class PlannedRun:
         fit: what happens when its memory does not suffice.
         trial: whether a search tries it out: then a failure is its result, and it is in no comparison.
         attempt: of the worker that it was given to, as `RunFolder.take` numbered it.
+        code: the revision that it executes; None for the code that plans it.
     """
 
     variant: str
@@ -54,6 +57,7 @@ class PlannedRun:
     fit: Fit = NO_FIT
     trial: bool = False
     attempt: int | None = None
+    code: Code | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -77,7 +81,7 @@ def plan(
     runs = planned_runs(study, root, known, device)
     for run in runs:
         if id(run) not in taken:
-            _refuse_other(run)
+            refuse_other(run, "give the study another name")
             _refuse_no_source(run)
     return runs
 
@@ -99,6 +103,7 @@ def planned_runs(
     """
     device = device or find_device(study.device)
     refuse_newer_plan(root / study.name)
+    resolve(study)
     found = _places(study, root)
     refuse_clash(((place.name, place.given) for place in found), "variants")
     before = {(run.variant, run.config.seed): run for run in known}
@@ -111,7 +116,7 @@ def planned_runs(
         configs = {
             name: match_parameters(config, of_baseline[others[name]]) for name, config in configs.items()
         }
-    trials = {place.name: place.trial for place in found}
+    by_name = {place.name: place for place in found}
     runs: list[PlannedRun] = []
     for seed in dict.fromkeys([*study.seeds, *itertools.chain(*seeds.values())]):
         for name in seeds:
@@ -120,15 +125,27 @@ def planned_runs(
             if (name, seed) in before:
                 runs.append(before[name, seed])
                 continue
-            out = str(root / study.name / name / f"seed_{seed}")
-            config = dataclasses.replace(configs[name], seed=seed, out=out)
-            try:
-                refuse_device(config, device)
-                skip = None
-            except HeadwiseError as error:
-                skip = str(error)
-            runs.append(adopted(PlannedRun(name, config, skip, fit_of(study), trials[name])))
+            runs.append(planned(study, by_name[name], configs[name], seed, root, device))
     return runs
+
+
+def planned(
+    study: Study, place: Place, config: Config, seed: int, root: Path, device: torch.device
+) -> PlannedRun:
+    """A run of a place with its seed and folder."""
+    config = dataclasses.replace(config, seed=seed, out=str(root / study.name / place.name / f"seed_{seed}"))
+    try:
+        refuse_device(config, device)
+        skip = None
+    except HeadwiseError as error:
+        skip = str(error)
+    code = None
+    if CODE in place.at:
+        config = located(config)
+        code = code_of(study, place.at[CODE], root, config, given(study, place))
+        if state_of((folder := RunFolder(Path(str(config.out)))).read_status()) in RESULTS:
+            record_revision(folder, code)  # its worker may have been killed before it could
+    return adopted(PlannedRun(place.name, config, skip, fit_of(study), place.trial, code=code))
 
 
 def waiting(study: Study, root: Path) -> dict[str, str]:
@@ -201,17 +218,30 @@ def match_parameters(config: Config, baseline: Config) -> Config:
     return at(max(1, round(1 + (wanted - count_parameters(at(1))) / per_unit)))
 
 
-def _refuse_other(run: PlannedRun) -> None:
+def refuse_other(run: PlannedRun, remedy: str) -> None:
+    """Refuse a run whose folder holds a run of another configuration.
+
+    Args:
+        remedy: what the user can do besides deleting the folder.
+
+    Raises:
+        HeadwiseError: that is so; names the first key that differs.
+    """
     if not run.folder.holds_run():
         return
     run.folder.refuse_newer()
-    before, now = (dict(flatten(to_dict(c))) for c in (load(run.folder.config), run.config))
+    now = dict(flatten(to_dict(run.config)))
+    if run.code is None:
+        before = dict(flatten(to_dict(load(run.folder.config))))
+    else:  # another revision has keys and defaults of its own
+        recorded = dict(flatten(reading.read_yaml(run.folder.config, RunConfig)))
+        before = {key: value for key, value in recorded.items() if key in run.code.given}
     for key, value in before.items():
         if key in SAME_RUN or key == "model.vocab_size" or now[key] == value:
             continue
         raise HeadwiseError(
-            f"{run.folder.path} holds a run with {key}={value}, and this study says {now[key]}; "
-            "give the study another name, or delete that folder"
+            f"{run.folder.path} holds a run with {key}={value}, and this command says {now[key]}; "
+            f"{remedy}, or delete that folder"
         )
 
 
@@ -236,7 +266,7 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path, device: torch.d
         if config is None:
             continue
         label = origin.label or place.origin
-        axes = place.name.partition("@")[2].replace("@", ", ")
+        axes = _axes_of(study, place)
         variants[place.name] = {
             "label": f"{label} ({axes})" if axes else label,
             "kind": config.model.attention.kind,
@@ -246,6 +276,9 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path, device: torch.d
             "seeds": study.seeds_of(place.origin),
             "against": others[place.name],
         }
+        if CODE in place.at:
+            commit = study.commits[place.at[CODE]]
+            variants[place.name][CODE] = {"commit": commit.sha, "subject": commit.subject}
         if origin.best_of is not None and (choice := _chosen(study, root, place.origin)):
             variants[place.name]["chosen"] = dataclasses.asdict(choice)
     for name, reason in waiting(study, root).items():
@@ -264,6 +297,15 @@ def write_plan(study: Study, runs: list[PlannedRun], root: Path, device: torch.d
     folder = root / study.name
     write_text(folder / "study.yaml", reading.to_yaml(values))
     return folder
+
+
+def _axes_of(study: Study, place: Place) -> str:
+    """The values of the axes for a label, a revision as the user wrote it."""
+    axes = place.name.partition("@")[2].replace("@", ", ")
+    if CODE not in place.at:
+        return axes
+    commit = study.commits[place.at[CODE]]
+    return axes.replace(f"{CODE}={commit.short}", f"{CODE}={commit.label}")
 
 
 def supported_variants(variants: dict[str, Variant]) -> dict[str, Variant]:

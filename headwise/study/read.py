@@ -10,8 +10,9 @@ from headwise import reading
 from headwise.attention.kinds import load_plugins
 from headwise.config.run import flatten, keys
 from headwise.errors import HeadwiseError, did_you_mean, one_of
+from headwise.study.code import locate
 from headwise.study.space import Search
-from headwise.study.study import BestOf, Study, Variant, is_number
+from headwise.study.study import CODE, BestOf, Study, Variant, is_number
 
 NOT_OF_A_SIZE = ("name", "sizes", "size", "command")
 """Keys of a study that its sizes cannot change."""
@@ -69,6 +70,7 @@ def _study(values: dict[str, Any], path: str | Path, where: str) -> Study:
     if not isinstance(variants, dict):
         raise HeadwiseError(f"{where}: variants is {variants!r}; it maps names to their changes")
     study = Study(**_typed(values, Study, where))
+    locate(study, Path(path).absolute().parent)
     load_plugins(study.plugins)
     for name, variant in variants.items():
         study.variants[name] = _variant(variant, f"{where}: variant {name!r}")
@@ -140,7 +142,7 @@ def _typed(values: dict[str, Any], schema: Any, where: str) -> dict[str, Any]:
 
 
 def _refuse_unknown(values: dict[str, Any], kind: type, where: str) -> None:
-    known = [f.name for f in dataclasses.fields(kind)]
+    known = [f.name for f in dataclasses.fields(kind) if f.init]
     for key in values:
         if key not in known:
             raise HeadwiseError(f"{where} has the unknown key {key!r}{did_you_mean(str(key), known)}")
@@ -170,7 +172,7 @@ def override(study: Study, key: str, value: str) -> None:
     elif section == "axes":
         if not isinstance(parsed, list) or not parsed:
             raise HeadwiseError(f"--{key}={value}: an axis is a list of values, such as [1, 2]")
-        study.axes[_known(rest)] = parsed
+        study.axes[rest if rest == CODE else _known(rest)] = parsed
     elif section == "search":
         _override_search(study, key, rest, parsed)
     elif section == "variants":

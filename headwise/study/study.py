@@ -28,12 +28,15 @@ from headwise.config.training import MOST_FLOPS
 from headwise.errors import HeadwiseError, did_you_mean, in_range, one_of
 from headwise.names import folder_name, refuse_clash
 from headwise.study.folders import variant_name
+from headwise.study.git import Commit
 from headwise.study.memory_size import parse_size
 from headwise.study.space import Search
 
 BUDGETS = {"flops": "max_flops", "steps": "max_steps", "tokens": "max_tokens"}
 MOST_RUNS = 10_000
 KIND = "model.attention.kind"
+CODE = "code"
+"""The axis whose values are revisions of a git repository, and the key under which a run records its own."""
 
 CRITERIA = {
     "val_loss": LOWEST, "val_bits_per_byte": LOWEST, "val_perplexity": LOWEST, "val_accuracy": HIGHEST,
@@ -99,7 +102,10 @@ class Study:
         base: nested configuration that all runs share.
         variants: by name. A study with axes needs none: each kind that is an axis is one then.
         axes: dotted key to values; every variant runs at every combination. An axis that is an option of one
-            kind of attention applies to the runs of that kind alone.
+            kind of attention applies to the runs of that kind alone. The axis `code` lists revisions of a git
+            repository; each run executes one of them.
+        code_repository: a folder in the repository of the axis `code`; where not given, that of the study's
+            file, or of the current folder.
         seeds: one run of each.
         search: keys whose values are tried out first; only the winners' runs on fresh seeds are compared.
         budget: `{kind: flops | steps | tokens, value: number}`, equal for all variants.
@@ -117,6 +123,9 @@ class Study:
         device: as `--device`.
         size: which of the file's sizes it has; empty for the file as it stands.
         command: the command that makes the study again.
+        commits: of the axis `code`: each revision's commit, once it is resolved.
+        code_dirty: whether files of the user's own working tree differ from its commit.
+        has_headwise: whether one of these commits holds a headwise, so that the revisions run themselves.
     """
 
     name: str
@@ -128,6 +137,7 @@ class Study:
     base: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
     axes: dict[str, list[Any]] = field(default_factory=dict)
+    code_repository: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     search: Search | None = None
     budget: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +153,9 @@ class Study:
     device: str = "auto"
     size: str = ""
     command: str = ""
+    commits: dict[str, Commit] = field(default_factory=dict, init=False)
+    code_dirty: bool | None = field(default=None, init=False)
+    has_headwise: bool = field(default=False, init=False)
 
     def validate(self) -> None:
         """Refuse a study that cannot be run.
@@ -201,10 +214,10 @@ class Study:
 
     def _check_axes(self) -> None:
         for key, values in self.axes.items():
-            if key not in keys():
+            if key not in (CODE, *keys()):
                 raise HeadwiseError(
-                    f"study {self.name!r} has the unknown axis {key!r}{did_you_mean(key, keys())}; "
-                    "an axis is a key of the configuration, which `headwise train --help` lists"
+                    f"study {self.name!r} has the unknown axis {key!r}{did_you_mean(key, [CODE, *keys()])}; "
+                    f"an axis is {CODE}, or a key of the configuration, which `headwise train --help` lists"
                 )
             self.refuse_decided(f"axes.{key}", key)
             if (

@@ -23,10 +23,14 @@ def work(run: PlannedRun, processes: int = 1) -> None:
     """
     from headwise.study.fit import train_to_fit
     from headwise.study.ranks import train_ranks
+    from headwise.study.revision import train_at
 
     folder = run.folder
     try:
         folder.refuse_outdated()
+        if run.code is not None:
+            train_at(run, processes)
+            return
         load_plugins(run.config.plugins)
         train_to_fit(run) if processes == 1 else train_ranks(run, processes)
     except Outdated:
