@@ -35,6 +35,8 @@ class Scores:
         k_pre: keys before rotation, `(B, K, T, D)`.
         taken: F, how much of key j was masked before query i came, `(B, 1 or H, T, T)`, for kinds whose
             queries mask keys; `bias` already has -F.
+        sink: a logit in the softmax that has no key, `(H,)` or `(B, H, T)`; the measure `null_weight` is its
+            share, and all others are of the weights over the keys, normalised to 1.
     """
 
     q: Tensor
@@ -49,6 +51,7 @@ class Scores:
     q_pre: Tensor | None = None
     k_pre: Tensor | None = None
     taken: Tensor | None = None
+    sink: Tensor | None = None
     extra: Extra = field(default_factory=dict)
 
 

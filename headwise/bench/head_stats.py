@@ -44,6 +44,7 @@ def definition(
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     documents: Tensor | None = None,
+    sink: Tensor | None = None,
     mass: float = MASS,
     rows: slice = slice(None),
 ) -> dict[str, Tensor]:
@@ -96,6 +97,8 @@ def definition(
         "k_eff": k_eff,
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
+        "logit_max": torch.where(visible, s, -torch.inf).amax(-1),
+        "log_sum_exp": torch.where(visible, s, -torch.inf).logsumexp(-1),
         "sink_weight": (p * first_keys).sum(-1),
         "self_weight": p.gather(-1, i.expand(*p.shape[:-1], 1))[..., 0],
         "previous_weight": before.where((i > 0)[:, 0], 0.0),
@@ -104,6 +107,11 @@ def definition(
     stats = {name: value.masked_fill(n == 0, torch.nan) for name, value in stats.items()}
     stats["query_norm"] = factors[..., 0].abs() * torch.linalg.vector_norm(q, dim=-1)
     stats["k_eff_near"] = near
+    total = torch.where(visible, logits, -torch.inf).logsumexp(-1)
+    stats["log_total"] = total
+    if sink is not None:
+        sink = sink[:, None] if sink.dim() == 1 else sink[..., rows]
+        stats["null_weight"] = torch.sigmoid(sink.double() - total)
     return stats if q_scales else {name: value[0] for name, value in stats.items()}
 
 

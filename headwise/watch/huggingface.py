@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.attention.modifiers.sink import null_weight
 from headwise.attention.observation import Mask, Observation, Scores, Unmeasured, read_mask
 from headwise.errors import HeadwiseError
 from headwise.measures.collector import Collector
@@ -238,6 +237,9 @@ class _Watcher:
         mask = self._mask(layer, call)
         if isinstance(mask, Unmeasured):
             return mask
+        sink = _sink(call)
+        if isinstance(sink, Unmeasured):
+            return sink
         q, k = call.q, call.k
         q_pre = k_pre = None
         if self.rotations is not None:
@@ -245,13 +247,12 @@ class _Watcher:
                 q_pre, k_pre = self.rotations.undo(layer, q, k)
             self.rotations.settle(layer)
         scale = call.options.get("scaling")
-        seen = Scores(
+        return Scores(
             q, k, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), causal=mask.causal,
             bias=mask.bias, softcap=call.softcap, window=mask.window,
             key_mask=mask.key_mask, documents=mask.documents, q_pre=q_pre, k_pre=k_pre,
+            sink=sink,
         )  # fmt: skip
-        sink = _sink(call)
-        return seen if sink is None else replace(seen, extra={"null_weight": null_weight(seen, sink)})
 
     def _mask(self, layer: nn.Module, call: Call) -> Mask | Unmeasured:
         read = self._read_mask(layer, call)
@@ -277,11 +278,21 @@ class _Watcher:
         return read
 
 
-def _sink(call: Call) -> Tensor | None:
-    """The sink logits `(H,)` that this call adds to its softmax, as GPT-OSS does; None without any."""
+def _sink(call: Call) -> Tensor | Unmeasured | None:
+    """The sink logits `(H,)` or `(B, H, T)` that this call adds to its softmax; None without any."""
+    batch, heads, tokens = call.q.shape[:3]
     for name in ("s_aux", "sinks"):
-        if isinstance(sink := call.options.get(name), Tensor):
+        sink = call.options.get(name)
+        if not isinstance(sink, Tensor):
+            continue
+        if sink.numel() == heads:
             return sink.flatten()
+        if sink.shape in ((batch, heads, tokens), (batch, heads, tokens, 1)):
+            return sink.reshape(batch, heads, tokens)
+        return Unmeasured(
+            f"its sinks have shape {tuple(sink.shape)}, neither one for each of {heads} heads nor one for "
+            "each query"
+        )
     return None
 
 

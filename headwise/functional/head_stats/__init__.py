@@ -13,13 +13,17 @@ With `s = softcap(scale · q_scale · q·k)` over the visible keys of query i an
                      `mass` (of the row's sum, for explicit weights)    keys
     query_norm       |q_scale| · ‖q_i‖
     logit_mean/std   of s, without the bias; std of the population (divided by n)
+    logit_max        max s, without the bias
+    log_sum_exp      ln Σ exp s, without the bias                       nats
+    null_weight      what a sink c takes, exp(c) / (exp(c) + Σ exp(s + bias)); the other measures
+                     are of the weights over the keys, normalised to 1
     sink_weight      p on the first real key of the query's document
     self_weight      p on key i
     previous_weight  p on key i - 1; 0 for i = 0
     mean_distance    Σ p_j |i - j|                                      tokens
 
 A key that is not visible has weight 0. A query that sees no key has no distribution: every
-measure but `query_norm` is NaN.
+measure but `query_norm` is NaN, and all of its weight is the sink's.
 """
 
 from __future__ import annotations
@@ -53,6 +57,9 @@ class HeadStats:
     query_norm: Tensor | None = None
     logit_mean: Tensor | None = None
     logit_std: Tensor | None = None
+    logit_max: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+    null_weight: Tensor | None = None
 
     def columns(self) -> dict[str, Tensor]:
         """The measures present, by the names of the head table's columns."""
@@ -73,6 +80,7 @@ def head_stats(
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     documents: Tensor | None = None,
+    sink: Tensor | None = None,
     mass: float = MASS,
     k_eff: bool = True,
 ) -> HeadStats:
@@ -91,6 +99,7 @@ def head_stats(
         key_mask: bool `(B, T)`, True where a key is real.
         documents: integers `(B, T)`, the same for the consecutive tokens of one document; a query sees
             keys of its own document only. None: a row is one document.
+        sink: a logit that takes part in the softmax and has no key, `(H,)`, or `(B, H, T)` for one per query.
         mass: share of the weight that `k_eff` counts keys for, in (0, 1). The count is exact; where
             some keys' sum meets `mass` within 1e-6 it may be that number of keys.
         k_eff: whether to measure `k_eff`, the costliest of the measures.
@@ -100,6 +109,7 @@ def head_stats(
     """
     _check(q, k, bias=bias, window=window, softcap=softcap, mass=mass)
     _check_tokens(q.shape[0], q.shape[2], key_mask, documents)
+    _check_sink(q, sink)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     factors = [1.0] if q_scales is None else [float(x) for x in q_scales]
@@ -113,6 +123,10 @@ def head_stats(
             q, k, scale, factors, bias, key_mask, document_starts(documents),
             causal=causal, window=window, softcap=softcap, mass=mass, k_eff=k_eff,
         )  # fmt: skip
+    total = stats.pop(reference.LOG_TOTAL)
+    if sink is not None:
+        sink = sink[:, None] if sink.dim() == 1 else sink
+        stats["null_weight"] = torch.sigmoid(sink.to(total.dtype) - total)
     if q_scales is None:
         stats = {name: value[0] for name, value in stats.items()}
     return HeadStats(**stats)
@@ -137,7 +151,7 @@ def weights_stats(
             a key_mask, a key to which no query of any head gives weight is not real.
 
     Returns:
-        HeadStats without `query_norm`, `logit_mean` and `logit_std`.
+        HeadStats without `query_norm` and the measures of logits.
     """
     if weights.dim() != 4 or weights.shape[-1] != weights.shape[-2]:
         raise ValueError(f"weights must be (B, H, T, T), got {tuple(weights.shape)}")
@@ -200,6 +214,11 @@ def _check(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     _check_mass(mass)
+
+
+def _check_sink(q: Tensor, sink: Tensor | None) -> None:
+    if sink is not None and sink.shape not in (q.shape[1:2], q.shape[:3]):
+        raise ValueError(f"sink must be (H,) or (B, H, T), got {tuple(sink.shape)} for q {tuple(q.shape)}")
 
 
 def _check_tokens(batch: int, tokens: int, key_mask: Tensor | None, documents: Tensor | None) -> None:

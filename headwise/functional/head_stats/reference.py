@@ -20,6 +20,8 @@ HIDDEN = -1e30
 # The share of weight by which a row may miss `mass` and still meet it: rounding of float32 weights,
 # without which uniform rows would waver between k and k + 1.
 SLACK = {torch.float32: 3e-7, torch.float64: 1e-13}
+# Not a measure: ln Σ exp(s + bias), -inf of a query that sees no key. What a sink takes follows from it.
+LOG_TOTAL = "log_total"
 # Keys per sum in the search for k_eff.
 BLOCK = 32
 # How near a sum of weights may come to `mass` for k_eff to be off by one.
@@ -155,12 +157,22 @@ def _tile(
     root = n_visible**0.5
     stats = {"logit_mean": mean, "logit_std": torch.linalg.vector_norm(s, dim=-1) / root}
     if bias is not None:
+        logits = s
+        if hidden is not None:
+            logits = torch.cat((s[..., : -hidden.shape[-1]], edge.masked_fill(hidden, HIDDEN)), -1)
+        stats["logit_max"] = mean + logits.amax(-1)
+        stats["log_sum_exp"] = mean + logits.logsumexp(-1)
         s += bias
     if hidden is not None:
         edge.masked_fill_(hidden, HIDDEN)
-    s -= s.amax(-1, keepdim=True)
+    top = s.amax(-1, keepdim=True)
+    s -= top
     e = torch.exp(s)
     total = e.sum(-1)
+    highest = mean + top.squeeze(-1)
+    stats[LOG_TOTAL] = highest + total.log()
+    if bias is None:
+        stats |= {"logit_max": highest, "log_sum_exp": stats[LOG_TOTAL]}
     stats["entropy"] = total.log() - s.mul_(e).sum(-1) / total
     stats["max_weight"] = 1.0 / total
     stats |= _where_it_looks(e, total, span, sink, causal)
@@ -302,7 +314,7 @@ def _store(
             out[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
         h, c = value.shape
         if seen is not None:
-            value = value.where(seen, torch.nan)
+            value = value.where(seen, -torch.inf if name == LOG_TOTAL else torch.nan)
         out[name][n, b, h0 : h0 + h, q0 : q0 + c] = value
 
 

@@ -53,7 +53,7 @@ def test_agrees_with_the_definition_in_float64(tokens: int, way: str) -> None:
     torch.manual_seed(tokens)
     q, k = queries_and_keys(tokens)
     found = errors(head_stats(q, k, **WAYS[way]).columns(), definition(q, k, **WAYS[way]))
-    assert len(found) == 10
+    assert len(found) == 12
     assert found.pop("k_eff") == 0
     assert max(found.values()) <= TOLERANCE, found
 
@@ -341,3 +341,23 @@ def test_k_eff_of_rows_by_hand() -> None:
     assert weights_stats(weights).k_eff[0, 0, :3].tolist() == [3, 1, 2]
     assert weights_stats(weights).k_eff[0, 0, 3].isnan()
     assert k_eff_by_sorting(weights, 0.9)[0][0, 0, :3].tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("way", ["causal", "softcap", "scales"])
+def test_a_sink_takes_its_share_and_no_part_in_the_rest(way: str) -> None:
+    torch.manual_seed(0)
+    q, k = queries_and_keys(40)
+    key_mask = torch.ones(2, 40, dtype=torch.bool)
+    key_mask[0, :3] = False  # three queries that see nothing but the sink
+    options = WAYS[way] | {"bias": holes(1, 1, 40, 40), "key_mask": key_mask}
+    plain = head_stats(q, k, **options).columns()
+    for sink in (torch.randn(4), torch.randn(2, 4, 40)):
+        found = head_stats(q, k, sink=sink, **options).columns()
+        null = found.pop("null_weight")
+        exact = definition(q, k, sink=sink, **options)["null_weight"]
+        torch.testing.assert_close(null.double(), exact, rtol=TOLERANCE, atol=TOLERANCE)
+        assert (null[..., 0, :, :3] == 1).all()
+        for name, value in plain.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match=r"sink must be \(H,\) or \(B, H, T\), got \(5,\)"):
+        head_stats(q, k, sink=torch.zeros(5))
