@@ -36,7 +36,13 @@ from headwise.errors import HeadwiseError
 from headwise.measures.collector import Collector
 from headwise.measures.spec import measure_of
 from headwise.watch.capture import Capture
-from headwise.watch.layers import attention_modules, layer_numbers, other_attention, source_of_keys
+from headwise.watch.layers import (
+    argument,
+    attention_modules,
+    layer_numbers,
+    other_attention,
+    source_of_keys,
+)
 from headwise.watch.rotation import Rotations
 from headwise.watch.taps import eagerly, recomputing, tap
 
@@ -162,6 +168,7 @@ class _Watcher:
         self.heard: set[nn.Module] = set()
         self.sources: dict[nn.Module, str | None] = {}
         self.inside: set[nn.Module] = set()
+        self.given: dict[nn.Module, Any] = {}
         self.masks: list[tuple[Tensor, Mask]] = []
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -175,6 +182,9 @@ class _Watcher:
         self.ran.add(layer)
         self.inside.discard(layer)
         self.sources[layer] = source_of_keys(layer, args, kwargs)
+        self.given.pop(layer, None)
+        for mask in argument(layer, "attention_mask", args, kwargs):
+            self.given[layer] = mask
 
     def end(self, model: nn.Module, output: Any) -> None:
         """After it, also when it failed."""
@@ -183,6 +193,7 @@ class _Watcher:
             return
         self.collector.end()
         self.masks.clear()
+        self.given.clear()
         if self.rotations is not None:
             self.rotations.forget()
         # Without an output the forward pass failed by itself, and its own error is the one to show.
@@ -266,15 +277,36 @@ class _Watcher:
         """The mask of this call; a 4-D one says everything by itself and is read once for all layers."""
         if call.mask is None or call.mask.dim() != 4:
             return _read_flags(layer, call)
-        for known, read in self.masks:
-            if known is call.mask:
-                return read
         chunk = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
         batch, tokens = call.q.shape[0], call.q.shape[-2]
         # Neither a chunk of the layer's own nor a window of one key is a document.
         cut = (chunk is not None and tokens > chunk) or call.options.get("sliding_window") == 1
-        read = read_mask(call.mask[..., :tokens], batch, segments=not cut)
-        self.masks.append((call.mask, read))
+        whole = self._given_mask(layer, call, tokens, batch, segments=not cut)
+        return self._read_once(call.mask, tokens, batch, segments=not cut, of=whole)
+
+    def _given_mask(
+        self, layer: nn.Module, call: Call, tokens: int, batch: int, *, segments: bool
+    ) -> Mask | None:
+        """The mask that the layer was given, where it made another: it chooses keys, by an indexer say.
+
+        Only the given one tells padding and documents; a token whose key nobody chose is neither.
+        """
+        given = self.given.get(layer, call.mask)
+        if given is None:
+            return Mask(False)
+        if given is call.mask or not isinstance(given, Tensor):
+            return None
+        adds = given.is_floating_point()
+        if given.dim() == 4 and given.shape[-2:] == (tokens, tokens) and (adds or given.dtype == torch.bool):
+            return self._read_once(given, tokens, batch, segments=segments)
+        return Mask(False, key_mask=given.bool()) if given.shape == (batch, tokens) and not adds else None
+
+    def _read_once(self, mask: Tensor, tokens: int, batch: int, **options: Any) -> Mask:
+        for known, read in self.masks:
+            if known is mask:
+                return read
+        read = read_mask(mask[..., :tokens], batch, **options)
+        self.masks.append((mask, read))
         return read
 
 

@@ -67,6 +67,8 @@ def from_scores(q, k, *, scale, softcap=None, window=None, causal=True) -> dict[
     spread = (s - mean[..., None]).square().masked_fill(~visible, 0).sum(-1) / count
     weights = s.masked_fill(~visible, -torch.inf).softmax(-1)
     logits = {"logit_mean": mean, "logit_std": spread.sqrt(), "query_norm": q.norm(dim=-1)}
+    seen_alone = s.masked_fill(~visible, -torch.inf)
+    logits |= {"logit_max": seen_alone.amax(-1), "log_sum_exp": seen_alone.logsumexp(-1)}
     return from_weights(weights) | logits
 
 
