@@ -323,7 +323,9 @@ class Attention(nn.Module):
         seen = self.observation(*args, mask=mask, causal=causal)
         if self.modifiers is None or isinstance(seen, Unmeasured):
             return seen
-        added = self.modifiers.measures(x, seen)
+        added, sink = self.modifiers.measures(x), self.sink()
+        if isinstance(seen, Scores) and sink is not None:
+            seen = replace(seen, sink=sink)
         if isinstance(seen, Parts):
             return replace(seen, whole=replace(seen.whole, extra={**seen.whole.extra, **added}))
         return replace(seen, extra={**seen.extra, **added})

@@ -35,6 +35,8 @@ class Scores:
         k_pre: keys before rotation, `(B, K, T, D)`.
         taken: F, how much of key j was masked before query i came, `(B, 1 or H, T, T)`, for kinds whose
             queries mask keys; `bias` already has -F.
+        sink: a logit in the softmax that has no key, `(H,)` or `(B, H, T)`; the measure `null_weight` is its
+            share, and all others are of the weights over the keys, normalised to 1.
     """
 
     q: Tensor
@@ -49,6 +51,7 @@ class Scores:
     q_pre: Tensor | None = None
     k_pre: Tensor | None = None
     taken: Tensor | None = None
+    sink: Tensor | None = None
     extra: Extra = field(default_factory=dict)
 
 
@@ -135,30 +138,43 @@ class Mask:
     documents: Tensor | None = None
 
 
-def read_mask(mask: Tensor, batch: int, *, causal: bool = False, segments: bool = True) -> Mask:
+def read_mask(
+    mask: Tensor, batch: int, *, causal: bool = False, segments: bool = True, of: Mask | None = None
+) -> Mask:
     """A mask as causality, window, padding and documents where it is made of these; as a bias otherwise.
 
     Args:
-        mask: `(B or 1, H or 1, T, T)`, bool (True = may attend) or additive.
+        mask: `(B or 1, H or 1, T or 1, T)`, bool (True = may attend) or additive.
         batch: B.
         causal: query i sees keys j <= i only, whatever the mask lets through.
         segments: blocks that do not see each other are documents; False where the layer itself cuts a
             document into chunks.
+        of: the mask that this one chooses keys of, which tells padding and documents: a token whose key
+            nobody chose is no padding.
     """
+    mask = mask.expand(*mask.shape[:-2], mask.shape[-1], mask.shape[-1])
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     if causal:
         visible = visible.tril()
-    documents = _documents(visible, batch) if segments else None
-    read = _pattern(visible, batch, documents)
+    if of is not None:
+        real, documents = of.key_mask, of.documents
+    else:
+        real = _seen(visible).expand(batch, mask.shape[-1])
+        documents = _documents(visible, batch) if segments else None
+    read = _pattern(visible, batch, documents, real)
     added = mask.dtype != torch.bool and bool((mask.masked_fill(~visible, 0) != 0).any())
     if read is not None and not added:
         return read
     bias = torch.zeros_like(visible, dtype=torch.float32) if mask.dtype == torch.bool else mask.float()
-    key_mask = visible.any(-2).any(1).expand(batch, mask.shape[-1])
-    return Mask(False, None, key_mask, bias.masked_fill(~visible, -torch.inf), documents)
+    return Mask(False, None, real, bias.masked_fill(~visible, -torch.inf), documents)
 
 
-def _pattern(visible: Tensor, batch: int, documents: Tensor | None) -> Mask | None:
+def _seen(visible: Tensor) -> Tensor:
+    """The keys that any query sees, `(B or 1, T)`, of `visible (B or 1, H or 1, T, T)`."""
+    return visible.any(-2).any(1)
+
+
+def _pattern(visible: Tensor, batch: int, documents: Tensor | None, real: Tensor | None) -> Mask | None:
     """`visible (B or 1, 1, T, T)` as causal, window, padding and documents; None if it is more."""
     if visible.shape[1] != 1:
         return None
@@ -166,18 +182,19 @@ def _pattern(visible: Tensor, batch: int, documents: Tensor | None) -> Mask | No
     tokens = visible.shape[-1]
     position = torch.arange(tokens, device=visible.device)
     behind = position[:, None] - position  # how far key j lies behind query i
-    real = visible.any(-2)
     reach = int(torch.where(visible, behind.abs(), 0).max()) + 1
     causal = not bool((visible & (behind < 0)).any())
-    expected = (behind.abs() < reach) & real[:, None]
+    expected = (behind.abs() < reach)[None]
+    if real is not None:
+        expected = expected & real[:, None]
     if causal:
         expected &= behind >= 0
     if documents is not None:
         expected = expected & (documents[:, :, None] == documents[:, None])
-    if not torch.equal(visible.expand_as(expected), expected):
+    if not torch.equal(*torch.broadcast_tensors(visible, expected)):
         return None
     longest = tokens if documents is None else int(_lengths(documents).max())
-    key_mask = None if bool(real.all()) else real.expand(batch, tokens)
+    key_mask = None if real is None or bool(real.all()) else real.expand(batch, tokens)
     return Mask(causal and tokens > 1, reach if reach < longest else None, key_mask, None, documents)
 
 

@@ -44,6 +44,8 @@ def definition(
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     documents: Tensor | None = None,
+    sink: Tensor | None = None,
+    offset: int | str | None = "end",
     mass: float = MASS,
     rows: slice = slice(None),
 ) -> dict[str, Tensor]:
@@ -54,15 +56,18 @@ def definition(
     `k_eff_near` marks rows whose sum of largest weights meets `mass` within NEAR for some number of keys.
     """
     q, k = q.double(), k.double()
-    tokens, width = q.shape[-2:]
+    tokens, width = k.shape[-2:]
+    first = tokens - q.shape[-2] if offset == "end" else int(offset or 0)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     factors = torch.tensor(q_scales or [1.0], dtype=torch.float64, device=q.device).view(-1, 1, 1, 1, 1)
+    n_queries = q.shape[-2]
     q = q[..., rows, :]
     s = q @ k.mT * (width**-0.5 if scale is None else scale) * factors
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     j = torch.arange(tokens, device=q.device)
-    i = j[rows].unsqueeze(-1)
+    at = torch.arange(first, first + n_queries, device=q.device)[rows]
+    i = at.unsqueeze(-1)
     visible = torch.ones(len(i), tokens, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible & (j <= i)
@@ -73,7 +78,7 @@ def definition(
     same = (
         torch.ones_like(visible)
         if documents is None
-        else documents[:, None, rows, None] == documents[:, None, None]
+        else documents[:, None, at, None] == documents[:, None, None]
     )
     visible = visible & same
     logits = s
@@ -89,21 +94,28 @@ def definition(
     k_eff, near = k_eff_by_sorting(p, mass)
     mean = torch.where(visible, s, 0).sum(-1) / n
     spread = torch.where(visible, s - mean.unsqueeze(-1), 0).square().sum(-1) / n
-    before = p.gather(-1, (i - 1).clamp(min=0).expand(*p.shape[:-1], 1))[..., 0]
+    own, before = ((p * (j == i - back)).sum(-1) for back in (0, 1))
     stats = {
         "entropy": torch.special.entr(p).sum(-1),
         "max_weight": p.amax(-1),
         "k_eff": k_eff,
         "logit_mean": mean,
         "logit_std": spread.sqrt(),
+        "logit_max": torch.where(visible, s, -torch.inf).amax(-1),
+        "log_sum_exp": torch.where(visible, s, -torch.inf).logsumexp(-1),
         "sink_weight": (p * first_keys).sum(-1),
-        "self_weight": p.gather(-1, i.expand(*p.shape[:-1], 1))[..., 0],
-        "previous_weight": before.where((i > 0)[:, 0], 0.0),
+        "self_weight": own,
+        "previous_weight": before,
         "mean_distance": (p * (i - j).abs()).sum(-1),
     }
     stats = {name: value.masked_fill(n == 0, torch.nan) for name, value in stats.items()}
     stats["query_norm"] = factors[..., 0].abs() * torch.linalg.vector_norm(q, dim=-1)
     stats["k_eff_near"] = near
+    total = torch.where(visible, logits, -torch.inf).logsumexp(-1)
+    stats["log_total"] = total
+    if sink is not None:
+        sink = sink[:, None] if sink.dim() == 1 else sink[..., rows]
+        stats["null_weight"] = torch.sigmoid(sink.double() - total)
     return stats if q_scales else {name: value[0] for name, value in stats.items()}
 
 

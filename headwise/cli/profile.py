@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _conclude(args: argparse.Namespace, summary: dict[str, Any], rotates: bool) -> None:
+    from headwise.measures.table import unmeasured_lines
+
     out = Path(args.out)
     lines = [f"{summary['heads']} heads over {summary['tokens']:,} tokens, {summary['bytes'] / 1e6:,.1f} MB"]
     if summary["parts_measured"]:
@@ -137,6 +139,8 @@ def _conclude(args: argparse.Namespace, summary: dict[str, Any], rotates: bool) 
     if summary["layers_with_nan"]:
         layers = ", ".join(map(str, summary["layers_with_nan"]))
         print(f"headwise: measures are NaN in layer {layers}; are there NaN weights?", file=sys.stderr)
+    for line in unmeasured_lines(summary.get("unmeasured", {})):
+        print(f"headwise: {line}", file=sys.stderr)
     lines.append(f"table: {out / 'heads'}  per head: {out / 'per_head.csv'}")
     if args.export:
         from headwise.questions.profile.export import export_csv

@@ -90,7 +90,8 @@ def _measure_scores(seen: Scores, scores: ScoresFrom, wanted: set[str]) -> dict[
         q, k = seen.q_pre, seen.k_pre
     stats = head_stats(
         q, k, causal=seen.causal, scale=seen.scale, bias=seen.bias, window=seen.window,
-        softcap=seen.softcap, key_mask=seen.key_mask, documents=seen.documents, k_eff="k_eff" in wanted,
+        softcap=seen.softcap, key_mask=seen.key_mask, documents=seen.documents, sink=seen.sink,
+        k_eff="k_eff" in wanted,
     )  # fmt: skip
     found = stats.columns()
     if before is not q and "query_norm" in wanted:

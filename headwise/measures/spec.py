@@ -239,6 +239,11 @@ for _measure in (
     ),
     Measure("logit_mean", "Logit mean", "mean of s[i,j] over visible keys", source="logits"),
     Measure("logit_std", "Logit std", "standard deviation of s[i,j] over visible keys", source="logits"),
+    Measure("logit_max", "Largest logit", "max_j s[i,j] over visible keys", source="logits"),
+    Measure(
+        "log_sum_exp", "Log-sum-exp of logits", "ln Σ_j exp(s[i,j]) over visible keys", "nats",
+        source="logits", remark="without a bias that is added to the logits, and without a sink",
+    ),
     Measure("sink_weight", "Weight on the first token", "weight on the first key"),
     Measure("self_weight", "Weight on itself", "weight on key i"),
     Measure("previous_weight", "Weight on the previous token", "weight on key i-1"),

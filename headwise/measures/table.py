@@ -7,6 +7,7 @@ of attention cannot offer is absent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from headwise.errors import HeadwiseError
 from headwise.files import replacing
 from headwise.measures.spec import FORMER_NAMES, KEYS, MEASURES, PART, WINDOW_MEASURES, measures
 
-__all__ = ["KEYS", "MEASURES", "read", "read_columns", "write_part"]
+__all__ = ["KEYS", "MEASURES", "read", "read_columns", "unmeasured", "unmeasured_lines", "write_part"]
 
 if TYPE_CHECKING:
     import polars
@@ -30,18 +31,29 @@ FORMAT = 2
 """Of a file with a column `part`; 1 has none, and 0 had no number."""
 WITHOUT_PARTS = 1
 FORMAT_KEY = "headwise_format"
+UNMEASURED_KEY = "headwise_unmeasured"
+"""Of what has no rows here, in a part's metadata: a JSON object of layers to reasons."""
 
 _KINDS = {"string": "text", "int64": "integer", "int32": "integer"}
+SHOWN = 3
+"""Layers that a line of reasons names."""
 MOST = 1 << 16
 """Layers, and heads of a layer."""
 
 
-def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | str | int]) -> Path:
+def write_part(
+    folder: str | Path,
+    name: str,
+    columns: dict[str, np.ndarray | str | int],
+    *,
+    unmeasured: Mapping[int | str, str] | None = None,
+) -> Path:
     """Write one part `folder/name.parquet`, whole or not at all, and return its path.
 
     Args:
         columns: key columns and measures; arrays of one length, or a scalar for a whole column.
             Keys that are left out become null; a `part` that is left out is no column.
+        unmeasured: attention layers that have no rows, by number or name, and why; kept as metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -73,7 +85,11 @@ def write_part(folder: str | Path, name: str, columns: dict[str, np.ndarray | st
             fields.append(pa.field(measure, arrays[-1].type, nullable=False))
     path = Path(folder) / f"{name}.parquet"
     number = WITHOUT_PARTS if columns.get("part") is None else FORMAT
-    schema = pa.schema(fields, metadata={FORMAT_KEY: str(number)})
+    metadata = {FORMAT_KEY: str(number)}
+    if unmeasured:
+        reasons = {str(layer): why for layer, why in unmeasured.items()}
+        metadata[UNMEASURED_KEY] = json.dumps(reasons, sort_keys=True)
+    schema = pa.schema(fields, metadata=metadata)
     with replacing(path) as draft, draft.open("wb") as file:  # a path may look like a URI to a library
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, **_encoding(fields))
     return path
@@ -115,6 +131,46 @@ def refuse_newer(part: Path, metadata: Mapping[str, str]) -> None:
             f"head table part {part} has format {number} and this headwise reads up to {FORMAT}; "
             "upgrade headwise to use it"
         )
+
+
+def unmeasured(folder: str | Path) -> dict[str, str]:
+    """The attention layers that have no rows in a table, by number or name, and why.
+
+    Raises:
+        HeadwiseError: a part is damaged or of a newer headwise.
+    """
+    found: dict[str, str] = {}
+
+    def note(metadata: Mapping[str, str]) -> None:
+        refuse_newer(part, metadata)
+        text = metadata.get(UNMEASURED_KEY, "{}")
+        try:
+            found.update(reading.check(reading.parse_json(text), dict[str, str]))
+        except reading.Unreadable as error:
+            raise reading.Unreadable(
+                part, f"its {UNMEASURED_KEY} holds no reasons: {error.reason}"
+            ) from error
+
+    for part in sorted(Path(folder).glob("*.parquet")):
+        try:
+            reading.parquet_columns(part, accept=note)
+        except reading.Unreadable as error:
+            raise error.so("delete it and run again") from error
+    return found
+
+
+def unmeasured_lines(reasons: Mapping[int | str, str]) -> list[str]:
+    """What has no rows, a line for each reason: `self_attn, 3 are not measured: why`."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, why in reasons.items():
+        name = f"layer {layer}" if str(layer).isdigit() else str(layer)
+        by_reason.setdefault(why, []).append(name)
+    lines = []
+    for why, names in by_reason.items():
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        verb = "is" if len(names) == 1 else "are"
+        lines.append(f"{', '.join(names[:SHOWN])}{more} {verb} not measured: {why}")
+    return lines
 
 
 def read(folder: str | Path) -> polars.DataFrame:

@@ -186,7 +186,7 @@ def test_its_heads_are_measured(kind: str) -> None:
     layer(x, **form(kind))
     expected = {"sink": "null_weight", "output_gate": "gate"}
     for name in (column for modifier, column in expected.items() if modifier in on):
-        value = seen[0].extra[name]
+        value = measure(seen[0])[name]
         assert value.shape == (2, layer.shape.n_heads, LENGTH)
         assert ((value > 0) & (value < 1)).all()
     assert set(seen[0].extra) <= set(measure(seen[0]))

@@ -65,7 +65,9 @@ class HeadRecorder:
             self._say_once(str(error))
             return
         columns |= {"run": str(self.folder.path), "step": step}
-        head_table.write_part(self.folder.heads, f"step_{step:08d}", columns)
+        for line in head_table.unmeasured_lines(seen.unmeasured):
+            self._say_once(line)
+        head_table.write_part(self.folder.heads, f"step_{step:08d}", columns, unmeasured=seen.unmeasured)
 
     def _draw_maps(self, step: int) -> None:
         arrays: dict[str, np.ndarray] = {}

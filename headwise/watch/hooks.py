@@ -1,6 +1,6 @@
 """Change what one attention layer computes with, for the length of a block: its queries, its heads' outputs.
 
-In a headwise model the layer's own `heads` and `attend` are wrapped. In a Hugging Face model the
+In a headwise model the layer's own `rotated` and `attend` are wrapped. In a Hugging Face model the
 function that transformers' attention interface gives to the layer is; queries are then seen after
 the rotation, which makes no difference to scaling one: `rope(s·q) = s·rope(q)`.
 
@@ -141,12 +141,12 @@ def copied_as_laid_out(x: Tensor) -> Tensor:
 
 @contextmanager
 def _in_headwise(module: Attention, changes: Changes) -> Iterator[None]:
-    heads, attend = module.heads, module.attend
+    rotated, attend = module.rotated, module.attend
 
-    @wraps(heads)
-    def changed_heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = heads(x)
-        return q if changes.query is None else changes.query(q), k, v
+    @wraps(rotated)
+    def changed_rotated(*args: Any) -> tuple[Tensor, Tensor]:
+        q, k = rotated(*args)
+        return q if changes.query is None else changes.query(q), k
 
     @wraps(attend)
     def changed_attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -156,7 +156,7 @@ def _in_headwise(module: Attention, changes: Changes) -> Iterator[None]:
         return y if changes.output is None else changes.output(y)
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(module, "heads", changed_heads))
+        stack.enter_context(replaced(module, "rotated", changed_rotated))
         stack.enter_context(replaced(module, "attend", changed_attend))
         yield
 

@@ -24,63 +24,30 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.attention.modifiers.sink import null_weight
 from headwise.attention.observation import Mask, Observation, Scores, Unmeasured, read_mask
 from headwise.errors import HeadwiseError
 from headwise.measures.collector import Collector
 from headwise.measures.spec import measure_of
+from headwise.watch.calls import Call, read_flags, sink, unsupported
 from headwise.watch.capture import Capture
-from headwise.watch.layers import attention_modules, layer_numbers, other_attention, source_of_keys
+from headwise.watch.layers import (
+    argument,
+    attention_modules,
+    layer_numbers,
+    other_attention,
+    source_of_keys,
+)
 from headwise.watch.rotation import Rotations
 from headwise.watch.taps import eagerly, recomputing, tap
 
 Attend = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a layer hands to the attention interface.
-
-    Attributes:
-        q, k, v: `(B, H, T, D)`, `(B, K, T, D)`, `(B, K, T, D)`, after the rotation.
-        mask: as handed over.
-        options: the other keyword arguments.
-        eager: whether the layer's own eager function attends, which knows no `is_causal`.
-        name: of the implementation.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Any
-    options: dict[str, Any]
-    eager: bool
-    name: str = ""
-
-    @property
-    def softcap(self) -> float | None:
-        """What bounds the logits. `sdpa` bounds none: transformers before 5.21 lets it ignore the option."""
-        return None if self.name == "sdpa" and not self.eager else self.options.get("softcap")
-
-    @property
-    def reads_keywords(self) -> bool:
-        """Whether the function that attends may read flash attention's keywords."""
-        return not self.eager and self.name not in ("eager", "sdpa", "flex_attention")
-
-    @property
-    def adds_as_numbers(self) -> torch.dtype | None:
-        """The dtype of a 4-D mask that is added to the scores as 0 and 1, and hides nothing."""
-        mask = self.mask
-        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.is_floating_point():
-            return None
-        return mask.dtype if self.eager or mask.dtype != torch.bool else None
 
 
 Listener = Callable[[nn.Module, Call], None]
@@ -163,6 +130,7 @@ class _Watcher:
         self.heard: set[nn.Module] = set()
         self.sources: dict[nn.Module, str | None] = {}
         self.inside: set[nn.Module] = set()
+        self.given: dict[nn.Module, Any] = {}
         self.masks: list[tuple[Tensor, Mask]] = []
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -176,6 +144,9 @@ class _Watcher:
         self.ran.add(layer)
         self.inside.discard(layer)
         self.sources[layer] = source_of_keys(layer, args, kwargs)
+        self.given.pop(layer, None)
+        for mask in argument(layer, "attention_mask", args, kwargs):
+            self.given[layer] = mask
 
     def end(self, model: nn.Module, output: Any) -> None:
         """After it, also when it failed."""
@@ -184,6 +155,7 @@ class _Watcher:
             return
         self.collector.end()
         self.masks.clear()
+        self.given.clear()
         if self.rotations is not None:
             self.rotations.forget()
         # Without an output the forward pass failed by itself, and its own error is the one to show.
@@ -232,12 +204,15 @@ class _Watcher:
             self.capture.take(number, seen, call.v)
 
     def _observe(self, layer: nn.Module, call: Call) -> Observation:
-        problem = _unsupported(call, self.sources.get(layer))
+        problem = unsupported(call, self.sources.get(layer))
         if problem is not None:
             return Unmeasured(problem)
         mask = self._mask(layer, call)
         if isinstance(mask, Unmeasured):
             return mask
+        logits = sink(call)
+        if isinstance(logits, Unmeasured):
+            return logits
         q, k = call.q, call.k
         q_pre = k_pre = None
         if self.rotations is not None:
@@ -245,13 +220,12 @@ class _Watcher:
                 q_pre, k_pre = self.rotations.undo(layer, q, k)
             self.rotations.settle(layer)
         scale = call.options.get("scaling")
-        seen = Scores(
+        return Scores(
             q, k, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), causal=mask.causal,
             bias=mask.bias, softcap=call.softcap, window=mask.window,
             key_mask=mask.key_mask, documents=mask.documents, q_pre=q_pre, k_pre=k_pre,
+            sink=logits,
         )  # fmt: skip
-        sink = _sink(call)
-        return seen if sink is None else replace(seen, extra={"null_weight": null_weight(seen, sink)})
 
     def _mask(self, layer: nn.Module, call: Call) -> Mask | Unmeasured:
         read = self._read_mask(layer, call)
@@ -264,86 +238,38 @@ class _Watcher:
     def _read_mask(self, layer: nn.Module, call: Call) -> Mask | Unmeasured:
         """The mask of this call; a 4-D one says everything by itself and is read once for all layers."""
         if call.mask is None or call.mask.dim() != 4:
-            return _read_flags(layer, call)
-        for known, read in self.masks:
-            if known is call.mask:
-                return read
+            return read_flags(layer, call)
         chunk = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
         batch, tokens = call.q.shape[0], call.q.shape[-2]
         # Neither a chunk of the layer's own nor a window of one key is a document.
         cut = (chunk is not None and tokens > chunk) or call.options.get("sliding_window") == 1
-        read = read_mask(call.mask[..., :tokens], batch, segments=not cut)
-        self.masks.append((call.mask, read))
+        whole = self._given_mask(layer, call, tokens, batch, segments=not cut)
+        return self._read_once(call.mask, tokens, batch, segments=not cut, of=whole)
+
+    def _given_mask(
+        self, layer: nn.Module, call: Call, tokens: int, batch: int, *, segments: bool
+    ) -> Mask | None:
+        """The mask that the layer was given, where it made another: it chooses keys, by an indexer say.
+
+        Only the given one tells padding and documents; a token whose key nobody chose is neither.
+        """
+        given = self.given.get(layer, call.mask)
+        if given is None:
+            return Mask(False)
+        if given is call.mask or not isinstance(given, Tensor):
+            return None
+        adds = given.is_floating_point()
+        if given.dim() == 4 and given.shape[-2:] == (tokens, tokens) and (adds or given.dtype == torch.bool):
+            return self._read_once(given, tokens, batch, segments=segments)
+        return Mask(False, key_mask=given.bool()) if given.shape == (batch, tokens) and not adds else None
+
+    def _read_once(self, mask: Tensor, tokens: int, batch: int, **options: Any) -> Mask:
+        for known, read in self.masks:
+            if known is mask:
+                return read
+        read = read_mask(mask[..., :tokens], batch, **options)
+        self.masks.append((mask, read))
         return read
-
-
-def _sink(call: Call) -> Tensor | None:
-    """The sink logits `(H,)` that this call adds to its softmax, as GPT-OSS does; None without any."""
-    for name in ("s_aux", "sinks"):
-        if isinstance(sink := call.options.get(name), Tensor):
-            return sink.flatten()
-    return None
-
-
-def _unsupported(call: Call, source: str | None) -> str | None:
-    """Why this call cannot be measured, or None; `source` is what its keys are made of, if not itself."""
-    q, k = call.q, call.k
-    if source is not None:
-        return f"it is cross-attention, its keys come from {source}: only self-attention is measured"
-    if q.dim() != 4 or k.dim() != 4:
-        return f"its queries have shape {tuple(q.shape)}, not (B, H, T, D)"
-    if q.shape[-2] != k.shape[-2]:
-        return (
-            f"{q.shape[-2]} queries met {k.shape[-2]} keys: cross-attention and steps with a "
-            "key-value cache are not measured, only whole sequences"
-        )
-    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
-        return f"queries {tuple(q.shape)} and keys {tuple(k.shape)} do not pair up"
-    if call.mask is not None and not isinstance(call.mask, Tensor):
-        return f"its mask is a {type(call.mask).__name__}; load the model with attn_implementation='sdpa'"
-    if call.adds_as_numbers is not None:
-        return (
-            f"its mask is {call.adds_as_numbers}, which an eager function adds to the scores as numbers; "
-            "give an additive mask, or a boolean one to a model loaded with attn_implementation='sdpa'"
-        )
-    if call.mask is not None and call.mask.dim() != 4 and call.mask.shape[:-1] != q.shape[:1]:
-        return f"its mask has shape {tuple(call.mask.shape)}, neither (B, 1, T, T) nor (B, T)"
-    return None
-
-
-def _read_flags(layer: nn.Module, call: Call) -> Mask | Unmeasured:
-    """Without a mask, or with padding alone `(B, T)` as flash attention takes it: flags say the rest."""
-    given = call.options.get("is_causal")
-    causal = bool(getattr(layer, "is_causal", True) if given is None else given)
-    window = call.options.get("sliding_window")
-    if call.mask is not None:
-        return Mask(causal, window, key_mask=call.mask[:, -call.q.shape[-2] :].bool())
-    documents = _packed(call) if call.reads_keywords else None
-    if isinstance(documents, Unmeasured):
-        return documents
-    return Mask(causal and not call.eager, window, documents=documents)
-
-
-def _packed(call: Call) -> Tensor | Unmeasured | None:
-    """The documents of a packed row `(B, T)`, by flash attention's keywords; None where a row is one."""
-    batch, tokens = call.q.shape[0], call.q.shape[-2]
-    ends, key_ends = call.options.get("cu_seq_lens_q"), call.options.get("cu_seq_lens_k")
-    positions = call.options.get("position_ids")
-    if isinstance(ends, Tensor):
-        if isinstance(key_ends, Tensor) and not torch.equal(ends, key_ends):
-            return Unmeasured("its cu_seq_lens_q and cu_seq_lens_k differ: only self-attention is measured")
-        if int(ends[-1]) != batch * tokens:
-            return Unmeasured(f"its cu_seq_lens_q end at {int(ends[-1])}, not at {batch * tokens} tokens")
-        place = torch.arange(batch * tokens, device=call.q.device)
-        documents = torch.searchsorted(ends.to(place), place, right=True).view(batch, tokens)
-        if bool((documents[1:, 0] == documents[:-1, -1]).any()):
-            return Unmeasured("a document of its cu_seq_lens_q goes on in the next row of the batch")
-        return documents
-    if "flash" in call.name and batch == 1 and isinstance(positions, Tensor) and positions.numel() == tokens:
-        positions = positions.view(1, tokens)
-        if bool((positions.diff() != 1).any()):
-            return (positions == positions.min()).cumsum(-1)
-    return None
 
 
 def _pretrained(model: nn.Module) -> list[nn.Module]:

@@ -51,6 +51,14 @@ def layer_numbers(modules: dict[nn.Module, str]) -> dict[nn.Module, int]:
     return {module: n for n, module in enumerate(layers)}
 
 
+def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The argument of that name in a call of `module`, None where it is left out; empty: it takes none."""
+    kind: Any = type(module)
+    names = _parameters(kind)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return [given.get(name)] if name in names or name in given else []
+
+
 def source_of_keys(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The argument that a cross-attention call makes its keys of; None for self-attention."""
     kind: Any = type(module)

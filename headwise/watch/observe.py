@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -202,12 +203,12 @@ def _observed(layer: Attention, index: int, collector: Collector, capture: Captu
         if capture is not None and values:
             capture.take(index, seen, values.pop())
 
-    before = layer.heads
+    before = layer.attend
 
-    def heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = before(x)
+    @wraps(before)
+    def attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         values[:] = [v]
-        return q, k, v
+        return before(x, q, k, v, **options)
 
     with _attaching:
         if not isinstance(layer.observer, _Observers):
@@ -215,7 +216,7 @@ def _observed(layer: Attention, index: int, collector: Collector, capture: Captu
         observers = layer.observer
         observers.looks.append(look)
     try:
-        with replaced(layer, "heads", heads) if capture is not None else nullcontext():
+        with replaced(layer, "attend", attend) if capture is not None else nullcontext():
             yield
     finally:
         with _attaching:

@@ -224,7 +224,8 @@ def _form(cos: Tensor, sin: Tensor) -> Form:
         repeats = "pairs"
     # Rounding cos and sin to their dtype moves cos² + sin² from 1 by up to its eps.
     rounding = max(1.5 * torch.finfo(cos.dtype).eps, 1e-6)
-    off = (cos.float().square() + sin.float().square() - 1).abs().max()
+    square = cos.float().square() + sin.float().square()
+    off = (square - 1).masked_fill(square == 0, 0.0).abs().max()
     return Form(repeats, scaled=bool(off > rounding))
 
 
@@ -238,8 +239,10 @@ def _prepare(cos: Tensor, sin: Tensor, form: Form) -> Tables:
         cos, sin = cos[..., ::2], sin[..., ::2]
     if cos.dim() < 4:
         cos, sin = (x.reshape(-1, 1, *x.shape[-2:]) for x in (cos, sin))
+    # Tables of padding may be zeros, which leave nothing to undo: its vectors are zeros before, too.
     square = cos.square() + sin.square()
-    return Tables(cos / square, sin / square, form)
+    divisor = square.masked_fill(square == 0, 1.0)
+    return Tables(cos / divisor, sin / divisor, form)
 
 
 def _conventions(tables: list[Tables], q: Tensor) -> Iterator[Convention]:

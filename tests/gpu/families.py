@@ -154,6 +154,8 @@ def head_statistics(draw: random.Random, device: torch.device) -> tuple[str, flo
     if draw.random() < 0.3:
         layout = layouts["key_mask"]
         options["key_mask"] = laid_out(torch.rand(batch, tokens, device=device) < 0.6, layout)
+    if draw.random() < 0.3:
+        options["sink"] = torch.randn(draw.choice(((heads,), (batch, heads, tokens))), device=device)
     poison(device)
     found = stats.errors(head_stats(q, k, **options).columns(), stats.definition(q, k, **options))
     name, error = worst(found)

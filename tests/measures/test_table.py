@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from headwise.errors import HeadwiseError
@@ -42,3 +43,24 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(HeadwiseError, match=r"step_00000001\.parquet is damaged"):
         head_table.read(tmp_path)
+
+
+def test_what_has_no_rows_is_kept_with_its_reason(tmp_path):
+    columns = {"layer": np.zeros(2, np.int32), "head": np.arange(2, dtype=np.int32), "entropy": np.ones(2)}
+    reasons = {1: "it has no weights", 2: "it has no weights", "head.attention": "it bypasses the interface"}
+    head_table.write_part(tmp_path, "a", columns, unmeasured=reasons)
+    head_table.write_part(tmp_path, "b", columns)
+    kept = head_table.unmeasured(tmp_path)
+    assert kept == {str(layer): why for layer, why in reasons.items()}
+    assert head_table.unmeasured_lines(kept) == [
+        "layer 1, layer 2 are not measured: it has no weights",
+        "head.attention is not measured: it bypasses the interface",
+    ]
+    damaged = pq.read_table(tmp_path / "a.parquet")
+    for text in (b"[1]", b"{", b'{"a": 1}'):
+        pq.write_table(
+            damaged.replace_schema_metadata({b"headwise_format": b"1", b"headwise_unmeasured": text}),
+            tmp_path / "a.parquet",
+        )
+        with pytest.raises(HeadwiseError, match="holds no reasons"):
+            head_table.unmeasured(tmp_path)

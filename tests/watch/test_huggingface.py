@@ -67,6 +67,8 @@ def from_scores(q, k, *, scale, softcap=None, window=None, causal=True) -> dict[
     spread = (s - mean[..., None]).square().masked_fill(~visible, 0).sum(-1) / count
     weights = s.masked_fill(~visible, -torch.inf).softmax(-1)
     logits = {"logit_mean": mean, "logit_std": spread.sqrt(), "query_norm": q.norm(dim=-1)}
+    seen_alone = s.masked_fill(~visible, -torch.inf)
+    logits |= {"logit_max": seen_alone.amax(-1), "log_sum_exp": seen_alone.logsumexp(-1)}
     return from_weights(weights) | logits
 
 
@@ -326,6 +328,39 @@ def test_learned_sinks_take_what_null_weight_says_and_no_part_in_the_rest(hf_mod
     np.testing.assert_allclose(found["null_weight"], null.mean((1, 3)).flatten(), rtol=1e-3, atol=1e-6)
     own = weights / weights.sum(-1, keepdim=True)
     np.testing.assert_allclose(found["max_weight"], own.amax(-1).mean((1, 3)).flatten(), rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV32ForCausalLM"), reason="transformers has no indexer")
+def test_layers_with_an_indexer_are_measured_over_the_keys_it_chose(hf_model, tokens):
+    """Some keys are chosen by nobody, which does not make them padding."""
+    model = hf_model("deepseek_v32")
+    weights = eager_weights(model, {"input_ids": tokens})
+    unseen = weights.sum((2, 3)) == 0
+    assert unseen.any()
+    assert_measures(seen(model, {"input_ids": tokens}), from_weights(weights))
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    with torch.no_grad(), watch(model, per_token=True) as watched:
+        model(input_ids=tokens, attention_mask=mask)
+    columns = watched.columns()
+    assert set(columns["token"][columns["sample"] == 1]) == set(range(9, 24))
+
+
+@pytest.mark.parametrize("added", [-1.5, 0.0])
+def test_a_mask_of_one_row_is_every_querys(added, hf_model, tokens):
+    model = copy.deepcopy(hf_model("bert"))
+    model.set_attn_implementation("eager")
+    one_row = torch.zeros(2, 1, 1, 24)
+    one_row[..., 5], one_row[1, ..., 20:] = added, torch.finfo(torch.float32).min
+    got = {}
+    for mask in (one_row, one_row.expand(2, 1, 24, 24)):
+        with torch.no_grad(), watch(model, per_token=True) as watched:
+            model(input_ids=tokens, attention_mask=mask)
+        got[mask.shape] = watched.columns()
+    first, second = got.values()
+    assert len(first["token"]) == 2 * 4 * (24 + 20)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
 def test_an_additive_mask_is_a_bias(hf_model, tokens):

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from headwise.attention.modifiers.options import Modifiers
 from headwise.attention.modifiers.output_gate import OutputGate
 from headwise.attention.modifiers.qk_norm import QKNorm
-from headwise.attention.modifiers.sink import Sink, null_weight
+from headwise.attention.modifiers.sink import Sink
 from headwise.attention.modifiers.value_residual import ValueResidual
-from headwise.attention.observation import Observation, Scores
 
 if TYPE_CHECKING:
     from headwise.attention.base import AttentionShape, Carry
@@ -75,14 +74,9 @@ class ModifierLayer(nn.Module):
         return gated
 
     @torch.no_grad()
-    def measures(self, x: Tensor, seen: Observation) -> dict[str, Tensor]:
-        """What the modifiers add to the layer's observation `seen`, `(B, H, T)` each."""
-        found = {}
-        if self.sink is not None and isinstance(seen, Scores):
-            found["null_weight"] = null_weight(seen, self.sink.logit)
-        if self.gate is not None:
-            found["gate"] = self.gate.of(x).float().mean(-1)
-        return found
+    def measures(self, x: Tensor) -> dict[str, Tensor]:
+        """What the modifiers add to what the layer offers to an observer, `(B, H, T)` each."""
+        return {} if self.gate is None else {"gate": self.gate.of(x).float().mean(-1)}
 
 
 def head_ranges(leaf: str, index: int, modifiers: Modifiers, head_dim: int) -> Ranges:

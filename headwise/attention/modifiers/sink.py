@@ -14,11 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headwise.attention.observation import Scores
-
-ROWS = 64
-"""Queries whose scores are in memory at a time."""
-
 
 class Sink(nn.Module):
     """The sinks of a layer's heads.
@@ -40,41 +35,3 @@ class Sink(nn.Module):
     def initialise(self) -> None:
         """Start every sink at 0."""
         nn.init.zeros_(self.logit)
-
-
-@torch.no_grad()
-def null_weight(seen: Scores, sink: Tensor) -> Tensor:
-    """The share of each query's weight that its sink takes, `(B, H, T)` float32; 1 where it sees no key.
-
-    Args:
-        seen: the scores of the layer's softmax.
-        sink: `(H,)`.
-    """
-    q, k = seen.q, seen.k
-    batch, heads, tokens, _ = q.shape
-    k = k.float().repeat_interleave(heads // k.shape[1], dim=1)
-    position = torch.arange(tokens, device=q.device)
-    found = torch.empty(batch, heads, tokens, device=q.device)
-    with torch.autocast(q.device.type, enabled=False):
-        for start in range(0, tokens, ROWS):
-            rows = slice(start, min(start + ROWS, tokens))
-            scores = q[:, :, rows].float() @ k.mT * seen.scale
-            scores = scores if seen.bias is None else scores + seen.bias[:, :, rows].float()
-            scores = scores.masked_fill(_hidden(seen, position, rows), -torch.inf)
-            found[:, :, rows] = torch.sigmoid(sink.float()[:, None] - scores.logsumexp(-1))
-    return found
-
-
-def _hidden(seen: Scores, position: Tensor, rows: slice) -> Tensor:
-    """Which keys some queries do not see, `(B or 1, 1, rows, T)`."""
-    behind = position[rows, None] - position
-    hidden = torch.zeros_like(behind, dtype=torch.bool)[None, None]
-    if seen.causal:
-        hidden = hidden | (behind < 0)
-    if seen.window is not None:
-        hidden = hidden | (behind.abs() >= seen.window)
-    if seen.key_mask is not None:
-        hidden = hidden | ~seen.key_mask[:, None, None]
-    if seen.documents is not None:
-        hidden = hidden | (seen.documents[:, None, rows, None] != seen.documents[:, None, None])
-    return hidden

@@ -4,11 +4,12 @@ A program owns BLOCK_M queries of one head and walks over the keys. Each of a ro
 (`head_stats_tiles`) is an online softmax of its own. Of the running maximum m, with x = s - m in
 base 2 and e = 2^x over the n visible keys so far, it carries
     z = Σ e    a = Σ e·x    b = Σ e·x²    (b only where k_eff is asked for: its first guess)
-    d = Σ x    v = Σ x²                   (of scores without the bias: from a maximum g of their own)
+    d = Σ x    v = Σ x²    u = Σ 2^x      (of scores without the bias: from a maximum g of their own;
+                                          where there is no bias g is m, and u is z)
     r = Σ e·(key - first query of the block), or Σ e·|key - query| where queries see ahead
 and moves them along when m grows. From these entropy = ln z - a/z · ln 2, max_weight = 1/z and the
-rest follow. Measured from the maximum, the variance v/n - (d/n)² of n keys loses at most a factor
-n of the precision, and of a single key it is exactly 0.
+rest follow, and g + log2 u is the logits' log-sum-exp. Measured from the maximum, the variance
+v/n - (d/n)² of n keys loses at most a factor n of the precision, and of a single key it is exactly 0.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ CACHED = 2**26
 
 FIELDS = (
     "entropy", "max_weight", "query_norm", "logit_mean", "logit_std",
-    "sink_weight", "self_weight", "previous_weight", "mean_distance",
+    "sink_weight", "self_weight", "previous_weight", "mean_distance", "logit_max", "log_sum_exp",
+    "log_total",
 )  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def moved(drop, zeroth, first, second):
 
 @triton.jit
 def absorb(
-    s, y, m, g, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
+    s, y, m, g, u, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, MOMENT: tl.constexpr, MASKED: tl.constexpr,
     PICK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -73,6 +75,7 @@ def absorb(
         apart = tl.where(seen, (s - raw_top[:, :, None]) * raw_unit, 0.0)
         raw_drop = (g - raw_top) * raw_unit
         g = raw_top
+        u = u * tl.exp2(raw_drop) + tl.sum(tl.where(seen, tl.exp2(apart), 0.0), 2)
     d, v = moved(raw_drop, n, d, v)
     d += tl.sum(apart, 2)
     v += tl.sum(apart * apart, 2)
@@ -100,7 +103,7 @@ def absorb(
         diagonal = place + (lane + (start_n - start_m) - local)
         own += tl.sum(tl.where(diagonal == 0, y, 0.0), 2)
         previous += tl.sum(tl.where(diagonal == -1, y, 0.0), 2)
-    return top, g, z, a, b, n, d, v, r, own, previous
+    return top, g, u, z, a, b, n, d, v, r, own, previous
 
 
 @triton.jit
@@ -194,6 +197,7 @@ def stats_kernel(
     zero = tl.zeros((BLOCK_M, 4), tl.float32)
     m = zero + HIDDEN
     g = m
+    u = zero
     z = zero
     a = zero
     b = zero
@@ -213,8 +217,8 @@ def stats_kernel(
                 start_m, tokens, window, factor, softcap, start_n,
                 CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, True, BLOCK_M, EDGE_N, BLOCK_D,
             )  # fmt: skip
-            m, g, z, a, b, n, d, v, r, own, previous = absorb(
-                s, y, m, g, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
+            m, g, u, z, a, b, n, d, v, r, own, previous = absorb(
+                s, y, m, g, u, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
                 CAUSAL, BIAS, K_EFF, True, True, BLOCK_M, EDGE_N,
             )  # fmt: skip
     if not DATA_MASK:
@@ -224,8 +228,8 @@ def stats_kernel(
                 start_m, tokens, window, factor, softcap, start_n,
                 CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, False, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            m, g, z, a, b, n, d, v, r, own, previous = absorb(
-                s, y, m, g, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
+            m, g, u, z, a, b, n, d, v, r, own, previous = absorb(
+                s, y, m, g, u, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
                 CAUSAL, BIAS, K_EFF, False, not CAUSAL, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     for start_n in range(full_hi, end, EDGE_N):
@@ -234,8 +238,8 @@ def stats_kernel(
             start_m, tokens, window, factor, softcap, start_n,
             CAUSAL, WINDOW, SOFTCAP, BIAS, KEY_MASK, D, True, BLOCK_M, EDGE_N, BLOCK_D,
         )  # fmt: skip
-        m, g, z, a, b, n, d, v, r, own, previous = absorb(
-            s, y, m, g, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
+        m, g, u, z, a, b, n, d, v, r, own, previous = absorb(
+            s, y, m, g, u, z, a, b, n, d, v, r, own, previous, unit, raw_unit, start_m, start_n,
             CAUSAL, BIAS, K_EFF, True, True, BLOCK_M, EDGE_N,
         )  # fmt: skip
 
@@ -258,6 +262,10 @@ def stats_kernel(
     if CAUSAL:
         r = r + z * (tl.arange(0, 4) * 2).to(tl.float32)[None, :]
     z = tl.sum(share * z, 1)
+    if BIAS:
+        u = tl.sum(tl.exp2(raw_drop) * u, 1)
+    else:
+        u = z
     distance = tl.sum(share * r, 1) / z
     local = tl.arange(0, BLOCK_M)
     if CAUSAL:
@@ -289,6 +297,11 @@ def stats_kernel(
     tl.store(out + 6 * plane, weight_of(own, top, z, unit) + blank, mask=here)
     tl.store(out + 7 * plane, weight_of(previous, top, z, unit) + blank, mask=here)
     tl.store(out + 8 * plane, distance + blank, mask=here)
+    highest = tl.where(d == d, raw_top * raw_unit, d)  # a maximum passes over NaN
+    tl.store(out + 9 * plane, highest * LN2 + blank, mask=here)
+    tl.store(out + 10 * plane, (highest + tl.log2(u)) * LN2 + blank, mask=here)
+    # Of a query that sees no key z is 0, and so is the total.
+    tl.store(out + 11 * plane, tl.where(n > 0, (top * unit + tl.log2(z)) * LN2, float("-inf")), mask=here)
     if K_EFF:
         state = state_ptr + sbh.to(tl.int64) * tokens + rows
         tl.store(state, top * unit, mask=here)

@@ -20,6 +20,10 @@ HIDDEN = -1e30
 # The share of weight by which a row may miss `mass` and still meet it: rounding of float32 weights,
 # without which uniform rows would waver between k and k + 1.
 SLACK = {torch.float32: 3e-7, torch.float64: 1e-13}
+# Not a measure: ln Σ exp(s + bias), -inf of a query that sees no key. What a sink takes follows from it.
+LOG_TOTAL = "log_total"
+# What queries of another sequence do not have: a position among the keys.
+OF_POSITIONS = ("self_weight", "previous_weight", "mean_distance")
 # Keys per sum in the search for k_eff.
 BLOCK = 32
 # How near a sum of weights may come to `mass` for k_eff to be off by one.
@@ -27,7 +31,7 @@ NEAR = 1e-6
 
 
 class Span(NamedTuple):
-    """Queries `q0 … q1 - 1` against keys `k0 … k1 - 1`."""
+    """Queries at the positions `q0 … q1 - 1` of the keys' sequence against keys `k0 … k1 - 1`."""
 
     q0: int
     q1: int
@@ -55,19 +59,21 @@ def of_scores(
     softcap: float | None,
     mass: float,
     k_eff: bool,
+    offset: int | None = 0,
 ) -> dict[str, Tensor]:
-    """Measures by name, each `(S, B, H, T)` for S factors; `starts (B, T)` is where the document of each
-    token begins; other arguments as `head_stats` takes."""
+    """Measures by name, each `(S, B, H, T)` for S factors; `starts (B, Tk)` is where the document of each
+    key begins; other arguments as `head_stats` takes."""
     batch, heads, tokens, width = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, n_keys = k.shape[1:3]
+    first = offset or 0
     group = heads // kv_heads
     dtype = _compute_dtype(q)
     shape = (len(factors), batch, heads, tokens)
     out = {"query_norm": torch.empty(shape, dtype=dtype, device=q.device)}
     for n, factor in enumerate(factors):
         out["query_norm"][n] = abs(factor) * torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
-    rows, kv_step = _tile_shape(q, group, tokens)
-    can_be_blind = bias is not None or key_mask is not None
+    rows, kv_step = _tile_shape(q, group, tokens, n_keys)
+    can_be_blind = bias is not None or key_mask is not None or first < 0 or first + tokens > n_keys
     sinks = first_real_keys(key_mask, starts)
     for b in range(batch):
         real = None if key_mask is None else key_mask[b]
@@ -81,13 +87,14 @@ def of_scores(
             if bias_block is not None and bias_block.shape[0] > 1:
                 bias_block = bias_block[some]
             for q0 in range(0, tokens, rows):
-                span = _visible_span(q0, min(q0 + rows, tokens), tokens, causal, window)
-                raw = query_block[:, :, span.q0 : span.q1].reshape(g1 - g0, -1, width)
+                here = slice(q0, min(q0 + rows, tokens))
+                span = _visible_span(here.start + first, here.stop + first, n_keys, causal, window)
+                raw = query_block[:, :, here].reshape(g1 - g0, -1, width)
                 raw = raw @ key_block[:, span.k0 : span.k1].mT
                 raw = raw.view(-1, span.q1 - span.q0, span.k1 - span.k0)
-                part = None if bias_block is None else bias_block[:, span.q0 : span.q1, span.k0 : span.k1]
+                part = None if bias_block is None else bias_block[:, here, span.k0 : span.k1]
                 hidden = _hidden(span, causal, window, part, real, start, q.device)
-                sink = None if sinks is None else sinks[b, span.q0 : span.q1]
+                sink = None if sinks is None else sinks[b, span.queries(q.device).clamp(0, n_keys - 1)]
                 n_visible: Tensor | int = span.k1 - span.k0
                 if hidden is not None:
                     n_visible = n_visible - hidden.sum(-1).to(dtype)
@@ -99,6 +106,8 @@ def of_scores(
                     if softcap is not None:
                         s.div_(softcap).tanh_().mul_(softcap)
                     tile = _tile(s, part, hidden, n_visible, span, sink, causal, mass, k_eff)
+                    if offset is None:
+                        tile = {name: value for name, value in tile.items() if name not in OF_POSITIONS}
                     _store(out, tile, seen, shape, (n, b, some.start, q0))
     return out
 
@@ -110,7 +119,7 @@ def of_weights(
     batch, heads, tokens, _ = weights.shape
     dtype = _compute_dtype(weights)
     out: dict[str, Tensor] = {}
-    rows, _ = _tile_shape(weights, 1, tokens)
+    rows, _ = _tile_shape(weights, 1, tokens, tokens)
     sinks = first_real_keys(key_mask, starts)
     for b in range(batch):
         for h in range(heads):
@@ -155,12 +164,22 @@ def _tile(
     root = n_visible**0.5
     stats = {"logit_mean": mean, "logit_std": torch.linalg.vector_norm(s, dim=-1) / root}
     if bias is not None:
+        logits = s
+        if hidden is not None:
+            logits = torch.cat((s[..., : -hidden.shape[-1]], edge.masked_fill(hidden, HIDDEN)), -1)
+        stats["logit_max"] = mean + logits.amax(-1)
+        stats["log_sum_exp"] = mean + logits.logsumexp(-1)
         s += bias
     if hidden is not None:
         edge.masked_fill_(hidden, HIDDEN)
-    s -= s.amax(-1, keepdim=True)
+    top = s.amax(-1, keepdim=True)
+    s -= top
     e = torch.exp(s)
     total = e.sum(-1)
+    highest = mean + top.squeeze(-1)
+    stats[LOG_TOTAL] = highest + total.log()
+    if bias is None:
+        stats |= {"logit_max": highest, "log_sum_exp": stats[LOG_TOTAL]}
     stats["entropy"] = total.log() - s.mul_(e).sum(-1) / total
     stats["max_weight"] = 1.0 / total
     stats |= _where_it_looks(e, total, span, sink, causal)
@@ -196,9 +215,6 @@ def _where_it_looks(
         sink = torch.where(inside, e.gather(-1, at.clamp(0, e.shape[-1] - 1)), 0.0).squeeze(-1)
     else:
         sink = e[..., 0] if span.k0 == 0 else torch.zeros_like(e[..., 0])
-    previous = torch.zeros_like(sink)
-    before = e.diagonal(shift - 1, dim1=-2, dim2=-1)
-    previous[..., previous.shape[-1] - before.shape[-1] :] = before
     queries, keys = span.queries(e.device), span.keys(e.device)
     if causal:
         ahead = (keys - span.q0).to(e.dtype)
@@ -208,10 +224,22 @@ def _where_it_looks(
         distance = (e * apart).sum(-1) / total
     return {
         "sink_weight": sink / total,
-        "self_weight": e.diagonal(shift, dim1=-2, dim2=-1) / total,
-        "previous_weight": previous / total,
+        "self_weight": _diagonal(e, shift) / total,
+        "previous_weight": _diagonal(e, shift - 1) / total,
         "mean_distance": distance,
     }
+
+
+def _diagonal(e: Tensor, shift: int) -> Tensor:
+    """`e[…, r, r + shift]` for each row r of `e (h, c, n)`; 0 where there is no such column."""
+    rows, columns = e.shape[-2:]
+    first, last = max(0, -shift), min(rows, columns - shift)
+    if first == 0 and last == rows:
+        return e.diagonal(shift, dim1=-2, dim2=-1)
+    found = torch.zeros_like(e[..., 0])
+    if first < last:
+        found[..., first:last] = e.diagonal(shift, dim1=-2, dim2=-1)
+    return found
 
 
 def k_eff_by_sorting(weights: Tensor, mass: float) -> tuple[Tensor, Tensor]:
@@ -253,10 +281,15 @@ def _count_keys(e: Tensor, total: Tensor, mass: float) -> Tensor:
 
 
 def _visible_span(q0: int, q1: int, tokens: int, causal: bool, window: int | None) -> Span:
-    """The keys that queries `q0 … q1 - 1` can see as far as causality and the window go."""
+    """The keys that queries at `q0 … q1 - 1` can see as far as causality and the window go, but at least
+    one, be it hidden, of `tokens` keys."""
     first = 0 if window is None else max(0, q0 - window + 1)
-    last = q1 if causal else tokens
-    return Span(q0, q1, first, last if window is None else min(last, q1 + window - 1))
+    last = min(q1, tokens) if causal else tokens
+    last = last if window is None else min(last, q1 + window - 1)
+    if first >= last:
+        first = min(first, tokens - 1)
+        last = first + 1
+    return Span(q0, q1, first, last)
 
 
 def _hidden(
@@ -274,6 +307,8 @@ def _hidden(
     """
     rows = span.q1 - span.q0
     if window is None and bias is None and real is None and start is None:
+        if causal and not (span.k0 <= span.q0 and span.k1 == span.q1):  # not all of its diagonal is there
+            return (span.keys(device) > span.queries(device).unsqueeze(-1)).unsqueeze(0)
         return torch.ones(1, rows, rows, dtype=torch.bool, device=device).triu_(1) if causal else None
     ahead = span.keys(device) - span.queries(device).unsqueeze(-1)
     hidden = (ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)).unsqueeze(0)
@@ -302,15 +337,15 @@ def _store(
             out[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
         h, c = value.shape
         if seen is not None:
-            value = value.where(seen, torch.nan)
+            value = value.where(seen, -torch.inf if name == LOG_TOTAL else torch.nan)
         out[name][n, b, h0 : h0 + h, q0 : q0 + c] = value
 
 
-def _tile_shape(x: Tensor, group: int, tokens: int) -> tuple[int, int]:
+def _tile_shape(x: Tensor, group: int, tokens: int, n_keys: int) -> tuple[int, int]:
     """Queries and key/value heads per tile, so that a tile holds about TILE scores."""
     budget = TILE_CPU if x.device.type == "cpu" else TILE_GPU
-    rows = max(1, min(tokens, ROWS_CPU if x.device.type == "cpu" else tokens, budget // tokens))
-    return rows, max(1, budget // (rows * tokens * group))
+    rows = max(1, min(tokens, ROWS_CPU if x.device.type == "cpu" else tokens, budget // n_keys))
+    return rows, max(1, budget // (rows * n_keys * group))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

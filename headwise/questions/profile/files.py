@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -36,3 +36,4 @@ class SummaryFile(TypedDict):
     tokens: Count
     heads: Count
     layers_with_nan: list[Count]
+    unmeasured: NotRequired[dict[str, str]]

@@ -30,6 +30,7 @@ from torch import Tensor
 from headwise import reading
 from headwise.errors import HeadwiseError
 from headwise.files import sweep, write_json, write_text
+from headwise.measures import table as head_table
 from headwise.measures.collector import Collector
 from headwise.measures.spec import FORMER_NAMES, in_order, measure_of, wanted_measures
 from headwise.questions.profile import parts
@@ -129,7 +130,7 @@ class Profile:
                 raw = self._raw(capture)
                 for part in group:
                     if part in missing:
-                        submit(self._writing(part, group[0], block, raw, kept))
+                        submit(self._writing(part, group[0], block, raw, kept, dict(collector.reasons)))
             ranked = kept.spearman(self.n_parts)  # while the last parts are being written
         share.wait()
         if share.rank == 0:
@@ -176,7 +177,13 @@ class Profile:
         return capture.pop()
 
     def _writing(
-        self, part: int, first_part: int, block: Block, raw: dict[str, Tensor], kept: Kept
+        self,
+        part: int,
+        first_part: int,
+        block: Block,
+        raw: dict[str, Tensor],
+        kept: Kept,
+        unmeasured: dict[int | str, str],
     ) -> parts.Writing:
         """What writes one part of those that were measured together from `first_part` on."""
         config, before = self.config, self.samples_of(first_part)[0]
@@ -188,7 +195,7 @@ class Profile:
         return parts.writing(
             self.folders, part, first, block, {name: value[here] for name, value in raw.items()},
             aggregate=config.aggregate, ignore_first=config.ignore_first, dtype=dtype,
-            metadata={"scores": config.scores},
+            metadata={"scores": config.scores}, unmeasured=unmeasured,
         )  # fmt: skip
 
     def _capture(self, loaded: Loaded) -> Capture | None:
@@ -252,6 +259,7 @@ class Profile:
             "parts_measured": measured,
             "seconds": seconds,
             "layers_with_nan": sorted({int(n) for n in per_head["layer"][broken]}),
+            "unmeasured": head_table.unmeasured(self.folders.heads),
         }
         write_json(self.folders.out / "summary.json", summary)
 

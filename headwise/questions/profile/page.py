@@ -16,7 +16,7 @@ from headwise.errors import HeadwiseError
 from headwise.files import write_text
 from headwise.measures.labels import OTHER, RULES, classify
 from headwise.measures.spec import FORMER_NAMES, PART, head_label, in_order, measure_of
-from headwise.measures.table import MOST, read_columns
+from headwise.measures.table import MOST, read_columns, unmeasured_lines
 from headwise.questions.profile.files import ProfileFile, SummaryFile
 from headwise.report.atlas import about
 from headwise.report.collect import finite
@@ -119,7 +119,7 @@ def _facts(profile: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, 
 
 
 def _flags(summary: dict[str, Any], profile: dict[str, Any], rotates: bool) -> list[str]:
-    flags = []
+    flags = [f"{line}." for line in unmeasured_lines(summary.get("unmeasured", {}))]
     if rotates and profile["scores"] == "pre_rope":
         flags.append(
             "Logits are those before the rotation, where positions play no part, so previous-token heads "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +131,7 @@ def writing(
     ignore_first: int,
     dtype: torch.dtype,
     metadata: dict[str, str],
+    unmeasured: Mapping[int | str, str],
 ) -> Writing:
     """What writes one part. The copies from the device are begun here and waited for there."""
     values = block.values
@@ -157,7 +158,7 @@ def writing(
         _write_tensors(folders.moments / f"{name}.safetensors", kept, about)
         columns = _keys(rows, first_sample, host.shape, per_token=host.shape[-1] == length)
         columns |= {measure: host[m].reshape(-1).numpy() for m, measure in enumerate(names)}
-        head_table.write_part(folders.heads, name, columns)
+        head_table.write_part(folders.heads, name, columns, unmeasured=unmeasured)
 
     return Writing(host.nbytes + sum(value.nbytes for value in raw.values()), write)
 

@@ -13,6 +13,7 @@ from headwise.attention.modifiers import Modifiers, window_of
 from headwise.attention.observation import Scores
 from headwise.config.run import Config, from_dict, load, to_yaml
 from headwise.errors import HeadwiseError
+from headwise.measures.collector import measure
 from headwise.model.config import ModelConfig
 from headwise.model.count import forward_flops_by_part
 from headwise.model.decoder import Decoder
@@ -62,7 +63,7 @@ def test_null_weight_is_what_the_weights_lack_of_one(kind: str) -> None:
         total = logits.masked_fill(~visible, -torch.inf).exp().sum(-1)
         expected = layer.modifiers.sink.logit.exp()[:, None]
         expected = expected / (expected + total)
-        torch.testing.assert_close(scores.extra["null_weight"], expected)
+        torch.testing.assert_close(measure(scores)["null_weight"], expected)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def test_agrees_with_the_definition_in_float64(tokens: int, way: str) -> None:
     torch.manual_seed(tokens)
     q, k = queries_and_keys(tokens)
     found = errors(head_stats(q, k, **WAYS[way]).columns(), definition(q, k, **WAYS[way]))
-    assert len(found) == 10
+    assert len(found) == 12
     assert found.pop("k_eff") == 0
     assert max(found.values()) <= TOLERANCE, found
 
@@ -281,7 +281,7 @@ def test_no_tensor_grows_with_the_square_of_the_sequence(options: dict) -> None:
     ("change", "message"),
     [
         ({"q": torch.zeros(2, 3, 8, 16)}, "divisible by key heads.*2, 3, 8, 16"),
-        ({"q": torch.zeros(2, 4, 9, 16)}, "agree in B, T and D"),
+        ({"q": torch.zeros(2, 4, 8, 12)}, "agree in B and D"),
         ({"k": torch.zeros(8, 16)}, r"k \(B, K, T, D\)"),
         ({"bias": torch.zeros(1, 1, 8, 9)}, "bias must be"),
         ({"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "bias must be a float"),
@@ -341,3 +341,77 @@ def test_k_eff_of_rows_by_hand() -> None:
     assert weights_stats(weights).k_eff[0, 0, :3].tolist() == [3, 1, 2]
     assert weights_stats(weights).k_eff[0, 0, 3].isnan()
     assert k_eff_by_sorting(weights, 0.9)[0][0, 0, :3].tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("way", ["causal", "softcap", "scales"])
+def test_a_sink_takes_its_share_and_no_part_in_the_rest(way: str) -> None:
+    torch.manual_seed(0)
+    q, k = queries_and_keys(40)
+    key_mask = torch.ones(2, 40, dtype=torch.bool)
+    key_mask[0, :3] = False  # three queries that see nothing but the sink
+    options = WAYS[way] | {"bias": holes(1, 1, 40, 40), "key_mask": key_mask}
+    plain = head_stats(q, k, **options).columns()
+    for sink in (torch.randn(4), torch.randn(2, 4, 40)):
+        found = head_stats(q, k, sink=sink, **options).columns()
+        null = found.pop("null_weight")
+        exact = definition(q, k, sink=sink, **options)["null_weight"]
+        torch.testing.assert_close(null.double(), exact, rtol=TOLERANCE, atol=TOLERANCE)
+        assert (null[..., 0, :, :3] == 1).all()
+        for name, value in plain.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match=r"sink must be \(H,\) or \(B, H, Tq\), got \(5,\)"):
+        head_stats(q, k, sink=torch.zeros(5))
+
+
+LENGTHS = {
+    "after a cache": (5, 40, {}),
+    "one token": (1, 40, {}),
+    "one token, window at its edge": (1, 9, {"window": 9}),
+    "window past a cache": (3, 70, {"window": 8}),
+    "window, ahead too": (6, 30, {"window": 8, "causal": False, "offset": 11}),
+    "in the middle": (7, 90, {"offset": 20}),
+    "before and at the keys": (9, 12, {"offset": -4}),
+    "past the keys": (80, 20, {"offset": 3}),
+    "past the window": (30, 20, {"offset": 5, "window": 4}),
+    "all of another sequence": (70, 13, {"causal": False, "offset": None}),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_and_keys_of_different_lengths(case: str, masked: bool) -> None:
+    torch.manual_seed(0)
+    queries, keys, options = LENGTHS[case]
+    q, k = queries_and_keys(queries)[0], queries_and_keys(keys)[1]
+    if masked:
+        options = options | {"bias": holes(2, 4, queries, keys), "key_mask": torch.rand(2, keys) < 0.8}
+        options |= {"sink": torch.randn(4), "softcap": 4.0}
+    stats = head_stats(q, k, **options).columns()
+    assert ("mean_distance" in stats) == (options.get("offset", 0) is not None)
+    found = errors(stats, definition(q, k, **options))
+    assert found.pop("k_eff") == 0
+    assert max(found.values()) <= TOLERANCE, found
+
+
+def test_the_last_queries_alone_are_measured_as_among_all() -> None:
+    torch.manual_seed(0)
+    q, k = queries_and_keys(50)
+    documents = torch.arange(50).expand(2, 50) // 17
+    whole = head_stats(q, k, documents=documents, window=12).columns()
+    for first, last in ((43, 50), (20, 33)):
+        part = head_stats(q[:, :, first:last], k, documents=documents, window=12, offset=first).columns()
+        for name, value in part.items():
+            torch.testing.assert_close(value, whole[name][..., first:last], msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offset": None}, "take causal=False"),
+        ({"offset": None, "causal": False, "window": 3}, "neither window nor documents"),
+        ({"documents": torch.zeros(2, 9, dtype=torch.int64), "offset": 6}, "4 queries from 6 on"),
+    ],
+)
+def test_what_positions_need_is_said(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        head_stats(torch.zeros(2, 4, 4, 8), torch.zeros(2, 2, 9, 8), **options)

@@ -30,7 +30,7 @@ def errors(interpreted: Callable[[str], list[dict[str, Any]]]) -> dict[str, dict
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_agree_with_the_definition(case: str, errors: dict[str, dict[str, float]]) -> None:
     found = dict(errors[case])
-    assert len(found) == 10
+    assert len(found) == 13
     assert found.pop("k_eff") == 0
     assert max(found.values()) <= TOLERANCE, found
 

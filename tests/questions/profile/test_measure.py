@@ -18,6 +18,7 @@ from scipy import stats
 
 from headwise.config.run import Config
 from headwise.errors import HeadwiseError
+from headwise.measures import table as head_table
 from headwise.measures.moments import Moments, gather, merge, spearman
 from headwise.model.config import ModelConfig
 from headwise.model.decoder import Decoder
@@ -220,9 +221,13 @@ def test_nan_weights_are_measured_and_said_once(hf_model, samples, tmp_path):
 
     model = copy.deepcopy(hf_model("llama").model)
     model.layers[1].self_attn.k_proj.weight.data.fill_(torch.nan)
+    model.head = torch.nn.MultiheadAttention(8, 2)
     broken = Loaded("broken", model, None, lambda ids: model(input_ids=ids, use_cache=False))
     summary = Profile(tmp_path / "out", CONFIG).run(broken, samples)
     assert summary["layers_with_nan"] == [1]
+    assert (
+        summary["unmeasured"] == head_table.unmeasured(tmp_path / "out/heads") == {"head": "it has not run"}
+    )
     got = table(tmp_path / "out")
     assert np.isfinite(got["max_weight"][got["layer"] == 0]).all()
     assert np.isnan(got["max_weight"][got["layer"] == 1]).all()

@@ -45,6 +45,7 @@ def profile(tmp_path) -> Path:
         json.dumps({**about, "context_length": TOKENS, "n_samples": SAMPLES, "aggregate": False})
     )
     summary = {"samples": SAMPLES, "tokens": SAMPLES * TOKENS, "heads": 12, "layers_with_nan": [0, 2]}
+    summary["unmeasured"] = {"head.attention": "it bypasses the interface"}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 
@@ -57,6 +58,7 @@ def test_grids_kinds_and_distributions_are_the_profiles(profile):
     assert grid[1, 2] == pytest.approx(0.9)
     assert np.isnan(grid[2, 3])
     assert data["kinds"]["grid"]["cells"][1][2] == ["sink"]
+    assert data["flags"][0] == "head.attention is not measured: it bypasses the interface."
     assert data["kinds"]["rules"][0][-1] == "L1 H2: sink_weight 0.9"
     assert data["top"][1][:2] == ["0", "0"]
     shares = np.array(data["distributions"]["measures"]["entropy"]["shares"])
