@@ -33,6 +33,9 @@ _HUB = re.compile(r"hf://(?:(datasets)/)?([^/@]+/[^/@]+)(?:@([^/@]+))?(?:/(.*))?
 Counted = Callable[[int], None]
 """Told of bytes that were read or written."""
 
+VOLATILE = "memory"
+"""The protocol of fsspec whose files end with the process."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -53,7 +56,7 @@ class Store:
     def __init__(self, url: str, fs: Any, root: str) -> None:
         self.url, self.fs, self.root = url, fs, root.rstrip("/") or "/"
         self.folder = Path(self.root) if "file" in _protocols(fs) else None
-        self.lasting = "memory" not in _protocols(fs)
+        self.lasting = VOLATILE not in _protocols(fs)
 
     def below(self, name: str) -> Store:
         """The store of a folder inside."""
