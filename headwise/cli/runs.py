@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 def value(run: Run, column: str, root: Path) -> Any:
     """One cell; `run` is the folder below `root`."""
     if column == "run":
-        return str(run.path)[len(str(root)) :].lstrip("/") if run.path != root else root.resolve().name
+        return run.path.relative_to(root).as_posix() if run.path != root else root.resolve().name
     return run.get(column)
 
 

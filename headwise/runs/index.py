@@ -81,7 +81,7 @@ def _listed(root: Path, least: int, settled_s: float, told: Callable[[int, int],
     before = _read(root)
     entries: dict[str, _Entry] = {}
     anew = 0
-    start = len(str(root))
+    start = 0 if root == Path() else len(str(root))  # paths below `.` do not begin with it
     for number, run in enumerate(runs):
         place = str(run.path)
         stamps = _stamps(place)
