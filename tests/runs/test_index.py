@@ -125,7 +125,7 @@ def test_an_index_in_a_copied_folder_does_not_count(root: Path, tmp_path: Path) 
     shutil.copytree(root, tmp_path / "copied", copy_function=shutil.copy2)
     before = index._read(tmp_path / "copied")
     assert len(before) == 5
-    start = len(str(tmp_path / "copied"))
+    start = len(str(tmp_path / "copied")) + 1
     places = [str(run.path) for run in find_runs(tmp_path / "copied")]
     stamps = {place[start:]: index._stamps(place) for place in places}
     assert all(before[place].stamps != now for place, now in stamps.items())
