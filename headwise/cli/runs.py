@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError, did_you_mean
-from headwise.runs.index import listed
+from headwise.runs.index import listed, place_below
 from headwise.runs.read import Run, Unreadable
 
 COLUMNS = {
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 def value(run: Run, column: str, root: Path) -> Any:
     """One cell; `run` is the folder below `root`."""
     if column == "run":
-        return str(run.path)[len(str(root)) :].lstrip("/") if run.path != root else root.resolve().name
+        return place_below(run.path, root) if run.path != root else root.resolve().name
     return run.get(column)
 
 

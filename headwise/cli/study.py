@@ -163,19 +163,22 @@ def _run(study: Study, root: Path, where: Where) -> tuple[bool, list[PlannedRun]
 
     device = where.device(study)
     runs, folder = plan(study, root, device=device), root / study.name
-    executor = where.executor(study, len(runs), folder)
+    executor = where.executor(study, len(runs) + still_to_come(study, root), folder)
     display = StudyDisplay(len(runs))
     rows: dict[Path, Any] = {}
+    before: list[PlannedRun] = []
     write_plan(study, runs, root, device)
     try:
         while True:
             display.total = len(runs) + still_to_come(study, root)
-            complete = run_all(runs, executor, show=display, on_end=lambda: _write_table(folder, rows))
+            complete = run_all(
+                runs, executor, show=display, on_end=lambda: _write_table(folder, rows), before=before
+            )
             more = plan(study, root, runs, device) if complete else runs
             write_plan(study, more, root, device)
             if len(more) == len(runs):
                 return complete, runs
-            runs = more
+            before, runs = runs, more
     finally:
         display.close()
 

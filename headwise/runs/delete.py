@@ -89,14 +89,20 @@ def delete(run: Doomed) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete what a run left that never took a whole step.
+    """Delete what a run left that never took a whole step, except status.json, which numbers its worker.
 
     Raises:
         HeadwiseError: there are weights in it, and no verified copy holds them.
     """
     if weights_in(folder):
         held_elsewhere(folder)
-    remove_folder(folder)
+    config = RunFolder(folder).config  # last: without it, other files would be no run
+    inside = folder.iterdir() if folder.is_dir() else ()
+    for path in sorted(inside, key=lambda path: path == config):
+        if path.is_dir() and not path.is_symlink():
+            remove_folder(path)
+        elif path.name != "status.json":
+            path.unlink(missing_ok=True)
 
 
 def held_elsewhere(folder: Path, doomed: Sequence[Path] = (), *, progress: Progress = SILENT) -> str:

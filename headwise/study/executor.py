@@ -117,6 +117,7 @@ def run_all(
     *,
     show: Callable[[Sequence[PlannedRun]], None],
     on_end: Callable[[], None] = lambda: None,
+    before: Sequence[PlannedRun] = (),
 ) -> bool:
     """Run what has not ended yet; a run that fails does not stop the others.
 
@@ -124,11 +125,13 @@ def run_all(
         executor: where they run; it is stopped at the end.
         show: called a few times a second with all runs, to draw progress from their folders.
         on_end: called after runs have ended, rarely (`TABLE_S`), and at the end.
+        before: those of `runs` that had their turn in this command: what failed there is not run again.
 
     Returns:
         False when stopped by Ctrl-C before all had their turn.
     """
-    waiting = [run for run in runs if not _settled(run)]
+    turned = set(map(id, before))
+    waiting = [run for run in runs if id(run) not in turned and not _settled(run)]
     active = 0
     tries: Counter[str | None] = Counter()
     due, untold = time.monotonic() + TABLE_S, False
@@ -204,13 +207,17 @@ def _taken(run: PlannedRun) -> PlannedRun:
 
 
 def _record(ending: Ending) -> None:
-    """Write how a run ended unless its worker did."""
+    """Write how a run ended unless its worker did.
+
+    A trial that could not be worked on has not failed: a failure is its result, and would decide a search.
+    """
     folder = ending.run.folder
     status = folder.read_status()
     if status.get("pid") is not None and status["state"] in (*RESULTS, "failed", "interrupted"):
         return
+    trial = ending.run.trial and ending.state == "failed"
     with suppress(Outdated):
-        folder.write_status(ending.state, reason=ending.reason)
+        folder.write_status("interrupted" if trial else ending.state, reason=ending.reason)
 
 
 def executor_named(

@@ -100,7 +100,7 @@ class Ray:
         """Queue a task."""
         needs: dict[str, Any] = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus}
         if need := memory_need(run):
-            largest = max(node.get("memory", 0) for node in self._nodes())
+            largest = max((node.get("memory", 0) for node in self._nodes()), default=0)
             needs["memory"] = int(min(need, largest))
         task = self._remote.options(max_retries=0, name=str(run.folder.path), **needs)
         reference = task.remote(parcel(run), self._home, self.resources.threads, self.resources.gpus)
@@ -112,7 +112,7 @@ class Ray:
         if self._tasks:
             ray.wait(list(self._tasks), timeout=wait_s)
             ready, _ = ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
-            found += [ending for task in ready if (ending := self._ending(task))]
+            found += [self._ending(task) for task in ready]
         return found
 
     def stop(self) -> None:
@@ -126,9 +126,10 @@ class Ray:
         finally:
             for task in tasks:
                 ray.cancel(task, force=True)
-        self._ended += [ending for task in tasks if (ending := self._ending(task))]
+        ended = [self._ending(task) for task in tasks]
+        self._ended += [one for one in ended if one.run.folder.read_status().get("pid") is not None]
 
-    def _ending(self, task: Any) -> Ending | None:
+    def _ending(self, task: Any) -> Ending:
         run = self._tasks.pop(task)
         try:
             state, reason, _ = ray.get(task, timeout=1)
@@ -141,8 +142,7 @@ class Ray:
         except exceptions.OutOfMemoryError:
             return Ending(run, "interrupted", "its node ran out of memory; the same command continues it")
         except (exceptions.TaskCancelledError, exceptions.GetTimeoutError):
-            began = run.folder.read_status().get("pid") is not None
-            return Ending(run, "interrupted", "stopped; the same command continues it") if began else None
+            return Ending(run, "interrupted", "stopped; the same command continues it")
         except Exception as error:  # of the task, such as a package that the node lacks
             lines = [line for line in str(error).splitlines() if line.strip()]
             return Ending(run, "failed", f"{type(error).__name__}: {lines[-1][:300] if lines else ''}")

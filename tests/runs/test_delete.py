@@ -11,6 +11,7 @@ from headwise.cli.main import main
 from headwise.errors import HeadwiseError
 from headwise.runs import checkpoint
 from headwise.runs.delete import discard, may_delete, weights_in
+from headwise.runs.folder import Outdated, RunFolder
 from headwise.runs.store import pull, push
 from tests.fixtures.runs import run_folder, train_on
 
@@ -104,8 +105,11 @@ def test_what_never_took_a_step_is_discarded_and_weights_are_not(run: Path) -> N
         discard(run)
     assert weights_in(run) == ["checkpoints/step_00000010/model.safetensors"]
     shutil.rmtree(run / "checkpoints")
+    first, _ = RunFolder(run).take(), RunFolder(run).take()
     discard(run)
-    assert not run.exists()
+    assert [path.name for path in run.iterdir()] == ["status.json"]
+    with pytest.raises(Outdated):
+        RunFolder(run, first).write_status("running")
 
 
 def test_pruning_keeps_the_last_by_number_and_everything_where_the_best_is_unknown(tmp_path: Path) -> None:

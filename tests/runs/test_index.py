@@ -125,7 +125,7 @@ def test_an_index_in_a_copied_folder_does_not_count(root: Path, tmp_path: Path) 
     shutil.copytree(root, tmp_path / "copied", copy_function=shutil.copy2)
     before = index._read(tmp_path / "copied")
     assert len(before) == 5
-    start = len(str(tmp_path / "copied"))
+    start = len(str(tmp_path / "copied")) + 1
     places = [str(run.path) for run in find_runs(tmp_path / "copied")]
     stamps = {place[start:]: index._stamps(place) for place in places}
     assert all(before[place].stamps != now for place, now in stamps.items())
@@ -144,3 +144,18 @@ def test_no_index_where_there_are_few_runs_or_it_cannot_be_written(root: Path, t
     (root / INDEX).mkdir()
     (root / INDEX / "x").write_text("")
     assert len(listed(root, least=1, settled_s=0)) == 5
+
+
+def test_the_current_folder_has_runs_under_their_own_names(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    (root / "a").rename(root / "xs")
+    (root / "skipped").rename(root / "ys")  # alike but for their first letter
+    assert main(["runs", ".", "--json"]) == 0
+    assert [run["run"] for run in json.loads(capsys.readouterr().out)] == [
+        *(f"xs/seed_{seed}" for seed in range(4)),
+        "ys",
+    ]  # fmt: skip
+    listed(".", least=1, settled_s=0)
+    assert all("problem" in vars(run) and "config" not in vars(run) for run in listed("."))

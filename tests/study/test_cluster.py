@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import select
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,36 @@ from headwise.study.work import work
 ray = pytest.importorskip("ray")
 pytest.importorskip("submitit")
 
-STEPS = 300
 ONE = Resources(threads=1)
+
+GATE = """
+import os
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from headwise.attention.flash import FlashAttention
+from headwise.attention.kinds import register
+
+steps = 0
+
+@register("gated")
+class Gated(FlashAttention):
+    pass
+
+def stand_still(*_):
+    global steps
+    steps += 1
+    if steps == 3 and os.path.exists(os.environ["GATE"]):
+        open(os.environ["GATE"]).close()
+
+register_optimizer_step_pre_hook(stand_still)
+"""
+"""What the cluster's workers load: in their third step they wait at the gate of their node."""
 
 
 def planned(root: Path) -> list[PlannedRun]:
     base = {
         "model": {"d_model": 16, "n_layers": 1, "n_heads": 2},
         "data": {"name": "copy", "seq_len": 8, "batch_size": 2, "vocab_size": 8, "eval_sequences": 2},
-        "training": {"max_steps": STEPS, "warmup_steps": 1, "eval_every": 0, "checkpoint_every": 0},
+        "training": {"max_steps": 6, "warmup_steps": 1, "eval_every": 0, "checkpoint_every": 2},
         "measure": {"heads": False, "maps": 0},
     }
     study = Study("demo", base=base, variants={"flash": Variant()}, seeds=[0, 1], device="cpu")
@@ -54,42 +78,85 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[str, str, 
     return [losses(run.folder) for run in runs]
 
 
+@dataclasses.dataclass
+class Nodes:
+    """A cluster of two nodes with a processor and a gate each."""
+
+    cluster: Any
+    second: Any
+    gates: tuple[Path, Path]
+
+    def open_gate(self, number: int) -> None:
+        """Let go who waits at the gate of a node, and who comes later."""
+        with suppress(FileNotFoundError):
+            gate = os.open(self.gates[number], os.O_RDWR)
+            self.gates[number].unlink()
+            os.close(gate)
+
+
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes with a processor each."""
+def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Nodes]:
+    """As small as Ray makes them."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    (tmp_path / "gate.py").write_text(GATE)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}")
+    gates = tmp_path / "first", tmp_path / "second"
     before = signal.getsignal(signal.SIGTERM)  # a node in this process takes it
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster()
+    added: list[Any] = []
     try:
+        for gate in gates:
+            os.mkfifo(gate)
+            monkeypatch.setenv("GATE", str(gate))  # a node's processes have its environment
+            added.append(
+                cluster.add_node(
+                    num_cpus=1,
+                    include_dashboard=False,
+                    include_log_monitor=False,
+                    object_store_memory=80 << 20,
+                )
+            )
+        made = Nodes(cluster, added[1], gates)
         yield made
+        made.open_gate(0)
+        made.open_gate(1)
     finally:
         ray.shutdown()
-        made.shutdown()
+        cluster.shutdown()
         signal.signal(signal.SIGTERM, before)
 
 
 def test_a_run_whose_node_is_lost_goes_on_elsewhere_with_the_same_numbers(
-    cluster: Any, here: list[list[tuple[str, str, str]]], tmp_path: Path
+    nodes: Nodes, here: list[list[tuple[str, str, str]]], tmp_path: Path
 ) -> None:
-    second = cluster.add_node(num_cpus=1)
+    address = nodes.cluster.address
     with pytest.raises(HeadwiseError, match="no node of the Ray cluster has the 5 CPUs"):
-        executor_named("ray", Resources(threads=5), tmp_path, address=cluster.address)
-    runs, lost = planned(tmp_path), []
+        executor_named("ray", Resources(threads=5), tmp_path, address=address)
+    runs = [
+        dataclasses.replace(run, config=dataclasses.replace(run.config, plugins=["gate"]))
+        for run in planned(tmp_path)
+    ]
+    workers: list[int] = []
 
     def lose_a_node(_: Sequence[PlannedRun]) -> None:
-        if not lost and all(run.folder.metrics.exists() for run in runs):
-            cluster.remove_node(second, allow_graceful=False)
-            lost.append(second)
+        if not workers and all(list(run.folder.checkpoints.glob("step_*")) for run in runs):
+            workers.extend(run.folder.read_status()["pid"] for run in runs)
+            nodes.cluster.remove_node(nodes.second, allow_graceful=False)
+            nodes.open_gate(0)
 
-    assert run_all(runs, executor_named("ray", ONE, tmp_path, address=cluster.address), show=lose_a_node)
-    assert lost
+    assert run_all(runs, executor_named("ray", ONE, tmp_path, address=address), show=lose_a_node)
     assert [state(run) for run in runs] == ["finished", "finished"]
     assert sorted(run.folder.read_status()["attempt"] for run in runs) == [1, 2]
     assert [losses(run.folder) for run in runs] == here
-    resumed = [len(re.findall("resumed at step", run.folder.log.read_text())) for run in runs]
-    assert sorted(resumed) == [0, 1]
+    resumed = [re.findall(r"resumed at step \d+", run.folder.log.read_text()) for run in runs]
+    assert sorted(resumed) == [[], ["resumed at step 2"]]
+    nodes.open_gate(1)  # whoever lived on there goes on, and writes nothing
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(worker)], [], [], 60)
+    assert [losses(run.folder) for run in runs] == here
+    assert [state(run) for run in runs] == ["finished", "finished"]
 
 
 def test_a_job_of_submitit_has_the_same_numbers(

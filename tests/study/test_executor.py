@@ -96,6 +96,31 @@ def test_every_run_ends_in_one_state_and_a_lost_one_starts_again(
         assert run.folder.read_status()["attempt"] == attempts
 
 
+def test_what_failed_in_an_earlier_round_of_a_command_is_not_run_again_in_the_next(tmp_path: Path) -> None:
+    runs = planned(tmp_path, 2)
+    executor = Unsteady({"seed_0": ["failed", "finished"], "seed_1": ["finished"]}, 2)
+    assert run_all(runs[:1], executor, show=lambda _: None)
+    assert run_all(runs, executor, show=lambda _: None, before=runs[:1])
+    assert [state(run) for run in runs] == ["failed", "finished"]
+    assert run_all(runs, executor, show=lambda _: None)
+    assert state(runs[0]) == "finished", "another command runs it again"
+
+
+def test_a_trial_that_no_worker_got_to_is_still_to_come(tmp_path: Path) -> None:
+    """A node without the package says nothing about a setting."""
+    run, trial = planned(tmp_path, 2)
+    runs = [run, dataclasses.replace(trial, trial=True)]
+
+    class Broken(Unsteady):
+        def poll(self, wait_s: float) -> list[Ending]:
+            return [dataclasses.replace(end, state="failed") for end in super().poll(wait_s)]
+
+    executor = Broken({"seed_0": ["silent"], "seed_1": ["silent"]}, 2)
+    assert run_all(runs, executor, show=lambda _: None)
+    assert [state(run) for run in runs] == ["failed", "interrupted"]
+    assert "silent" in str(trial.folder.read_status()["reason"])
+
+
 class Taker(Silent):
     """Gives the run to another worker after its first step."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.config.run import Config, from_dict
@@ -36,6 +36,7 @@ def config(**more: object) -> Config:
     return from_dict(TINY | more)  # type: ignore[operator]
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 200), st.integers(1, 6))
 def test_half_the_batch_keeps_the_tokens_of_a_step(size: int, passes: int) -> None:
     tokens = size * 32 * passes

@@ -18,7 +18,7 @@ FILE = {
         "training": {"eval_every": 0, "checkpoint_every": 0, "warmup_steps": 0},
         "measure": {"heads": False, "maps": 0},
     },
-    "axes": {"data.seq_len": [16, 256, 4096]},
+    "axes": {"data.seq_len": [16, 256, 1024]},
     "seeds": [0],
     "budget": {"kind": "steps", "value": 2},
     "memory_limit": "1.5MB",
@@ -40,7 +40,7 @@ def test_a_sweep_has_a_row_for_what_fits_what_shrinks_and_what_does_not(
     assert main(command) == 0
     folder = tmp_path / "runs" / "tiny"
     rows = table(folder / "sweep_results.csv")
-    short, middle, long = (rows[f"run@seq_len={length}"] for length in (16, 256, 4096))
+    short, middle, long = (rows[f"run@seq_len={length}"] for length in (16, 256, 1024))
     assert (short["status"], short["batch_size"], short["wanted_batch_size"]) == ("finished", "4", "")
     assert (middle["status"], middle["wanted_batch_size"]) == ("finished", "4")
     assert int(middle["batch_size"]) < 4
