@@ -150,8 +150,7 @@ def plan_blocks(
 
 def _refuse_nested(taken: dict[str, int], notebook: Path) -> None:
     """Refuse a run whose folder holds the notebook or another run: what is put aside is a folder."""
-    around = {os.path.realpath(notebook): 0} | taken
-    for inner, line in around.items():
+    for inner, line in [(os.path.realpath(notebook), 0), *taken.items()]:
         for outer in map(str, Path(inner).parents if line else (Path(inner), *Path(inner).parents)):
             if outer in taken:
                 what = f"that of line {line}" if line else "the notebook"
