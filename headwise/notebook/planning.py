@@ -291,7 +291,9 @@ def _number(flag: str) -> tuple[str, float] | None:
     """Key and value of `--key=number`; None where it is anything else."""
     key, _, text = flag.removeprefix("--").partition("=")
     value = parse_yaml(text) if text and len(text) <= LONGEST_NUMBER and ":" not in text else None
-    return (key, value) if type(value) in (int, float) and "." in key else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or "." not in key:
+        return None
+    return key, value
 
 
 def _seed(text: str) -> int:
