@@ -82,7 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from headwise.errors import in_range, one_of
     from headwise.notebook.execute import EXECUTORS
     from headwise.notebook.planning import Options
-    from headwise.notebook.running import How, run_notebook
+    from headwise.notebook.running import How
+    from headwise.notebook.watching import run_notebook
     from headwise.study.display import StudyDisplay
 
     in_range("--workers", arguments.workers, 1, 2**10)

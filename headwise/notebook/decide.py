@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from headwise.analysis.claims import Claim, Decision, NoiseFloor, Value, decide, noise_floor
 from headwise.analysis.conclusion import signed
-from headwise.notebook.document import Compare, Document
+from headwise.notebook.document import Compare, Document, Fence
 from headwise.notebook.edit import Board
 from headwise.notebook.memory import Memory, now
+from headwise.notebook.naming import commands_sum
 from headwise.notebook.results import Group, escaped, groups_of, label, value_of
 from headwise.runs.folder import RESULTS
 
@@ -41,11 +43,11 @@ def first_seen(document: Document, memory: Memory, ended: Collection[str]) -> No
         memory.compares.setdefault(compare.text, {"seen": now(), "exploratory": late, "looks": []})
 
 
-def decided(document: Document, memory: Memory, blocks: Collection[str]) -> list[Decided]:
+def decided(document: Document, memory: Memory, blocks: Mapping[str, Fence]) -> list[Decided]:
     """Every comparison, decided with the others of its section.
 
     Args:
-        blocks: names of the notebook's blocks.
+        blocks: the notebook's blocks by name.
     """
     groups = groups_by_name(memory, blocks)
     values = {
@@ -59,17 +61,18 @@ def decided(document: Document, memory: Memory, blocks: Collection[str]) -> list
         mine = [compare for compare in document.compares if compare.section == section]
         claims = [claim_of(compare, memory) for compare in mine]
         for compare, claim, decision in zip(mine, claims, decide(claims, values), strict=True):
-            waits = _waits(compare, groups)
+            waits = _waits(compare, groups, memory, blocks)
             looks = len(memory.compares.get(compare.text, {"looks": []})["looks"])
             found[compare] = Decided(compare, None if waits else decision, claim.exploratory, looks, waits)
     return [found[compare] for compare in document.compares]
 
 
-def groups_by_name(memory: Memory, blocks: Collection[str]) -> dict[str, Group]:
-    """The groups of a notebook's blocks."""
+def groups_by_name(memory: Memory, blocks: Mapping[str, Fence]) -> dict[str, Group]:
+    """The groups of a notebook's blocks, of those whose commands are the ones that were run."""
     found = {}
-    for name in blocks:
-        if past := memory.blocks.get(name):
+    for name, fence in blocks.items():
+        past = memory.blocks.get(name)
+        if past and past["commands"] == commands_sum(fence):
             found.update({group.name: group for group in groups_of(past, memory.path.parent)})
     return found
 
@@ -92,20 +95,30 @@ def values_of(group: Group, measure: str) -> list[Value]:
     return found
 
 
-def floors(document: Document, memory: Memory, blocks: Collection[str]) -> list[tuple[str, str, NoiseFloor]]:
-    """The noise floor of every group that others are compared with: its name, the measure, the floor."""
+def floors(
+    document: Document, memory: Memory, blocks: Mapping[str, Fence]
+) -> list[tuple[str, str, NoiseFloor]]:
+    """The noise floor of every group that others are compared with: its name, the measure, the floor.
+
+    What can be seen over it is corrected for the comparisons of the section, of the largest one of several.
+    """
     groups = groups_by_name(memory, blocks)
-    pairs = dict.fromkeys((compare.b, compare.measure) for compare in document.compares)
+    sizes = Counter(compare.section for compare in document.compares)
+    pairs: dict[tuple[str, str], int] = {}
+    for compare in document.compares:
+        key = (compare.b, compare.measure)
+        pairs[key] = max(pairs.get(key, 1), sizes[compare.section])
     return [
-        (name, measure, noise_floor(values_of(groups[name], measure), name))
-        for name, measure in pairs
+        (name, measure, noise_floor(values_of(groups[name], measure), name, comparisons=size))
+        for (name, measure), size in pairs.items()
         if name in groups
     ]
 
 
-def write(document: Document, memory: Memory, board: Board, say: Callable[[str], None]) -> None:
+def write(
+    document: Document, memory: Memory, blocks: Mapping[str, Fence], board: Board, say: Callable[[str], None]
+) -> None:
     """Write the decisions of comparisons whose runs have ended, and remember that they could be looked at."""
-    blocks = dict.fromkeys(board.commands)
     floor = {(name, measure): found for name, measure, found in floors(document, memory, blocks)}
     for one in decided(document, memory, blocks):
         if one.decision is None:
@@ -158,11 +171,19 @@ def facts(one: Decided, floor: NoiseFloor | None, looks: int) -> list[str]:
     return found
 
 
-def _waits(compare: Compare, groups: dict[str, Group]) -> str:
+def _waits(compare: Compare, groups: dict[str, Group], memory: Memory, blocks: Mapping[str, Fence]) -> str:
+    codes = {}
     for name in (compare.a, compare.b):
-        if name not in groups:
+        block = name if name in blocks else name.partition("/")[0]
+        past = memory.blocks.get(block)
+        if past and block in blocks and past["commands"] != commands_sum(blocks[block]):
+            return f"waits for {name}: its commands changed since it was run"
+        if name not in groups or past is None:
             return f"{name} has not run yet"
+        codes[name] = past["code"]
         ended = sum(run.state in (*RESULTS, "failed", "skipped") for run in groups[name].runs)
         if ended < len(groups[name].runs):
             return f"waits for {name}: {ended} of {len(groups[name].runs)} runs have ended"
+    if len(set(codes.values())) > 1:
+        return f"{compare.a} and {compare.b} ran at different revisions of the code; run both blocks"
     return ""

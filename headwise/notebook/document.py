@@ -19,13 +19,14 @@ from headwise.notebook.commands import Command, read_commands
 from headwise.runs.folder import STATES
 
 LIMIT = 64 << 20
+LONGEST_CLAIM = 1000
 DIRECTIONS = ("lower", "higher", "equal")
 MARK = re.compile(r" {0,3}<!-- headwise:result (.+?)(?: ([0-9a-f]{8,64}))? -->[ \t]*")
 MARK_END = re.compile(r" {0,3}<!-- /headwise:result -->[ \t]*")
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 _FENCE = re.compile(r"( {0,3})(`{3,}|~{3,})(.*)", re.DOTALL)
-_HIDDEN = re.compile(r"[ \t]*(?:>[ \t]?)*(?:[*+-]|\d{1,9}[.)])?[ \t>]*(?:`{3,}|~{3,})[ \t]*headwise(?![\w-])")
+_HIDDEN = re.compile(r"[ \t>]*(?:(?:[*+-]|\d{1,9}[.)])[ \t>]+){0,4}(?:`{3,}|~{3,})[ \t]*headwise(?![\w-])")
 _INFO = re.compile(r"headwise(?::([^\s/]*)(?:/(\S*))?)?(?:[ \t]+(.*\S))?[ \t]*", re.DOTALL)
 _RAW = re.compile(r" {0,3}<(pre|script|style|textarea)(?:[\s>]|$)", re.IGNORECASE)
 _HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
@@ -126,6 +127,19 @@ class Document:
     def newline(self) -> str:
         """The ending of its first line."""
         return next((line[len(line.rstrip("\r\n")) :] for line in self.lines if line[-1] in "\r\n"), "\n")
+
+    @property
+    def own(self) -> str:
+        """What its user wrote: all but states and marked blocks."""
+        gone = {n for mark in self.marks for n in range(mark.first, mark.last + 1)}
+        words = {fence.first: fence.word for fence in self.fences}
+        kept = []
+        for n, line in enumerate(self.lines):
+            if n in words:
+                start, end = words[n]
+                line = line[:start] + line[end:]
+            kept += [] if n in gone else [line]
+        return "".join(kept).rstrip("\r\n")
 
     def mark_of(self, name: str) -> Mark | None:
         """The marked block of a name; None where there is none."""
@@ -282,7 +296,8 @@ def _paragraph_end(found: Document, at: int) -> int:
 
 
 def _claim(at: int, text: str, section: str) -> Compare:
-    match = _CLAIM.fullmatch(" ".join(text.replace("`", "").strip("*_ ").split()))
+    text = " ".join(text.replace("`", "").strip("*_ ").split())
+    match = _CLAIM.fullmatch(text) if len(text) <= LONGEST_CLAIM else None
     if match is None:
         raise HeadwiseError(
             f"line {at + 1}: {text[:120]!r} is not `A vs B, MEASURE, lower|higher|equal[, at least X]`, such "

@@ -36,7 +36,6 @@ class Board:
     commands: dict[str, tuple[Command, ...]]
     say: Callable[[str], None]
     replace_edited: bool = False
-    written: bytes = b""
     _states: dict[str, tuple[str, str]] = field(default_factory=dict)
     _marks: dict[str, str] = field(default_factory=dict)
     _next: float = 0.0
@@ -88,8 +87,7 @@ class Board:
             if count == 0 and first and lines[first - 1][-1:] not in ("\n", "\r"):
                 lines[first - 1] += document.newline
             lines[first : first + count] = [new]
-        self.written = "".join(lines).encode()
-        return self.written
+        return "".join(lines).encode()
 
     def _place(self, document: Document, blocks: dict[str, Fence], name: str) -> int | None:
         """The index of the line under which the marked block of `name` goes; None where it has no place."""

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headwise.attention import attention_kind
 from headwise.config.run import Config, flatten, load, to_dict
 from headwise.errors import HeadwiseError
+from headwise.files import writing
 from headwise.notebook.commands import Command
 from headwise.runs.environment import git_state
 from headwise.runs.folder import RunFolder, state_of
@@ -72,10 +76,22 @@ class Identities:
             data.append(platform.python_version())
         start = config.init_from and (self._earlier(config.init_from) or self._named(config.init_from))
         facts = fingerprint([data, start])
-        configuration = fingerprint(values)
+        source = self._source(attention_kind(config.model.attention.kind))
+        configuration = fingerprint([values, source] if source else values)
         found = fingerprint([configuration, self.code, facts])
         self.outs[os.path.abspath(str(config.out))] = found
         return found, configuration, facts
+
+    def _source(self, kind: type) -> str | None:
+        """The source of a kind that a plug-in brings: the code's revision does not know it."""
+        package = kind.__module__.partition(".")[0]
+        if package == __name__.partition(".")[0]:
+            return None
+        if package not in self._files:
+            main = Path(inspect.getfile(sys.modules.get(package, kind)))
+            files = sorted(main.parent.rglob("*.py")) if main.name == "__init__.py" else [main]
+            self._files[package] = fingerprint([_file(file) for file in files[:MOST_FILES]])
+        return self._files[package]
 
     def verb(self, command: Command) -> tuple[str, str]:
         """Identity and data of another verb: known by its words and by what they name."""
@@ -141,7 +157,7 @@ def _file(path: Path) -> Any:
 
 
 def make_room(folder: RunFolder, wanted: str, known: str | None, config: Config, code: str) -> Path | None:
-    """Put a run of another identity aside, and bring one of the wanted identity back.
+    """Put a run of another identity aside.
 
     Args:
         known: the identity of the run in the folder, where it is remembered.
@@ -151,19 +167,32 @@ def make_room(folder: RunFolder, wanted: str, known: str | None, config: Config,
         where the other run lies now; None where none was in the way.
 
     Raises:
-        HeadwiseError: it is running.
+        HeadwiseError: it is running, or is no run's folder.
     """
     path, aside = folder.path, None
+    if os.path.lexists(path) and known != wanted and not folder.holds_run():
+        folder.refuse_taken()  # nothing but a run is ever moved
     if path.exists() and known != wanted and not (known is None and _is_same(folder, config, code)):
         if state_of(folder.read_status()) == "running":
             raise HeadwiseError(f"{path} is running with another configuration, code or data; stop it first")
         aside = _free(path.parent / "old" / (known or "unknown") / path.name)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(aside)
+        with writing(aside):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(aside)
+    return aside
+
+
+def bring_back(folder: RunFolder, wanted: str) -> None:
+    """Bring back the run of the wanted identity that was put aside, once nothing remembers another one there.
+
+    Raises:
+        HeadwiseError: it cannot be moved.
+    """
+    path = folder.path
     before = path.parent / "old" / wanted / path.name
     if not path.exists() and before.is_dir():
-        before.rename(path)
-    return aside
+        with writing(path):
+            before.rename(path)
 
 
 def _is_same(folder: RunFolder, config: Config, code: str) -> bool:

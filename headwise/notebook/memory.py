@@ -20,11 +20,15 @@ from headwise.runs.folder import known_format
 FORMAT = 1
 
 
+Identity = Annotated[str, Meta(pattern="^[0-9a-f]{8}$")]
+"""Part of a folder's name, where a run is put aside."""
+
+
 class PastRun(TypedDict):
     """A run of a block: its folder, relative to the notebook, its identity, group and seed."""
 
     path: str
-    id: str
+    id: Identity
     group: str
     seed: Annotated[int, Meta(ge=0)]
 
@@ -32,7 +36,7 @@ class PastRun(TypedDict):
 class PastBlock(TypedDict):
     """A block as it was last planned: checksums, and the folders of its runs, verbs and study."""
 
-    id: str
+    id: Identity
     code: str
     data: str
     commands: str

@@ -16,7 +16,7 @@ from headwise.files import write_text
 from headwise.names import place_inside
 from headwise.notebook.decide import facts, floors
 from headwise.notebook.document import Document
-from headwise.notebook.results import label, links, measures_of, picture_of, table, troubles
+from headwise.notebook.results import label, links, measures_of, picture_of, table, troubles, url
 from headwise.notebook.status import BlockStatus, NotebookStatus
 from headwise.notebook.verbs import result_of, state_of_verb, tail
 from headwise.report.html import templates
@@ -46,7 +46,7 @@ def render(status: NotebookStatus) -> str:
     """The page as text."""
     document, memory = status.document, status.memory
     names = [block.name for block in status.blocks]
-    found = floors(document, memory, names)
+    found = floors(document, memory, {block.name: block.fence for block in status.blocks})
     floor = {(name, measure): one for name, measure, one in found}
     md = prose_of(status.path.parent)
     environment: dict[str, Any] = {}
@@ -131,7 +131,7 @@ def _block(
         "troubles": troubles(block.groups),
         "verbs": verbs,
         "picture": _embedded(picture) if picture else None,
-        "links": [(name, path) for name, path in links(past, folder) if SAFE.fullmatch(path)] if past else [],
+        "links": [(name, url(path)) for name, path in links(past, folder)] if past else [],
         "written": md.render(mark.text, environment) if mark and past is None else "",
     }
 

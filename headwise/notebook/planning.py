@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +17,10 @@ from headwise.notebook.commands import STUDIES, Command
 from headwise.notebook.document import Compare, Document, Fence
 from headwise.notebook.identity import Identities, fingerprint
 from headwise.notebook.naming import commands_sum
+from headwise.reading import parse_yaml
+from headwise.study.configure import with_numbers
 from headwise.study.fit import NO_FIT
-from headwise.study.plan import PlannedRun, planned_runs
+from headwise.study.plan import PlannedRun, planned_runs, waiting
 from headwise.study.study import Study
 from headwise.training.distributed import find_device
 from headwise.training.run import refuse_device
@@ -29,6 +33,7 @@ HOW = ("workers", "device", "size", "command")
 
 WITHOUT = ("--seed", "--out", "--device")
 LONGEST_LABEL = 60
+LONGEST_NUMBER = 40
 
 
 @dataclass(frozen=True)
@@ -130,14 +135,33 @@ def plan_blocks(
     for name, fence in blocks.items():
         block = _plan(name, fence, options, identities, read)
         for item in block.items:
-            out = str(item.run.config.out)
+            out = os.path.realpath(str(item.run.config.out))
             if (line := taken.get(out)) is not None:
                 raise HeadwiseError(
-                    f"lines {line} and {item.line} run in one folder, {out}; give each its --out"
+                    f"lines {line} and {item.line} run in one folder, {item.run.config.out}; give each its "
+                    "--out"
                 )
             taken[out] = item.line
         found.append(block)
-    refuse_unknown(document.compares, {item.group for block in found for item in block.items}, blocks)
+    _refuse_nested(taken, options.folder)
+    refuse_unknown(document.compares, {group for block in found for group in _groups(block)}, blocks)
+    return found
+
+
+def _refuse_nested(taken: dict[str, int], notebook: Path) -> None:
+    """Refuse a run whose folder holds the notebook or another run: what is put aside is a folder."""
+    for inner, line in [(os.path.realpath(notebook), 0), *taken.items()]:
+        for outer in map(str, Path(inner).parents if line else (Path(inner), *Path(inner).parents)):
+            if outer in taken:
+                what = f"that of line {line}" if line else "the notebook"
+                raise HeadwiseError(f"line {taken[outer]}: --out {outer} holds {what}; give it another")
+
+
+def _groups(block: Block) -> set[str]:
+    """The groups that a block has, or may have once what they wait for has ended."""
+    found = {item.group for item in block.items}
+    for study, root in block.studies:
+        found |= {f"{block.name}/{name}" for name in waiting(study, root)}
     return found
 
 
@@ -236,9 +260,7 @@ def _configured(command: Command, options: Options, read: dict[tuple[str, ...], 
     try:
         words = tuple(options.load_plugins(list(command.without(*WITHOUT))))
         seed = command.value("--seed")
-        if words not in read:
-            read[words] = from_flags(words)
-        config = read[words]
+        config = _parsed(words, read)
         if seed is not None:
             config = dataclasses.replace(config, seed=_seed(seed))
         config.validate()
@@ -247,6 +269,31 @@ def _configured(command: Command, options: Options, read: dict[tuple[str, ...], 
         )
     except HeadwiseError as error:
         raise command.wrong(error) from None
+
+
+def _parsed(words: tuple[str, ...], read: dict[tuple[str, ...], Config]) -> Config:
+    """The configuration of flags; one that differs from an earlier one in its last numbers is not parsed."""
+    if words not in read:
+        flags = _pairs(words)
+        numbers: dict[str, float] = {}
+        while flags and (number := _number(flags[-1])) and number[0] not in numbers:
+            numbers |= [number]
+            flags.pop()
+        like = (*flags, "…", *sorted(numbers))
+        found = with_numbers(read[like], numbers) if numbers and like in read else None
+        read[words] = found or from_flags(words)
+        read.setdefault(like, read[words])
+    return read[words]
+
+
+@functools.lru_cache(maxsize=4096)
+def _number(flag: str) -> tuple[str, float] | None:
+    """Key and value of `--key=number`; None where it is anything else."""
+    key, _, text = flag.removeprefix("--").partition("=")
+    value = parse_yaml(text) if text and len(text) <= LONGEST_NUMBER and ":" not in text else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or "." not in key:
+        return None
+    return key, value
 
 
 def _seed(text: str) -> int:
@@ -270,9 +317,14 @@ def _labels(commands: list[Command]) -> dict[int, str]:
 
 
 def _flags(command: Command) -> list[str]:
-    """The arguments without seed and folder, a flag with its value as one."""
+    """The arguments without seed and folder, a flag with its value as one: the last of each, sorted."""
+    return sorted({flag.partition("=")[0]: flag for flag in _pairs(command.without(*WITHOUT))}.values())
+
+
+def _pairs(words: Sequence[str]) -> list[str]:
+    """Arguments, a flag with its value as one."""
     found: list[str] = []
-    for word in command.without(*WITHOUT):
+    for word in words:
         if found and not word.startswith("--") and "=" not in found[-1]:
             found[-1] += f"={word}"
         else:
@@ -282,7 +334,7 @@ def _flags(command: Command) -> list[str]:
 
 def _out(command: Command, config: Config, name: str, label: str, options: Options) -> str:
     if given := command.value("--out"):
-        return str(options.folder / given)
+        return os.path.normpath(options.folder / given)
     folder = options.runs / name
     if label:
         short = cleaned(label)[:LONGEST_LABEL].strip(" .~")

@@ -130,7 +130,7 @@ def links(past: PastBlock, folder: Path) -> list[tuple[str, str]]:
     found = []
     if past["study"] and (folder / past["study"] / "report.html").is_file():
         found.append(("report of the study", f"{past['study']}/report.html"))
-    homes = dict.fromkeys(run["path"].rpartition("/")[0] for run in past["runs"])
+    homes = dict.fromkeys(run["path"].rpartition("/")[0] or "." for run in past["runs"])
     if homes:
         found.append(("runs", past["study"] or next(iter(homes))))
     return found
@@ -186,8 +186,8 @@ def text(name: str, past: PastBlock, memory: Memory, compares: Sequence[Compare]
     for verb in past["verbs"]:
         parts.append(_verb(folder / verb, verb))
     if picture := draw(name, past, memory):
-        parts.append(f"![Loss of {escaped(name)}](<{_url(picture.relative_to(folder).as_posix())}>)")
-    parts.append(" · ".join(f"[{escaped(what)}](<{_url(path)}>)" for what, path in links(past, folder)))
+        parts.append(f"![Loss of {escaped(name)}](<{url(picture.relative_to(folder).as_posix())}>)")
+    parts.append(" · ".join(f"[{escaped(what)}](<{url(path)}>)" for what, path in links(past, folder)))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -199,7 +199,7 @@ def _verb(folder: Path, path: str) -> str:
     last = tail(folder).replace("<!--", "< !--")
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", last)), default=0))
     shown = f"\n\n{ticks}text\n{last}\n{ticks}" if last else ""
-    return f"{how} ([log](<{_url(path)}/log.txt>)){shown}"
+    return f"{how} ([log](<{url(path)}/log.txt>)){shown}"
 
 
 def markdown(table: Table) -> str:
@@ -218,5 +218,6 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
-def _url(path: str) -> str:
+def url(path: str) -> str:
+    """A relative path as a link: no part of it is a scheme, a query or a place in a page."""
     return quote(path, safe="/._-~@=+,")

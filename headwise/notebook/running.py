@@ -10,18 +10,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headwise.errors import HeadwiseError
 from headwise.files import alone
 from headwise.notebook import decide, results
-from headwise.notebook.document import Document, read
+from headwise.notebook.document import Document, Fence, read
 from headwise.notebook.edit import Board
 from headwise.notebook.execute import execute
-from headwise.notebook.identity import Identities, code_revision, make_room
+from headwise.notebook.identity import Identities, bring_back, code_revision, make_room
 from headwise.notebook.memory import Memory, PastBlock
 from headwise.notebook.naming import named
 from headwise.notebook.planning import Block, Item, Options, Verb, plan_blocks, study_items
 from headwise.notebook.progress import Calm, Display
-from headwise.notebook.status import together
+from headwise.notebook.status import ended_as, together
 from headwise.notebook.verbs import run_verb, state_of_verb
 from headwise.runs.folder import RESULTS, state_of
 from headwise.study.plan import PlannedRun, waiting, write_plan
@@ -75,6 +74,7 @@ class Driver:
     blocks: list[Block]
     board: Board
     identities: Identities
+    fences: dict[str, Fence]
     states: dict[int, str] = field(default_factory=dict)
     began: float = field(default_factory=time.time)
     shown: dict[str, str] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Driver:
             for step in block.steps:
                 self._look(step)
             self._write(block, last=True)
-        decide.write(self.document, self.memory, self.board, self.how.say)
+        decide.write(self.document, self.memory, self.fences, self.board, self.how.say)
         self.memory.write()
         self.board.flush(now=True)
 
@@ -169,7 +169,7 @@ class Driver:
             state = state_of_verb(step.folder)
         else:
             status = step.run.folder.read_status()
-            state = state_of(status)
+            state = ended_as(state_of(status), step.group)
             if state in ("failed", "interrupted"):
                 if status.get("heartbeat", 0) < self.began:
                     state = "planned" if state == "failed" else state
@@ -220,9 +220,10 @@ class Driver:
                     further.append(item)
         block.steps += further
         if further:
-            self.memory.blocks[block.name] = past_of(block, self.options.folder)
             _make_rooms(further, self.memory, self.identities.code, self.options.folder, self.how.say)
+            self.memory.blocks[block.name] = past_of(block, self.options.folder)
             self.memory.write()
+            _bring_back(further)
         return further
 
     def _end_studies(self, block: Block) -> None:
@@ -239,11 +240,8 @@ class Driver:
         self._write(block)
 
 
-def pass_over(path: Path, options: Options, how: How) -> tuple[int, bytes]:
-    """Run what changed of a notebook, whose lock is held.
-
-    Returns:
-        the exit code, and the text that was written last.
+def pass_over(path: Path, options: Options, how: How) -> int:
+    """Run what changed of a notebook, whose lock is held; returns the exit code.
 
     Raises:
         HeadwiseError: anything in it that cannot be run, before anything runs.
@@ -267,7 +265,9 @@ def pass_over(path: Path, options: Options, how: How) -> tuple[int, bytes]:
         if block in blocks or block.name not in memory.blocks:
             memory.blocks[block.name] = past_of(block, options.folder)
     memory.write()
-    driver = Driver(path, options, how, memory, document, blocks, board, identities)
+    for block in blocks:
+        _bring_back(block.items)
+    driver = Driver(path, options, how, memory, document, blocks, board, identities, fences)
     complete = False
     try:
         complete = driver.carry_out()
@@ -277,9 +277,9 @@ def pass_over(path: Path, options: Options, how: How) -> tuple[int, bytes]:
         driver.finish()
     states = [driver.state(block) for block in blocks]
     if not complete:
-        return 130, board.written
+        return 130
     fine = all(state in ("finished", "skipped", "out_of_memory") for state in states)
-    return (0 if fine else 1), board.written
+    return 0 if fine else 1
 
 
 def past_of(block: Block, folder: Path) -> PastBlock:
@@ -343,6 +343,11 @@ def _make_rooms(
         say(f"put aside, not deleted: {len(aside)} earlier runs, such as {relative(str(aside[0]), folder)}")
 
 
+def _bring_back(items: list[Item]) -> None:
+    for item in items:
+        bring_back(item.run.folder, item.id)
+
+
 def _say_marks(document: Document, fences: Collection[str], say: Callable[[str], None]) -> None:
     compares = {compare.mark for compare in document.compares}
     for mark in document.marks:
@@ -360,27 +365,3 @@ def _ended_groups(blocks: list[Block], memory: Memory) -> set[str]:
         if group not in found and results.has_result(path):
             found.add(group)
     return found
-
-
-def run_notebook(path: Path, options: Options, how: How, *, watch: bool) -> int:
-    """Run a notebook, once or whenever it changes; returns the exit code."""
-    with locked(path):
-        while True:
-            before = path.read_bytes()
-            try:
-                code, written = pass_over(path, options, how)
-            except HeadwiseError as error:
-                if not watch:
-                    raise
-                how.say(f"headwise: {error}")
-                code, written = 2, b""
-            if not watch or code == 130:
-                return code
-            how.say(f"watching {path.name}; Ctrl-C ends it")
-            try:
-                while path.exists() and path.read_bytes() in (before, written):
-                    time.sleep(1)
-            except KeyboardInterrupt:
-                return code
-            if not path.exists():
-                raise HeadwiseError(f"{path.name} was deleted or renamed; nothing is left to watch")

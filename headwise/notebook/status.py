@@ -16,6 +16,7 @@ from headwise.notebook.verbs import state_of_verb
 from headwise.runs.folder import RESULTS
 
 DONE = (*RESULTS, "skipped")
+TRIAL = "@trial="
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _block(name: str, fence: Fence, memory: Memory) -> BlockStatus:
             note = "its runs are not here; its result is the document's"
         return BlockStatus(name, fence, [], state, 0, len(fence.commands), note)
     groups = groups_of(past, memory.path.parent)
-    states = [run.state for group in groups for run in group.runs]
+    states = [ended_as(run.state, group.name) for group in groups for run in group.runs]
     states += [state_of_verb(memory.path.parent / verb) for verb in past["verbs"]]
     done = sum(state in DONE for state in states)
     note = ""
@@ -88,6 +89,11 @@ def _block(name: str, fence: Fence, memory: Memory) -> BlockStatus:
     else:
         state = together(states)
     return BlockStatus(name, fence, groups, state, done, len(states), note)
+
+
+def ended_as(state: str, group: str) -> str:
+    """The state of a run for its block: a trial of a search that failed is done, and not repeated."""
+    return "skipped" if state == "failed" and TRIAL in group else state
 
 
 def together(states: Sequence[str]) -> str:

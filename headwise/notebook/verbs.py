@@ -89,7 +89,8 @@ def run_verb(folder: Path, verb: str, words: Sequence[str], show: Callable[[], N
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "headwise.notebook.verbs", str(folder), verb, *words]
-    with (folder / "log.txt").open("wb") as log:
+    left = _held(folder / LOCK)  # by a verb of a notebook that was killed: it still writes
+    with (folder / "log.txt").open("ab" if left else "wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
@@ -129,9 +130,12 @@ def _held(lock: Path) -> bool:
 
 def _work(folder: Path, arguments: list[str]) -> int:
     """The body of the process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     began = time.monotonic()
     with alone(folder / LOCK, "runs this verb", wait=True):
+        if (ended := result_of(folder)) is not None:  # by a process that the last notebook left
+            return ended["code"]
         sys.argv = ["headwise", *arguments]
         try:
             runpy.run_module("headwise.cli.main", run_name="__main__", alter_sys=True)

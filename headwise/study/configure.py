@@ -53,14 +53,14 @@ def _config(values: dict[str, Any], axes: Collection[str]) -> Config:
     numbers = {key: values[key] for key in axes if type(values[key]) in (int, float, bool)}
     rest = sorted((key, repr(value)) for key, value in values.items() if key not in numbers)
     like = repr((rest, sorted(numbers)))
-    found = _with_numbers(_parsed[like], numbers) if like in _parsed else None
+    found = with_numbers(_parsed[like], numbers) if like in _parsed else None
     if found is None:
         found = from_dict(values)
         _parsed.setdefault(like, found)
     return found
 
 
-def _with_numbers(config: Config, numbers: dict[str, Any]) -> Config | None:
+def with_numbers(config: Config, numbers: dict[str, Any]) -> Config | None:
     """A copy of `config` with these numbers; None where the parser must judge: another type, or a refusal."""
     found = copy.deepcopy(config)
     for key, value in numbers.items():

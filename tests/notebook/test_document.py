@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,25 @@ def test_any_text_is_read_or_refused_and_comes_back_byte_for_byte() -> None:
     assert isinstance(found, Document)
     assert "".join(found.lines) == text
     assert found.fences[0].word == (4, 12)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Compare: " + "a vs b, " * 20_000, ">" * 20_000 + "x", "> " * 20_000, "Compare: " + "a vs " * 20_000],
+)
+def test_long_lines_take_no_time(text: str) -> None:
+    began = time.process_time()
+    with contextlib.suppress(HeadwiseError):
+        parse(text)
+    assert time.process_time() - began < 1
+
+
+def test_what_the_user_wrote_is_all_but_states_and_results() -> None:
+    before = "# T\n\n```headwise a\nheadwise train\n```"
+    after = (
+        "# T\n\n```headwise:finished/0123abcd a\nheadwise train\n```\n"
+        "<!-- headwise:result a 01234567 -->\nx\n<!-- /headwise:result -->\n"
+    )
+    assert parse(before.replace("headwise a", "headwise:planned a")).own == parse(after).own
+    assert parse(after.replace("train", "train --seed 1")).own != parse(after).own
+    assert parse(after.replace("# T", "# U")).own != parse(after).own

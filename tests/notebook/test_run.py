@@ -16,10 +16,11 @@ import pytest
 from headwise.cli import notebook as cli
 from headwise.cli.main import main
 from headwise.errors import HeadwiseError
-from headwise.notebook import identity
+from headwise.notebook import identity, watching
 from headwise.notebook.document import parse
 from headwise.notebook.identity import code_revision
 from headwise.notebook.naming import named
+from headwise.notebook.watching import _own, _wait
 from headwise.runs.folder import RunFolder
 
 CONFIG = (
@@ -193,3 +194,19 @@ def test_data_is_known_by_its_content(tmp_path: Path) -> None:
     assert identity.Identities("code")._named(str(file)) == first
     file.write_text("two")
     assert identity.Identities("code")._named(str(file)) != first
+
+
+def test_a_watch_runs_what_was_written_while_the_last_pass_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "PAUSE_S", 0.01)
+    path = tmp_path / "nb.md"
+    path.write_text(NOTEBOOK)
+    before = _own(path)
+    path.write_text(NOTEBOOK.replace("```headwise base", "```headwise:finished/0123abcd base"))
+    assert _own(path) == before, "what headwise wrote is no change"
+    path.write_text(NOTEBOOK.replace("--seed 0", "--seed 7"))
+    _wait(path, before)
+    path.unlink()
+    with pytest.raises(HeadwiseError, match=r"nb.md was deleted or renamed"):
+        _wait(path, before)

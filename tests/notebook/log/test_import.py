@@ -17,9 +17,11 @@ from headwise.config import run as configuration
 from headwise.config.run import Config
 from headwise.errors import HeadwiseError, one_of
 from headwise.model.surgery import INITS, PLACES
+from headwise.notebook.document import parse
 from headwise.notebook.log.command import LIMIT, main
 from headwise.notebook.log.notebook import Block, Imported, import_log
 from headwise.notebook.log.write import notebook_text
+from headwise.notebook.naming import named
 
 LOG = Path(__file__).with_name("selective-log.md")
 S = "model.attention.selective"
@@ -105,6 +107,7 @@ def test_counts() -> None:
 
 def test_prose_and_states() -> None:
     text = notebook_text(imported(LOG.read_text()))
+    assert all(fence.state == "planned" for fence in named(parse(text)).values())
     prose = re.sub(r"^(`{3,})[^`\n]*\n.*?^\1`*$", "", LOG.read_text(), flags=re.M | re.S)
     for line in filter(None, prose.splitlines()):
         assert f"\n{line}\n" in f"\n{text}"
