@@ -1,4 +1,4 @@
-"""What a copy of a run holds: `headwise-copy.json`, which a push writes last.
+"""The manifest of a copy of a run: `headwise-copy.json`, which a push writes last.
 
 A copy of one run lists its files. A copy of a folder of runs lists the folder's own files, and the names of
 the runs, each of which is a copy inside with a manifest of its own. While a push is under way,

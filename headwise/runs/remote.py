@@ -242,7 +242,7 @@ def reaching(url: str) -> Iterator[None]:
     except HeadwiseError:
         raise
     except ImportError as error:
-        raise HeadwiseError(f"{url} needs a package that is not here: {reading.first_line(error)}") from error
+        raise HeadwiseError(f"{url} needs a package that is not installed: {reading.first_line(error)}") from error
     except NotImplementedError as error:
         raise HeadwiseError(f"{url} takes no files; give a place that can be written to") from error
     except OSError as error:

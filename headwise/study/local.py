@@ -1,7 +1,7 @@
-"""Runs on this machine, each in its own process, N at a time.
+"""Executes runs on this machine, each in its own process, N at a time.
 
-A process is stopped by closing its pipe, which is also what happens when this program is killed: it
-then finishes its step, saves, and ends as interrupted.
+A process is stopped by closing its pipe; the pipe also closes when this program is killed. The process then
+finishes its step, saves, and ends as interrupted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GRACE_S = 60.0
 """Seconds that a run has to finish its step and save before it is killed."""
 
 PRELOADED = ("headwise.study.plan", "headwise.study.fit", "torch._dynamo")
-"""What every run imports, the last at its first step: once for all of them, before they fork."""
+"""Modules that every run needs; they are imported once, before the processes fork."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Worker:
         timeout = self.parcel.timeout_s
         if timeout and time.monotonic() - self.started > timeout + GRACE_S and self.process.is_alive():
             self.kill()
-            return "timed_out", f"killed {GRACE_S:g} s after its {timeout:g} s"
+            return "timed_out", f"killed {GRACE_S:g} s after its time limit of {timeout:g} s"
         if self.process.is_alive():
             return None
         self.process.join()
@@ -54,7 +54,7 @@ class Worker:
         if code < 0:
             reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
             return "interrupted", reason
-        return "failed", f"its process ended with {code}"
+        return "failed", f"its process ended with exit code {code}"
 
     def kill(self) -> None:
         """End it at once."""
