@@ -91,6 +91,8 @@ def _command(line: int, words: list[str]) -> Command:
         raise HeadwiseError(
             f"line {line}: the command is {_shown(program)}; a notebook runs only `headwise VERB …` lines"
         )
+    if not verb:
+        raise HeadwiseError(f"line {line}: `headwise` has no verb; choose from {', '.join(VERBS)}")
     if verb not in VERBS:
         raise HeadwiseError(
             f"line {line}: a notebook does not run the verb {_shown(verb)}{did_you_mean(verb, VERBS)}; "

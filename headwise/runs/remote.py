@@ -232,7 +232,7 @@ def open_store(url: str | Path) -> Store:
 
 @contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Inside, whatever a store's client raises becomes the user's error.
+    """Convert any exception of a store's client into a `HeadwiseError`.
 
     Raises:
         HeadwiseError: with the first line of what it raised.
@@ -242,14 +242,17 @@ def reaching(url: str) -> Iterator[None]:
     except HeadwiseError:
         raise
     except ImportError as error:
-        raise HeadwiseError(f"{url} needs a package that is not installed: {reading.first_line(error)}") from error
+        raise HeadwiseError(
+            f"{url} needs a package that is not installed: {reading.first_line(error)}"
+        ) from error
     except NotImplementedError as error:
-        raise HeadwiseError(f"{url} takes no files; give a place that can be written to") from error
+        raise HeadwiseError(f"{url} is read-only; give a place that can be written to") from error
     except OSError as error:
         reason = error.strerror or reading.first_line(error)
         raise HeadwiseError(f"{shortened(url)} cannot be used: {reason}") from error
     except Exception as error:  # every client has its own
-        raise HeadwiseError(f"{shortened(url)} cannot be used: {reading.first_line(error)}") from error
+        reason = re.sub(r"^\[Errno -?\d+\] ", "", reading.first_line(error))
+        raise HeadwiseError(f"{shortened(url)} cannot be used: {reason}") from error
 
 
 def _open_folder(path: Path) -> Store:

@@ -138,7 +138,7 @@ def test_a_claim_without_runs_counts_and_one_stated_twice_does_not() -> None:
     assert with_empty[0].p == pytest.approx(2 * alone.p)
     assert with_empty[0].confidence == pytest.approx(0.975)
     assert (with_empty[1].decision, with_empty[1].p) == ("not resolved", None)
-    assert "no seed in common" in with_empty[1].why
+    assert "no common seed" in with_empty[1].why
     assert [d.p for d in twice] == [alone.p, alone.p]
     assert decide([], {}) == []
 
@@ -203,7 +203,7 @@ def test_failed_runs_and_seeds_without_a_pair_are_said_and_never_averaged() -> N
         ([Value(s, 0.9 + s / 7, configuration=str(s % 2)) for s in range(4)], "2 configurations"),
         ([Value(s, 0.9 + s / 7, data="other") for s in range(4)], "different data"),
         ([Value(0, 1.5), Value(1, 2.5), Value(2, 3.5)], "no spread"),
-        ([], "no seed in common"),
+        ([], "no common seed"),
     ],
 )
 def test_what_cannot_be_compared_resolves_nothing(a: list[Value], part: str) -> None:

@@ -133,7 +133,7 @@ def test_a_file_that_was_damaged_in_the_store_is_found_and_mended(tmp_path: Path
     weights.write_bytes(b"\7" + weights.read_bytes()[1:])
     with pytest.raises(HeadwiseError, match=r"model\.safetensors .* is missing or damaged"):
         verify(open_store(tmp_path / "copy"))
-    with pytest.raises(HeadwiseError, match="its SHA-256 is not"):
+    with pytest.raises(HeadwiseError, match="its SHA-256 differs"):
         pull(tmp_path / "copy", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     assert push(run, tmp_path / "copy").moved == 1000
@@ -143,7 +143,7 @@ def test_a_file_that_was_damaged_in_the_store_is_found_and_mended(tmp_path: Path
 def test_another_runs_place_is_refused(tmp_path: Path, place: str) -> None:
     first, other = run_folder(tmp_path / "a", seed=0).path, run_folder(tmp_path / "b", seed=1).path
     push(first, place)
-    with pytest.raises(HeadwiseError, match="copy of something else"):
+    with pytest.raises(HeadwiseError, match="copy of another run"):
         push(other, place)
     assert pull(place, tmp_path / "back").files
     assert contents(tmp_path / "back") == contents(first)
@@ -153,14 +153,14 @@ def test_a_push_under_way_and_other_files_are_refused(tmp_path: Path) -> None:
     first, other = run_folder(tmp_path / "a", seed=0).path, run_folder(tmp_path / "b", seed=1).path
     with pytest.raises(KeyboardInterrupt):
         push(first, tmp_path / "copy", progress=Stops("writing", 0))
-    with pytest.raises(HeadwiseError, match="copy of something else"):
+    with pytest.raises(HeadwiseError, match="copy of another run"):
         push(other, tmp_path / "copy")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "config.yaml").write_text("mine")
     with pytest.raises(HeadwiseError, match=r"holds other files, such as config\.yaml"):
         push(first, tmp_path / "thesis")
     for target in (first / "inside", tmp_path):
-        with pytest.raises(HeadwiseError, match="the other way round"):
+        with pytest.raises(HeadwiseError, match="one inside the other"):
             push(first, target)
 
 
