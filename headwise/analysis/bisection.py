@@ -203,7 +203,7 @@ class _Search:
         return self.undecided_ends()
 
     def undecided_ends(self) -> Step | None:
-        """After the last seed; None where the ends differ by the same amount on every seed."""
+        """The result after the last seed; None if the bad end is worse by the same amount on every seed."""
         found, n = self.difference, self.difference.n
         if n < LEAST:
             tried = self.most_seeds

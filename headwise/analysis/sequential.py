@@ -17,7 +17,7 @@ interval at 95%, three have one for up to three comparisons. Spending α over th
 compared by simulation: with α·2/(n(n - 1)) at each n from 3 it resolves 3 standard deviations as early and
 1 standard deviation a few seeds later. `headwise bench sequential` measures the error rate and the power.
 
-The difference of two runs with one distribution is symmetric, whatever that distribution is; simulated
+The difference of two runs with the same distribution is symmetric for any distribution; simulated
 with normal, uniform, log-normal and heavy-tailed runs (t with 3 degrees of freedom) and with rounded values,
 the error rate stays below α. For differences with a mean of 0 that are strongly skewed it does not.
 """

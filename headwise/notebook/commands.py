@@ -47,7 +47,7 @@ class Command:
     words: tuple[str, ...]
 
     def value(self, flag: str) -> str | None:
-        """The last value of `--flag VALUE` or `--flag=VALUE`; None where it is not given."""
+        """The last value of `--flag VALUE` or `--flag=VALUE`; None if the flag is not given."""
         found = None
         for word, following in zip(self.words, (*self.words[1:], ""), strict=True):
             name, equals, value = word.partition("=")

@@ -51,7 +51,7 @@ def render(status: NotebookStatus) -> str:
     floor = {(name, measure): one for name, measure, one in found}
     md = prose_of(status.path.parent)
     environment: dict[str, Any] = {}
-    md.parse("".join(document.lines), environment)  # what links refer to may stand anywhere
+    md.parse("".join(document.lines), environment)  # reference definitions may stand anywhere
     parts = []
     for lines, block in _parts(document, status.blocks):
         if text := lines.strip():

@@ -158,7 +158,7 @@ def _work(parcel: Parcel, pipe: Connection, home: str, threads: int, gpus: list[
 
     from headwise.study.work import work
 
-    for number in (signal.SIGINT, signal.SIGUSR2):  # Ctrl-C, and what Slurm sends before it ends a job
+    for number in (signal.SIGINT, signal.SIGUSR2):  # Ctrl-C, and the signal of Slurm before the end of a job
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, args=(pipe,), daemon=True).start()
     torch.set_num_threads(threads)

@@ -285,7 +285,7 @@ def test_a_damaged_copies_file_is_refused_by_name(tmp_path: Path, content: str) 
 
 
 @pytest.mark.parametrize(("url", "message"), [
-    ("", "not the place"), ("s3", None), ("nothing://a", "not known"), ("zip://a::file://b", "chains"),
+    ("", "cannot be the place"), ("s3", None), ("nothing://a", "not known"), ("zip://a::file://b", "chains"),
     ("ftp://user:secret@host/a", "password"), ("hf://name", "is not hf://"), ("hf://a/b/../c", "is not hf://"),
 ])  # fmt: skip
 def test_places_that_are_none(url: str, message: str | None) -> None:

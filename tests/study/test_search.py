@@ -235,7 +235,7 @@ def test_an_option_of_one_kind_is_searched_where_that_kind_runs(tmp_path: Path) 
         "tt@trial=default"
     }
     assert {run.config.seed for run in runs if run.variant == "plain"} == {100, 101, 102}
-    assert "it runs as it is" in reported(study, tmp_path)["search"]["variants"][0]["text"][0]
+    assert "it runs unchanged" in reported(study, tmp_path)["search"]["variants"][0]["text"][0]
 
 
 def test_a_combination_that_cannot_be_counts_as_worst_and_a_search_of_none_is_refused(tmp_path: Path) -> None:
