@@ -79,8 +79,10 @@ def _parser() -> argparse.ArgumentParser:
 def _beside(notebook: str) -> Iterator[Path]:
     """Change to the notebook's folder; yields the notebook's absolute path."""
     path = Path(os.path.abspath(notebook))
-    if path.is_dir():
-        raise HeadwiseError(f"notebook {notebook} cannot be read: it is a folder; give a Markdown file")
+    if path.exists() and not path.is_file():
+        raise HeadwiseError(
+            f"notebook {notebook} cannot be read: it is no regular file; give a Markdown file"
+        )
     if not path.is_file():
         raise HeadwiseError(
             f"notebook {notebook} cannot be read: there is no such file; `headwise notebook new` writes one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from headwise.runs.folder import RESULTS, state_of
 from headwise.study.plan import PlannedRun, waiting, write_plan
 
 FINAL = (*RESULTS, "skipped")
+LINE = re.compile(r"line \d|the (runs|blocks) in lines \d")
 WINDOW = 8
 """Further waiting runs whose folders are read at each poll, beyond those that are executed at a time."""
 
@@ -249,11 +251,15 @@ def pass_over(path: Path, options: Options, how: How) -> tuple[int, bytes]:
         HeadwiseError: the notebook has a fault; raised before anything runs.
     """
     document = read(path)
-    fences = named(document)
+    with _naming(path):
+        fences = named(document)
+    if not fences:
+        how.say(f"{path.name} has no headwise fences; nothing is run")
     memory = Memory.read(path)
     code = code_revision()
     identities = Identities(code)
-    everything = plan_blocks(document, fences, options, identities)
+    with _naming(path):
+        everything = plan_blocks(document, fences, options, identities)
     planned = [block for block in everything if not options.only or block.name in options.only]
     blocks = [block for block in planned if not _up_to_date(block)]
     for block in planned:
@@ -280,6 +286,17 @@ def pass_over(path: Path, options: Options, how: How) -> tuple[int, bytes]:
         return 130, board.written
     fine = all(state in ("finished", "skipped", "out_of_memory") for state in states)
     return (0 if fine else 1), board.written
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the notebook's name in front of errors that begin with the number of a line."""
+    try:
+        yield
+    except HeadwiseError as error:
+        if not LINE.match(str(error)):
+            raise
+        raise HeadwiseError(f"{path.name}, {error}") from error
 
 
 def past_of(block: Block, folder: Path) -> PastBlock:

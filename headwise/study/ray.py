@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ LOST = (
     exceptions.ObjectLostError, exceptions.RaySystemError, exceptions.TaskUnschedulableError,
 )  # fmt: skip
 """The errors of Ray for a task whose node, or whose process on the node, is lost."""
+
+CONNECT_S = 10.0
+"""Seconds until a cluster must accept a connection."""
 
 SLOTS_S = 5.0
 """Seconds between two queries of the cluster's resources."""
@@ -74,6 +78,7 @@ class Ray:
                 "cluster, with --address HOST:PORT or --address auto"
             )
         self.resources = resources
+        _refuse_silent(address)
         try:
             if not ray.is_initialized():
                 with _own_sigterm():
@@ -166,6 +171,25 @@ class Ray:
                 f"a run needs {self.resources.cpus} CPUs and {self.resources.gpus} GPUs on one node, but the "
                 f"nodes of the Ray cluster have {have or 'none'}; change --cpus-per-run or --gpus-per-run"
             )
+
+
+def _refuse_silent(address: str | None) -> None:
+    """Refuse an address at which nothing listens: Ray itself would retry for minutes.
+
+    Raises:
+        HeadwiseError: no connection within `CONNECT_S`, or the address is not HOST:PORT.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address or "://" in address or address in ("auto", "local"):
+        return
+    host_name, _, port = address.rpartition(":")
+    if not host_name or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise HeadwiseError(f"{address[:80]!r} is not the address of a Ray cluster; give HOST:PORT or auto")
+    try:
+        socket.create_connection((host_name.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HeadwiseError(f"no Ray cluster answers at {address}: {reason}") from error
 
 
 def task_body(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, bool]:

@@ -80,7 +80,8 @@ class Slurm:
             self._submitit = submitit.AutoExecutor(folder / LOGS, cluster=cluster)
         except RuntimeError as error:
             raise HeadwiseError(
-                f"--executor slurm: {error}; --slurm cluster=local runs the jobs here"
+                "--executor slurm needs the commands of Slurm, which are not installed on this machine; "
+                "--slurm cluster=local runs the jobs here without Slurm"
             ) from error
         self._home = os.getcwd()
         self._jobs: list[_Job] = []
