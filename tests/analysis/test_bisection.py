@@ -127,7 +127,7 @@ def test_one_run_settles_a_commit_that_computes_the_same() -> None:
     assert len(measured) - ends == 6
     unchanged, measured = drive(lambda i, s: float(noise[0, s]), 64)
     assert (unchanged.candidates, len(measured)) == ((), 2)
-    assert "digit for digit" in unchanged.why
+    assert "exactly the same value" in unchanged.why
 
 
 def test_seeds_that_change_nothing_show_no_noise() -> None:
@@ -157,7 +157,7 @@ def test_ends_without_values_are_said() -> None:
         (4, {"most_seeds": 2}, "at least 3 seeds"),
         (4, {"worse": "bigger"}, "worse"),
         (4, {"smallest": math.nan}, "smallest"),
-        (4, {"unrunnable": {3: "does not build"}}, "bad end cannot run: does not build"),
+        (4, {"unrunnable": {3: "does not build"}}, "bad commit cannot run: does not build"),
     ],
 )
 def test_what_cannot_be_bisected_is_refused(commits: int, options: dict[str, Any], part: str) -> None:

@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_only_copy_is_refused_and_a_verified_one_lets_it_go(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["runs", "delete", str(run), "--yes"]) == 2
-    assert "only copy of 1 files of weights" in capsys.readouterr().err
+    assert "only copy of 1 file of weights" in capsys.readouterr().err
     push(run, tmp_path / "copy")
     assert main(["runs", "delete", str(run)]) == 2
     assert "pass --yes" in capsys.readouterr().err
@@ -67,7 +67,7 @@ def test_a_copy_counts_while_it_holds_the_same_weights(run: Path, tmp_path: Path
         there.write_bytes(content)
     assert may_delete([run])[0].copy == str(tmp_path / "copy")
     here.write_bytes(content[:-1] + b"\7")
-    with pytest.raises(HeadwiseError, match=r"only copy.*holds no checkpoints/step_00000010/model"):
+    with pytest.raises(HeadwiseError, match=r"only copy.*has no checkpoints/step_00000010/model"):
         may_delete([run])
 
 
@@ -129,5 +129,5 @@ def test_a_run_that_went_on_after_its_push_is_the_only_copy_again(tmp_path: Path
     folder = run_folder(tmp_path / "run", state="interrupted")
     push(folder.path, tmp_path / "copy")
     train_on(folder, 20)
-    with pytest.raises(HeadwiseError, match=r"holds no checkpoints/step_00000020"):
+    with pytest.raises(HeadwiseError, match=r"has no checkpoints/step_00000020"):
         may_delete([folder.path])

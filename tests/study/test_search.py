@@ -94,7 +94,7 @@ def test_trials_come_first_and_only_the_winner_on_fresh_seeds_is_compared(tmp_pa
     }
     assert all(run.trial for run in first)
     assert still_to_come(study, tmp_path) == 8
-    assert waiting(study, tmp_path)["a"] == "waits for its search, of whose 3 trials 0 have ended"
+    assert waiting(study, tmp_path)["a"] == "waits for its search: 0 of 3 trials have ended"
     runs = carried(study, tmp_path)
     found = by_name(runs)
     assert {name: found[name] for name in ("a/7", "a/8", "b/7", "b/8")} == {
@@ -343,7 +343,7 @@ def test_a_searched_study_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     command = ["study", str(file), f"--out={tmp_path}"]
     assert main([*command, "--plan"]) == 0
-    assert "2 runs are planned, and at most 1 follow" in capsys.readouterr().out
+    assert "2 runs are planned; at most 1 more depend" in capsys.readouterr().out
     assert main(command) == 0
     planned = Planned.read(tmp_path / "real")
     assert [run.state for run in planned.runs + planned.trials] == ["finished"] * 3

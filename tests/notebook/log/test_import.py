@@ -110,7 +110,7 @@ def test_prose_and_states() -> None:
         assert f"\n{line}\n" in f"\n{text}"
     assert "```bash\npip install torch tiktoken" in text
     assert text.count("```headwise:planned ") == 15
-    assert "the log says vastrunning/17952360; its results are not here" in text
+    assert "its state in the log is vastrunning/17952360; without its results here" in text
     between = text[
         text.index("Hypothesis: as good as without.") : text.index("```headwise:planned scratch_0.02")
     ]
@@ -199,9 +199,9 @@ def test_weights_come_from_runs_of_the_log_where_they_keep_them() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--max_steps many", "--max_steps is 'many', and a whole number is needed"),
+        ("--max_steps many", "--max_steps is 'many', but must be a whole number"),
         ("--max_lr nan", "must be a number"),
-        ("--attention_kind banana", "this import knows self, selective"),
+        ("--attention_kind banana", "the import knows only self, selective"),
         ("--random_seed -1", "a seed is at least 0"),
         ("--selection_head_linear_combo n_latent_masks", "which is missing"),
         ("--n_heads 0", "model.n_heads is 0"),
