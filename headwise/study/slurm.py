@@ -34,13 +34,14 @@ MOST_JOBS = 500
 """The most jobs in Slurm's queue at a time."""
 
 OWN = {
-    "cpus_per_task": "--cpus-per-run", "gpus": "--gpus-per-run", "gpus_per_node": "--gpus-per-run",
-    "gres": "--gpus-per-run", "ntasks": "--gpus-per-run", "nodes": "nothing: a run lies on one node",
-    "array": "nothing: every run is a job", "output": f"nothing: logs lie in {LOGS}",
-    "error": f"nothing: logs lie in {LOGS}", "signal": "nothing", "open_mode": "nothing",
-    "job_name": "nothing",    "wrap": "nothing", "chdir": "nothing", "export": "nothing",
+    "cpus_per_task": "use --cpus-per-run", "gpus": "use --gpus-per-run",
+    "gpus_per_node": "use --gpus-per-run",
+    "gres": "use --gpus-per-run", "ntasks": "use --gpus-per-run", "nodes": "a run uses one node",
+    "array": "every run is a job", "output": f"logs lie in {LOGS}", "error": f"logs lie in {LOGS}",
+    "signal": "leave it out", "open_mode": "leave it out", "job_name": "leave it out",
+    "wrap": "leave it out", "chdir": "leave it out", "export": "leave it out",
 }  # fmt: skip
-"""Options of sbatch that headwise sets, and the replacement for each."""
+"""Options of sbatch that headwise sets, each with its replacement or the reason."""
 
 LOST = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "REQUEUED", "INTERRUPTED")
 """States of jobs whose runs start again."""
@@ -177,7 +178,7 @@ def parse_options(options: Sequence[str]) -> dict[str, str]:
                 f"--slurm {option!r} is not KEY=VALUE, such as partition=gpu or time=04:00:00"
             )
         if key in OWN:
-            raise HeadwiseError(f"--slurm {key} is set by headwise; use {OWN[key]} instead")
+            raise HeadwiseError(f"--slurm {key} is set by headwise: {OWN[key]}")
         if key in found:
             raise HeadwiseError(f"--slurm {key} is given twice")
         found[key] = value
