@@ -83,8 +83,9 @@ class Where:
             if number is not None:
                 in_range(flag, number, int(flag == "--cpus-per-run"), MOST)
         if re.match(r"[a-z][a-z0-9+.]*:/", str(root)):
+            url = str(root).replace(":/", "://", 1)  # a path has one of its slashes
             raise HeadwiseError(
-                f"--out {root} is not a folder: give a folder that all machines mount; `headwise runs push` "
+                f"--out {url} is not a folder: give a folder that all machines mount; `headwise runs push` "
                 "copies runs to a URL"
             )
         if self.gpus and study.device == "cpu":

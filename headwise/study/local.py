@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 GRACE_S = 60.0
 """Seconds that a run has to finish its step and save before it is killed."""
 
+SERVER_DIED = 255
+"""Exit code that multiprocessing reports if the fork server was killed, with a signal to the whole group."""
+
 PRELOADED = ("headwise.study.plan", "headwise.study.fit", "torch._dynamo")
 """Modules that every run needs; they are imported once, before the processes fork."""
 
@@ -54,6 +57,8 @@ class Worker:
         if code < 0:
             reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
             return "interrupted", reason
+        if code == SERVER_DIED:
+            return "interrupted", "its process was killed; the same command continues it"
         return "failed", f"its process ended with exit code {code}"
 
     def kill(self) -> None:

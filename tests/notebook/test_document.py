@@ -97,7 +97,7 @@ def test_names_come_from_the_fence_the_folder_or_the_study(
     text += "```headwise\nheadwise study --workers 2 s.yaml\n```\n"
     assert names(text) == {"wide": 1, "mine": 4}
     for wrong, reason in (
-        (block() + block(), "lines 1 and 4 both name a block 'a'"),
+        (block() + block(), "the blocks in lines 1 and 4 are both called 'a'"),
         (block("a") + block("A"), "blocks 'a' and 'A' would share the folder"),
         (block(""), "line 1: the block has no name"),
         ("```headwise\nheadwise study\n```\n", "line 2: `headwise study` names no study file"),
