@@ -1,19 +1,19 @@
-"""Which commit made a loss worse: bisection that measures as many seeds as the noise asks for, and no more.
+"""Finds the commit that made a loss worse by bisection, with only as many seeds as the noise requires.
 
 **The ends** are measured seed by seed until the interval of bad - good (paired by seed, valid at every look:
-`headwise.analysis.sequential`) leaves 0 out. Where it does not, there is no regression to look for.
+`headwise.analysis.sequential`) excludes 0. If it never does, there is no regression to find.
 
-**A commit between** is held against both ends on the same seeds. Two models explain the values: the commit
-lies on the level of the good end, or on that of the bad end. In both the value is the level of the commit
-plus an effect of the seed plus noise of one spread; the commits settled before have levels of their own and
-add to what is known of the noise. With flat priors the ratio of the likelihoods is (RSS_good/RSS_bad)^(df/2),
-and seeds are added until it is beyond (1 - ε)/ε either way (the sequential probability ratio test of Wald
-1945), with ε = 0.05 / log2(commits), so that all steps together go wrong in at most about 5% of bisections.
+**A commit between them** is compared with both ends on the same seeds, under two models: the commit has the
+level of the good end, or that of the bad end. In both models a value is the level of the commit plus an
+effect of the seed plus noise of one spread; commits decided earlier have levels of their own and improve the
+estimate of the noise. With flat priors the likelihood ratio is (RSS_good/RSS_bad)^(df/2). Seeds are added
+until it exceeds (1 - ε)/ε in either direction (the sequential probability ratio test of Wald 1945), with ε =
+0.05 / log2(commits), so that at most about 5% of bisections contain a wrong step.
 
-Runs of one seed that give the same number digit for digit are the same computation, so that one run settles a
-commit that changes no number. A commit that cannot run is skipped, as `git bisect skip` does, and so is one
-that stays between the levels. Where the level changes several times, one of the changes from good to bad is
-found, as `git bisect` does.
+Two runs with one seed and exactly the same value are the same computation, so that one run decides a commit
+that changes no number. A commit that cannot run is skipped, as with `git bisect skip`, and so is a commit
+that stays between the levels. If the level changes several times, one of the changes from good to bad is
+found, as with `git bisect`.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from headwise.errors import HeadwiseError, one_of
 
 MOST_SEEDS = 16
 ERROR_RATE = 0.05
-"""Of all the steps between the ends together."""
+"""The error rate of all steps between the ends together."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a bisection ends with.
+    """The result of a bisection.
 
     Attributes:
-        first_bad: index of the first commit that is worse; None where there is none or several are possible.
-        candidates: indices one of which is the first bad commit: one where it was found, several where
-            commits before it could not be measured or decided, none where the ends do not differ.
-        difference: bad end - good end over their common seeds, with the interval that holds at every look.
-        runs: how many measurements were used.
-        skipped: index -> why it was not measured or not decided.
-        why: one sentence with its numbers.
+        first_bad: the index of the first worse commit; None if there is none, or if several are possible.
+        candidates: the indices of all commits that may be the first bad one: one if it was found, several if
+            commits before it could not be measured or decided, none if the ends do not differ.
+        difference: bad end - good end over their common seeds, with the interval that is valid at every look.
+        runs: the number of measurements used.
+        skipped: index -> the reason why the commit was not measured or not decided.
+        why: one sentence with the numbers.
     """
 
     first_bad: int | None
@@ -62,11 +62,12 @@ class Step:
     """The next step of a bisection.
 
     Attributes:
-        measure: (index, seed) pairs to run now, in any order or side by side; empty where `found` is given.
-        found: the answer; None while runs are missing.
+        measure: (index, seed) pairs to run now, in any order or at the same time; empty once `found` is
+            given.
+        found: the result; None while runs are missing.
         low, high: the last index known to be good and the first known to be bad so far; None while the ends
-            are compared, or where they do not differ.
-        why: what the runs of `measure` are for.
+            are compared, or if they do not differ.
+        why: the purpose of the runs in `measure`.
     """
 
     measure: tuple[tuple[int, int], ...]
@@ -85,34 +86,34 @@ def next_step(
     most_seeds: int = MOST_SEEDS,
     unrunnable: Mapping[int, str] | None = None,
 ) -> Step:
-    """What to measure next, or the answer: a pure function of the measurements so far.
+    """The next measurements, or the result: a pure function of the measurements so far.
 
-    A driver calls it, measures what it asks for, adds that to `measured` and calls again. What was measured
-    and is not asked for changes nothing.
+    A driver calls it, runs the requested measurements, adds them to `measured` and calls it again.
+    Measurements that were not requested have no effect.
 
     Args:
-        measured: (index, seed) -> value; None or a value that is not finite where the run gave none.
-        commits: how many there are, oldest first. Index 0 is said to be good, the last one to be bad.
+        measured: (index, seed) -> value; None or a value that is not finite for a run without a value.
+        commits: the number of commits, oldest first. Index 0 is the good end, the last index the bad end.
         worse: `higher` for a loss, `lower` for an accuracy.
         smallest: the smallest difference between the ends that matters; with it the search for a regression
             ends as soon as a difference that large is excluded.
-        most_seeds: seeds after which the ends, or a commit, are given up as not decided; at least 3.
-        unrunnable: index -> why it cannot run at all.
+        most_seeds: the number of seeds after which the ends, or a commit, count as undecided; at least 3.
+        unrunnable: index -> the reason why the commit cannot run at all.
 
     Raises:
-        HeadwiseError: fewer than two commits, a bound that cannot be, or an end that cannot run.
+        HeadwiseError: fewer than two commits, an invalid bound, or an end that cannot run.
     """
     one_of("worse", worse, ("higher", "lower"))
     if commits < 2:
-        raise HeadwiseError(f"there are {commits} commits to bisect; give a good one and a later bad one")
+        raise HeadwiseError(f"there are {commits} commits to bisect; give a good commit and a later bad one")
     if most_seeds < LEAST:
-        raise HeadwiseError(f"most_seeds is {most_seeds}; two ends are compared on at least {LEAST} seeds")
+        raise HeadwiseError(f"most_seeds is {most_seeds}; comparing the ends needs at least {LEAST} seeds")
     if not 0 <= smallest < math.inf:
         raise HeadwiseError(f"smallest is {smallest}; it must be a number of at least 0")
     skipped = dict(unrunnable or {})
     for end, index in (("good", 0), ("bad", commits - 1)):
         if index in skipped:
-            raise HeadwiseError(f"the {end} end cannot run: {skipped[index]}; choose another commit for it")
+            raise HeadwiseError(f"the {end} commit cannot run: {skipped[index]}; choose another {end} commit")
     search = _Search(measured, commits, 1.0 if worse == "higher" else -1.0, smallest, most_seeds, skipped)
     try:
         return search.ends() or search.between()
@@ -121,7 +122,7 @@ def next_step(
 
 
 class _Missing(Exception):
-    """Runs that are needed and not there yet."""
+    """Measurements that are needed and still missing."""
 
     def __init__(self, pairs: Sequence[tuple[int, int]], why: str) -> None:
         super().__init__(why)
@@ -145,19 +146,19 @@ class _Search:
     used: set[tuple[int, int]] = field(default_factory=set)
 
     def value(self, index: int, seed: int) -> float | None:
-        """The measurement with its sign, so that worse is higher; None where the run gave no value."""
+        """The measurement, signed so that worse is higher; None if the run gave no value."""
         self.used.add((index, seed))
         value = self.measured[index, seed]
         return self.sign * value if usable(value) else None
 
     def need(self, pairs: Sequence[tuple[int, int]], why: str) -> None:
-        """Ask for the runs among `pairs` that are not there."""
+        """Request the measurements among `pairs` that are missing."""
         missing = [pair for pair in pairs if pair not in self.measured]
         if missing:
             raise _Missing(missing, why)
 
     def common_seeds(self, why: str) -> Iterator[int]:
-        """Seeds on which both ends have a value, in order; those where one has none count as tried."""
+        """Seeds on which both ends have a value, in order; other seeds count towards `most_seeds`."""
         last = self.commits - 1
         for seed in range(self.most_seeds):
             # The first seed may show that both ends compute the same; after it, 3 have the first interval.
@@ -174,13 +175,13 @@ class _Search:
             assert good is not None
             assert bad is not None
             if good == bad and fine(good):
-                return self.none("both ends give the same number, digit for digit")
+                return self.none("both ends give exactly the same value")
             for end, index, value in (("good", 0, good), ("bad", last, bad)):
                 same = [s for s in self.seeds if fine(value) and self.value(index, s) == value]
                 if same:
                     return self.none(
-                        f"seeds {same[0]} and {seed} of the {end} end give the same number, digit for digit, "
-                        "so that the noise cannot be seen"
+                        f"seeds {same[0]} and {seed} of the {end} end give exactly the same value, so that "
+                        "the noise cannot be measured"
                     )
             self.seeds.append(seed)
             differences.append(bad - good)
@@ -191,7 +192,7 @@ class _Search:
                 continue
             interval = f"[{low:+.4g}, {high:+.4g}] over {len(differences)} seeds"
             if high < 0:
-                return self.none(f"the bad end is better than the good one: it differs by {interval}")
+                return self.none(f"the bad end is better than the good end: the difference is {interval}")
             if high <= self.smallest:
                 return self.none(
                     f"no regression that matters: the ends differ by {interval}, at most {self.smallest:g}"
@@ -202,23 +203,23 @@ class _Search:
         return self.undecided_ends()
 
     def undecided_ends(self) -> Step | None:
-        """After the last seed; None where the ends differ by the same amount on every seed."""
+        """The result after the last seed; None if the bad end is worse by the same amount on every seed."""
         found, n = self.difference, self.difference.n
         if n < LEAST:
             tried = self.most_seeds
             return self.none(
-                f"the ends cannot be compared: {n} of {tried} seeds gave a value at both of them"
+                f"the ends cannot be compared: only {n} of {tried} seeds gave a value at both of them"
             )
         if found.std == 0 and found.mean:
             if found.mean > 0:
                 self.low, self.high = 0, self.commits - 1
                 return None
             return self.none(
-                f"the bad end is better than the good one by {-found.mean:.4g} on each of {n} seeds"
+                f"the bad end is better than the good end by {-found.mean:.4g} on each of {n} seeds"
             )
         return self.none(
             f"no regression beyond the noise: after {n} seeds the interval of the difference, "
-            f"[{found.low:+.4g}, {found.high:+.4g}], still holds 0"
+            f"[{found.low:+.4g}, {found.high:+.4g}], still contains 0"
         )
 
     def between(self) -> Step:
@@ -237,7 +238,7 @@ class _Search:
         ends = self.difference
         size = f"the ends differ by [{ends.low:+.4g}, {ends.high:+.4g}] over {ends.n} seeds"
         if len(candidates) == 1:
-            why = f"commit {candidates[0]} is the first that is worse; {size}"
+            why = f"commit {candidates[0]} is the first worse commit; {size}"
         else:
             between = ", ".join(f"{i} ({self.skipped[i]})" for i in candidates[:-1])
             why = f"the first worse commit is one of {candidates[0]} to {candidates[-1]}; {size}"
@@ -246,10 +247,11 @@ class _Search:
         return self.end(first, candidates, why)
 
     def classify(self, index: int, threshold: float) -> bool | None:
-        """Whether the commit is as bad as the bad end; None where it is skipped, and `skipped` says why."""
+        """Whether the commit has the level of the bad end; None if it is skipped, with the reason in
+        `skipped`."""
         last, seeds = self.commits - 1, list(self.seeds)
         probes: dict[int, float] = {}
-        why = f"commit {index}: as the good end or as the bad one?"
+        why = f"comparing commit {index} with both ends"
         for seed in range(self.most_seeds):
             if seed not in self.seeds and seed <= self.seeds[-1]:
                 continue  # an end has no value there
@@ -277,7 +279,7 @@ class _Search:
         return None
 
     def same_computation(self, seed: int, value: float) -> int | None:
-        """An end or a settled commit that gave this number on this seed, digit for digit."""
+        """An end or a decided commit that gave exactly this value on this seed."""
         if not fine(value):
             return None
         for index in (0, self.commits - 1):
@@ -286,16 +288,16 @@ class _Search:
         return next((index for index, of in self.settled.items() if of.get(seed) == value), None)
 
     def repeat(self, index: int, other: int) -> bool | None:
-        """The verdict on a commit that computes what `other` does."""
+        """The verdict on a commit whose values equal those of `other`."""
         if other in (0, self.commits - 1):
             return other != 0
         if other in self.skipped:
-            self.skipped[index] = f"the same numbers as commit {other}"
+            self.skipped[index] = f"the same values as commit {other}"
             return None
         return self.verdicts[other]
 
     def log_ratio(self, seeds: Sequence[int], probes: Mapping[int, float]) -> float:
-        """Log of how much likelier the values are with the commit on the bad level than on the good one."""
+        """Log of the likelihood ratio of the bad level to the good level for the commit."""
         rows = [(index, seed, self.value(index, seed)) for index in (0, self.commits - 1) for seed in seeds]
         rows += [(index, seed, value) for index, of in self.settled.items() for seed, value in of.items()]
         known = tuple((index, seed, value) for index, seed, value in rows if value is not None)
@@ -313,10 +315,10 @@ class _Search:
 def _log_ratio(
     known: tuple[tuple[int, int, float], ...], probes: tuple[tuple[int, float], ...], last: int
 ) -> float:
-    """log of (RSS_good/RSS_bad)^(df/2) of value ~ level of the commit + effect of the seed.
+    """Log of (RSS_good/RSS_bad)^(df/2) of the model value ~ level of the commit + effect of the seed.
 
     Args:
-        known: (index, seed, value) of both ends and of settled commits, each of which has a level of its own.
+        known: (index, seed, value) of both ends and of decided commits, each with a level of its own.
         probes: (seed, value) of the commit in question, which has the level of index 0 or of index `last`.
     """
     values = np.array([value for *_, value in known] + [value for _, value in probes])

@@ -1,4 +1,4 @@
-"""What the claims of one section of a notebook amount to over seeds: supported, refuted or not resolved.
+"""Decides the claims of one section of a notebook over seeds: supported, refuted or not resolved.
 
     claim on d = a - b         supported: the whole interval of d         refuted: the whole interval of d
     lower                      lies below 0                               lies above 0
@@ -6,14 +6,14 @@
     higher                     the mirror image
     equal within s             lies within ±s                             lies outside of ±s
 
-The differences are paired by seed. The interval holds at every look (`headwise.analysis.sequential`), so that
-one may look after each seed and stop when one likes. The claims of a section are corrected by Holm's
+The differences are paired by seed. The interval is valid at every look (`headwise.analysis.sequential`), so
+that one may look after each seed and stop at any time. The claims of a section are corrected by Holm's
 step-down procedure (Scandinavian Journal of Statistics 6, 1979): of m claims the one with the smallest
 p-value is decided at confidence 1 - 0.05/m, the next at 1 - 0.05/(m - 1), and so on up to the first that is
-not decided. A claim counts in m from the time it is stated, with runs or without. The interval that is shown
-has the confidence of the claim's step, so that it settles the claim exactly where the decision says so.
-Claims stated beforehand are corrected among themselves; a claim stated afterwards (exploratory) is corrected
-with all claims of the section, so that it never weakens the others.
+not decided. A claim counts in m from the time it is stated, with runs or without. The interval shown has the
+confidence of the claim's step, so that the interval and the decision always agree. Claims stated beforehand
+are corrected among themselves; a claim stated afterwards (exploratory) is corrected with all claims of the
+section, so that it never weakens the others.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class Claim:
         exploratory: stated after its runs had ended.
 
     Raises:
-        HeadwiseError: a direction that is not known, a smallest difference that is not one, a claim about one
-            group alone.
+        HeadwiseError: an unknown direction, an invalid smallest difference, or a group compared with itself.
     """
 
     a: str
@@ -64,15 +63,16 @@ class Claim:
         none = not isinstance(self.smallest, bool | str) and self.smallest == 0
         if self.direction == "equal" and none:
             raise HeadwiseError(
-                f"{self.a} equal {self.b} has no smallest difference, and no interval shows that two means "
-                "are equal to the last digit; add the smallest difference that matters, such as 0.01"
+                f"the claim that {self.a} equals {self.b} has no smallest difference, and no interval can "
+                "show that two means are exactly equal; add the smallest difference that matters, such as "
+                "0.01"
             )
         if not none:
             smallest_difference(self.smallest, None)
 
     @property
     def question(self) -> tuple[object, ...]:
-        """What it asks, the same for `a lower than b` and `b higher than a`."""
+        """A key that is the same for equivalent claims, such as `a lower than b` and `b higher than a`."""
         share = isinstance(self.smallest, str) and "%" in self.smallest  # of b, which the mirror image lacks
         if self.a < self.b or share:
             return (self.a, self.b, self.measure, self.direction, str(self.smallest))
@@ -86,15 +86,16 @@ class Decision:
     Attributes:
         decision: `supported`, `refuted` or `not resolved`.
         why: the reason, as a clause with its numbers.
-        difference: a - b over the seeds that both have: n, mean, std, and the half-width at `confidence`,
-            None where there is no interval yet.
-        confidence: of the interval, which holds at every look: that of the claim's step in Holm's procedure.
-        p: the p-value at every look, corrected by Holm; None where nothing was tested.
+        difference: a - b over the common seeds: n, mean, std, and the half-width at `confidence`, or None if
+            there is no interval yet.
+        confidence: of the interval, which is valid at every look: that of the claim's step in Holm's
+            procedure.
+        p: the p-value, valid at every look and corrected by Holm; None if nothing was tested.
         seeds: the seeds counted.
         smallest: the smallest difference as a number, in the measure's unit.
-        further_seeds: from and to how many seeds beyond these would resolve the claim if the mean stayed as
-            it is; None where it is resolved or nothing can be told.
-        notes: what was left out and why, a clause each.
+        further_seeds: the range of further seeds that would resolve the claim if the mean difference stayed
+            the same; None if the claim is resolved or the range is unknown.
+        notes: the omitted runs with the reasons, a clause each.
     """
 
     claim: Claim
@@ -111,7 +112,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What the runs say about one claim before any correction; `doubt`: why they say nothing."""
+    """The evidence on one claim before any correction; `doubt` is the reason why the runs cannot decide
+    it."""
 
     difference: Summary
     seeds: tuple[int, ...]
@@ -126,8 +128,8 @@ def decide(claims: Sequence[Claim], values: Mapping[tuple[str, str], Sequence[Va
     """Decide the claims of one section together; the answers keep the order of the claims.
 
     Args:
-        claims: all claims that the section states, those without runs too: they count in the correction. A
-            claim that is stated twice counts once.
+        claims: all claims of the section; claims without runs also count in the correction. A claim that is
+            stated twice counts once.
         values: (run or group, measure) -> its runs.
     """
     evidence = {claim: _evidence(claim, values) for claim in claims}
@@ -169,11 +171,11 @@ def _evidence(claim: Claim, values: Mapping[tuple[str, str], Sequence[Value]]) -
         doubt = f"the runs of {claim.a} and {claim.b} used different data"
     identical = len(seeds) > 1 and not any(differences) and all(fine(a.values[seed]) for seed in seeds)
     if doubt is None and not seeds:
-        doubt = f"{claim.a} and {claim.b} have no seed in common with a value of {claim.measure}"
+        doubt = f"{claim.a} and {claim.b} have no common seed with a value of {claim.measure}"
     if doubt is None and difference.std == 0 and not identical:
         doubt = (
-            f"the difference is {signed(difference.mean or 0.0)} on each of {len(seeds)} seeds, which shows "
-            "no spread to judge it by"
+            f"the difference is {signed(difference.mean or 0.0)} on each of {len(seeds)} seeds, so that its "
+            "spread is unknown"
         )
     p = None
     if doubt is None and difference.mean is not None and difference.std is not None:
@@ -183,15 +185,17 @@ def _evidence(claim: Claim, values: Mapping[tuple[str, str], Sequence[Value]]) -
 
 def _unpaired(claim: Claim, a: Counted, b: Counted) -> list[str]:
     notes = []
-    for name, mine, other in ((claim.a, a, b), (claim.b, b, a)):
+    for name, rival, mine, other in ((claim.a, claim.b, a, b), (claim.b, claim.a, b, a)):
         alone = [str(seed) for seed in mine.values if seed not in other.values]
         if alone and other.values:
-            notes.append(f"seed{'s' * (len(alone) > 1)} {', '.join(alone)} of {name} without a pair")
+            notes.append(
+                f"seed{'s' * (len(alone) > 1)} {', '.join(alone)} of {name} omitted: {rival} has no value"
+            )
     return notes
 
 
 def _p(direction: str, difference: Summary, smallest: float) -> float:
-    """The smallest error rate at which the claim is decided, one way or the other."""
+    """The smallest error rate at which the claim is supported or refuted."""
     mean, std = difference.mean or 0.0, difference.std or 0.0
     if direction == "equal":
         return p_value(abs(mean) - smallest, std, difference.n)
@@ -222,24 +226,24 @@ def _decision(claim: Claim, found: _Evidence, p: float, confidence: float) -> De
     if found.identical and found.doubt is None:
         shown = replace(found.difference, ci95=0.0)
         word = _word(claim.direction, 0.0, 0.0, found.smallest)
-        return result(word, f"both gave the same value, digit for digit, on each of {shown.n} seeds")
+        return result(word, f"both groups gave exactly the same value on each of {shown.n} seeds")
     if found.doubt is not None:
         return result("not resolved", found.doubt)
     low, high, mean = shown.low, shown.high, shown.mean
     if low is None or high is None or mean is None:
         least = least_seeds(confidence)
         why = (
-            f"{shown.n} seed{'s' * (shown.n != 1)} in common; an interval of {confidence:.1%} that holds at "
+            f"{shown.n} common seed{'s' * (shown.n != 1)}; a {confidence:.1%} interval that is valid at "
             f"every look needs {least}"
         )
         return result("not resolved", why, _further(claim, found, confidence))
     word = _word(claim.direction, low, high, found.smallest)
     if word != "not resolved":
         return result(word, _settled(claim.direction, low, high, found.smallest))
-    why = f"the interval [{signed(low)}, {signed(high)}] leaves both open"
+    why = f"the interval [{signed(low)}, {signed(high)}] neither supports nor refutes the claim"
     seeds = _further(claim, found, confidence)
     if seeds is not None:
-        why += f"; if the mean stays, {further.in_words(seeds)} would resolve it"
+        why += f"; at the same mean difference, {further.in_words(seeds)} would resolve it"
     return result(word, why, seeds)
 
 

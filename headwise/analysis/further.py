@@ -1,7 +1,8 @@
-"""How many further seeds would decide a comparison: a range, since a few seeds tell little about the spread.
+"""The number of further seeds that would decide a comparison: a range, since few seeds give a rough spread.
 
-The standard deviation of n values is known up to its chi-square interval: of 2 seeds the 80% interval reaches
-from 0.6 to 8 times what was seen, of 5 from 0.7 to 1.9 times. The seeds that are needed grow with its square.
+The true standard deviation lies in a chi-square interval: with 2 seeds the 80% interval reaches from 0.6 to 8
+times the observed value, with 5 seeds from 0.7 to 1.9 times. The number of seeds needed grows with its
+square.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ MOST_SEEDS = 1_000_000
 CONFIDENCE = 0.8
 
 Seeds = tuple[int, int | None]
-"""From and to; None: more than a million, or none at all."""
+"""From and to; `None` stands for more than a million, or for no number at all."""
 
 
 def further_seeds(difference: Summary, decided: Callable[[float, int], bool]) -> Seeds | None:
-    """Seeds beyond those seen after which the mean seen would be decided.
+    """The range of further seeds after which the observed mean difference would be decided.
 
     Args:
-        difference: n, mean and standard deviation seen.
-        decided: whether the mean seen would be decided by (standard deviation, number of seeds); once it is,
-            more seeds never undo it.
+        difference: the observed n, mean and standard deviation.
+        decided: whether (standard deviation, number of seeds) would decide the observed mean; more seeds
+            never undo a decision.
 
     Returns:
-        Two numbers of at least 1, for both ends of the 80% interval of the spread. None where nothing can be
-        told: no spread was seen, or even the small end needs more than a million seeds.
+        Two numbers of at least 1, for both ends of the 80% interval of the spread. None if no spread was
+        observed, or if even the lower end needs more than a million seeds.
     """
     if not difference.std:
         return None
@@ -49,7 +50,7 @@ def in_words(seeds: Seeds) -> str:
 
 
 def _first(decided: Callable[[int], bool], n: int) -> int | None:
-    """The smallest number above `n` that decides, None above a million."""
+    """The smallest number above `n` that decides; None if it exceeds a million."""
     low, high = n, n + 1
     while not decided(high):
         low, high = high, 2 * high

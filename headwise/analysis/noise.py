@@ -1,5 +1,4 @@
-"""The noise floor: how much an unchanged baseline differs between seeds, and which difference can be seen
-over it."""
+"""The noise floor: the spread of an unchanged baseline over seeds, and the differences that exceed it."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Detectable:
-    """The difference that `n` pairs of seeds tell from 0 with chance 0.8, at the spread seen and at its
-    interval's ends."""
+    """The difference that `n` pairs of seeds distinguish from 0 with probability 0.8, at the observed spread
+    and at both ends of its interval."""
 
     n: int
     difference: float
@@ -31,11 +30,11 @@ class NoiseFloor:
     """The spread over seeds of an unchanged baseline.
 
     Attributes:
-        summary: n, mean, std, half-width of the mean's 95% interval (for this n, not for every look).
+        summary: n, mean, std, half-width of the mean's 95% interval (for this n, not valid at every look).
         std_low, std_high: the 95% chi-square interval of the standard deviation; None below 2 seeds.
         detectable: for several numbers of pairs; empty below 2 seeds.
         text: one sentence.
-        notes: what was left out and why, a clause each.
+        notes: the omitted runs with the reasons, a clause each.
     """
 
     summary: Summary
@@ -51,11 +50,11 @@ def noise_floor(
 ) -> NoiseFloor:
     """The noise floor of the runs of one unchanged baseline.
 
-    A difference of two runs has √2 times the spread of one where the runs share nothing but the seed; a pair
-    whose values move together with the seed resolves less than is stated here.
+    The difference of two independent runs has √2 times the spread of one run. Pairs whose values are
+    positively correlated over seeds detect smaller differences than stated here.
 
     Args:
-        comparisons: claims of the section, by which the differences that can be seen are corrected.
+        comparisons: the number of claims for which the detectable differences are corrected.
         pairs: numbers of pairs of seeds; those too small for an interval are left out.
     """
     counted = count(values, name)
@@ -82,9 +81,9 @@ def noise_floor(
     if found:
         one = found[0]
         text += (
-            f"; {one.n} pairs of seeds tell a difference of {one.difference:.2g} ({one.low:.2g} to "
-            f"{one.high:.2g}) from 0 in four of five cases"
+            f"; {one.n} pairs of seeds detect a difference of {one.difference:.2g} ({one.low:.2g} to "
+            f"{one.high:.2g}) in four of five cases"
         )
         for more in found[-1:] if len(found) > 1 else ():
-            text += f", {more.n} pairs {more.difference:.2g} ({more.low:.2g} to {more.high:.2g})"
+            text += f", {more.n} pairs one of {more.difference:.2g} ({more.low:.2g} to {more.high:.2g})"
     return NoiseFloor(summary, low, high, tuple(found), text, counted.notes)

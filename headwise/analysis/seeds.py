@@ -1,7 +1,7 @@
-"""Which runs of a group count as seeds: each seed once, and none that repeats another.
+"""Selects the runs of a group that count as seeds: each seed once, and none that repeats another.
 
-More values make every interval narrower, so that a value that counts twice shows a difference that is not
-there.
+More values make every interval narrower, so that a value that counts twice can show a difference where there
+is none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeGuard
 from headwise.analysis.statistics import Summary, summarize
 
 FINE = 9
-"""Significant digits from which on two seeds do not give one value by chance."""
+"""With so many significant digits, two seeds do not give the same value by chance."""
 LARGEST = 1e100
 
 
@@ -25,10 +25,10 @@ class Value:
 
     Attributes:
         seed: of the run.
-        value: None where the run has none.
-        why: of None, as a clause such as `diverged`.
-        configuration: a fingerprint of all but the seed; empty where it is not known.
-        data: the checksum of its data; empty where it is not known.
+        value: None if the run has none.
+        why: the reason for None, such as `diverged`.
+        configuration: a fingerprint of everything but the seed; empty if unknown.
+        data: the checksum of its data; empty if unknown.
     """
 
     seed: int
@@ -44,8 +44,8 @@ class Counted:
 
     Attributes:
         values: seed -> value, in the order of the seeds.
-        notes: what was left out and why, a clause each.
-        doubt: why the group cannot be compared at all; None where it can.
+        notes: the omitted runs with the reasons, a clause each.
+        doubt: the reason why the group cannot be compared at all; None if it can.
     """
 
     values: dict[int, float]
@@ -54,19 +54,19 @@ class Counted:
 
 
 def usable(value: float | None) -> TypeGuard[float]:
-    """Whether a run has a value that can be compared: finite, and with a square that is finite too."""
+    """Whether a run has a value that can be compared: its square must be finite too."""
     return value is not None and abs(value) <= LARGEST
 
 
 def summarize_differences(differences: Sequence[float], values: Iterable[float]) -> Summary:
-    """Summary of differences of `values`; a spread that their rounding alone would leave is 0."""
+    """Summary of differences between `values`; a spread as small as their rounding errors counts as 0."""
     found = summarize(differences)
     rounding = 8 * math.ulp(max(map(abs, values), default=0.0))
     return replace(found, std=0.0, ci95=0.0) if found.std is not None and found.std <= rounding else found
 
 
 def fine(value: float) -> bool:
-    """Whether a number carries so many digits that another computation does not give it by chance."""
+    """Whether a number has so many digits that another computation does not give it by chance."""
     digits = repr(float(value)).lower().split("e")[0].replace(".", "").lstrip("-0").rstrip("0")
     return math.isfinite(value) and len(digits) >= FINE
 
@@ -89,7 +89,7 @@ def count(values: Iterable[Value], name: str) -> Counted:
             shown = " and ".join(f"{value:.6g}" for value in distinct)
             if len(set(shown.split(" and "))) < len(distinct):
                 shown = " and ".join(map(repr, distinct))
-            notes.append(f"seed {seed} of {name} gave {shown}, so that it is not counted")
+            notes.append(f"seed {seed} of {name} gave {shown}, so it is not counted")
         else:
             counted[seed] = distinct[0]
             if len(finite) > 1:
@@ -99,7 +99,7 @@ def count(values: Iterable[Value], name: str) -> Counted:
     repeats = _repeats(counted)
     for seed, first in repeats.items():
         del counted[seed]
-        notes.append(f"seeds {first} and {seed} of {name} gave the same value, counted once")
+        notes.append(f"seeds {first} and {seed} of {name} gave exactly the same value, counted once")
     return Counted(counted, tuple(notes), _doubt(name, runs, counted, bool(repeats)))
 
 
@@ -124,7 +124,7 @@ def _repeats(counted: dict[int, float]) -> dict[int, int]:
 def _doubt(name: str, runs: dict[int, list[Value]], counted: dict[int, float], repeats: bool) -> str | None:
     configurations = {run.configuration for seed in runs for run in runs[seed] if run.configuration}
     if len(configurations) > 1:
-        return f"the runs of {name} have {len(configurations)} configurations, so that they are not one group"
+        return f"the runs of {name} have {len(configurations)} configurations, so they are not one group"
     if (len(counted) == 1 and repeats) or (len(counted) > 1 and len(set(counted.values())) == 1):
-        return f"different seeds of {name} gave one value, so that they are not independent"
+        return f"different seeds of {name} gave the same value, so they are not independent"
     return None

@@ -1,9 +1,9 @@
-"""An interval that may be looked at again and again while seeds are added.
+"""A confidence sequence: intervals that stay valid under repeated looks while seeds are added.
 
-A t interval of 95% covers the mean with 95% at an n that was fixed beforehand. Whoever looks after each seed
-and stops at the first interval without 0 finds a difference that is not there far more often than 5%. The
-intervals here hold at all n at once (a confidence sequence), however the looks and the end are chosen. They
-invert the Bayes factor of the t statistic with a normal prior on the standardized difference δ = mean/std,
+A 95% t interval covers the mean in 95% of cases at an n that was fixed beforehand. Looking after each seed
+and stopping at the first interval without 0 finds a difference where there is none in far more than 5% of
+cases. The intervals here are valid at all n at once, however the looks and the end are chosen. They invert
+the Bayes factor of the t statistic with a normal prior on the standardized difference δ = mean/std,
 
     BF(t, n) = (1 + n·g)^(-1/2) · ((1 + x) / (1 + x/(1 + n·g)))^(n/2),   x = t²/(n - 1),   δ ~ N(0, g)
 
@@ -17,7 +17,7 @@ interval at 95%, three have one for up to three comparisons. Spending α over th
 compared by simulation: with α·2/(n(n - 1)) at each n from 3 it resolves 3 standard deviations as early and
 1 standard deviation a few seeds later. `headwise bench sequential` measures the error rate and the power.
 
-The difference of two runs with one distribution is symmetric, whatever that distribution is; simulated
+The difference of two runs with the same distribution is symmetric for any distribution; simulated
 with normal, uniform, log-normal and heavy-tailed runs (t with 3 degrees of freedom) and with rounded values,
 the error rate stays below α. For differences with a mean of 0 that are strongly skewed it does not.
 """
@@ -31,11 +31,11 @@ from headwise.analysis.statistics import Summary
 
 ERROR_RATE = 0.05
 PRIOR_STD = 5.0
-LEAST = 3  # values; two are never enough, however few comparisons there are
+LEAST = 3  # values; two are too few for any number of comparisons
 
 
 def half_width(std: float, n: int, confidence: float = 1 - ERROR_RATE) -> float | None:
-    """Half the width of the interval of a mean of n values that holds at every n; None: there is none yet."""
+    """The half-width of the interval, valid at every n, of a mean of n values; None if there is none yet."""
     if n < LEAST:
         return None
     shrink = 1 / (1 + n * PRIOR_STD**2)
@@ -46,16 +46,16 @@ def half_width(std: float, n: int, confidence: float = 1 - ERROR_RATE) -> float 
 
 
 def anytime(summary: Summary, confidence: float = 1 - ERROR_RATE) -> Summary:
-    """The same mean with the half-width that holds at every look; None where there is none yet."""
+    """The same summary with the half-width that is valid at every look; None if there is none yet."""
     if summary.std is None:
         return summary
     return replace(summary, ci95=half_width(summary.std, summary.n, confidence))
 
 
 def p_value(distance: float, std: float, n: int) -> float:
-    """p-value at every look of a true mean that lies `distance` from the mean of n values; 1 below 3 values.
+    """The p-value, valid at every look, of a true mean at `distance` from the mean of n values; 1 for n < 3.
 
-    It is below α exactly where the interval of confidence 1 - α leaves that mean out.
+    It is below α exactly if the interval of confidence 1 - α does not contain that true mean.
     """
     if n < LEAST or distance == 0:
         return 1.0
@@ -79,10 +79,9 @@ def least_seeds(confidence: float = 1 - ERROR_RATE) -> int:
 
 
 def detectable(std: float, n: int, confidence: float = 1 - ERROR_RATE, power: float = 0.8) -> float | None:
-    """The true mean that n values with this spread tell from 0 with chance `power`; None where there is none
-    yet.
+    """The true mean that n values with this spread distinguish from 0 with probability `power`, or None.
 
-    It counts the look at n alone: a look before it may already have told.
+    Only the look at n counts; an earlier look may already have found the difference.
     """
     from scipy.special import nctdtrinc
 

@@ -1,4 +1,5 @@
-"""A table whose numbers are whole: what does not fit is wrapped where it is text, or left out and named."""
+"""A table that never cuts numbers: text that does not fit is wrapped, other columns are left out and
+named."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 GAP = "  "
 NARROWEST = 8
-"""Cells that text is wrapped into where all else was left out."""
+"""The width of columns of text, in cells, once every column that may be left out has been."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Column:
     Attributes:
         cells: text, one a row.
         number: it is aligned to the right and never wrapped.
-        wraps: its text may be wrapped into so many cells; the widest of such columns is wrapped first.
-        leaves: the order of leaving out, 0 first; None stays.
+        wraps: the smallest width, in cells, to which its text is wrapped; the widest such column comes first.
+        leaves: its place in the order in which columns are left out, 0 first; None for never.
         colours: rich's style by the text of a cell.
     """
 
@@ -37,8 +38,8 @@ def table(
     """The lines of a table, its titles first, and the titles of the columns that were left out.
 
     Args:
-        width: cells of the terminal; None for a file, where nothing is wrapped or left out.
-        colour: write the codes of a terminal.
+        width: of the terminal, in cells; None for a file, where nothing is wrapped or left out.
+        colour: write the colour codes of a terminal.
     """
     shown = list(columns)
     widths = {column.title: max(map(_width, (column.title, *column.cells))) for column in columns}
@@ -60,7 +61,7 @@ def table(
 
 
 def plain(text: str) -> str:
-    """Text on one line, without characters that a terminal would act on."""
+    """Text on one line, without control characters."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
@@ -69,7 +70,7 @@ def plain(text: str) -> str:
 def _narrow(
     wrapping: list[Column], shown: list[Column], widths: dict[str, int], least: dict[str, int], width: int
 ) -> None:
-    """Narrow the widest of the columns of text until the table fits, or all are as narrow as they may be."""
+    """Narrow the widest column of text until the table fits, or until all have their smallest width."""
     while (over := sum(widths[c.title] for c in shown) + len(GAP) * (len(shown) - 1) - width) > 0:
         wide = [c for c in wrapping if widths[c.title] > least[c.title]]
         if not wide:

@@ -1,4 +1,4 @@
-"""`headwise notebook`: run the experiments of a Markdown file, see how they stand, write their page."""
+"""`headwise notebook`: run the experiments of a Markdown file, show their state, write a page about them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "A notebook is a Markdown file. Its ```headwise fences hold headwise commands, `Hypothesis:` paragraphs "
-    "say what is expected of them, and `Compare:` lines are decided over seeds. Paths in it are relative to "
-    "its folder."
+    "state the expected results, and every `Compare:` line is decided by statistics over seeds. Paths are "
+    "relative to the notebook's folder."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Run, look, render or start; returns the exit code."""
+    """Carry out one action; returns the exit code."""
     if argv[:1] == ["import"]:
         from headwise.notebook.log import command
 
@@ -39,35 +39,50 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
-        one = actions.add_parser(name, help=what, description=f"{what}.".capitalize(), allow_abbrev=False)
+        description = f"{what[0].upper()}{what[1:]}."
+        one = actions.add_parser(name, help=what, description=description, allow_abbrev=False)
         one.add_argument("notebook", help="a Markdown file")
         return one
 
     run = add("run", "run every block whose commands, code or data changed, and write the results under it")
     run.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
     run.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="this block; can be repeated"
+        "--only", action="append", default=[], metavar="NAME", help="run only this block; can be repeated"
     )
-    run.add_argument("--device", help="cpu, cuda, auto: of all train and study lines")
+    run.add_argument("--device", help="cpu, cuda or auto, for all train and study lines")
     run.add_argument(
-        "--executor", default="local", help="where runs run: local, ray or slurm (default: local)"
+        "--executor",
+        default="local",
+        help="where the runs are executed: local, ray or slurm (default: local)",
     )
-    run.add_argument("--watch", action="store_true", help="stay, and run again whenever the file changes")
     run.add_argument(
-        "--replace-edited", action="store_true", help="replace results that were edited by hand too"
+        "--watch",
+        action="store_true",
+        help="keep running, and run the notebook again whenever the file changes",
     )
-    add("status", "show every block with its state, its runs and the decisions")
+    run.add_argument(
+        "--replace-edited", action="store_true", help="also replace results that were edited by hand"
+    )
+    add("status", "show the state, the runs and the decisions of every block")
     actions.add_parser("import", help="translate the selective attention log into a notebook", add_help=False)
-    add("new", "write a notebook that runs as it is, on a CPU, in about a minute")
-    report = add("report", "write one HTML page: the noise floor, the decisions, hypothesis beside result")
-    report.add_argument("--out", metavar="FILE", help="the page (default: the notebook's name with .html)")
+    add("new", "write a notebook that runs unchanged on a CPU in about a minute")
+    report = add(
+        "report", "write one HTML page: the noise floor, the decisions, each hypothesis with its result"
+    )
+    report.add_argument(
+        "--out", metavar="FILE", help="file of the page (default: the notebook's name with .html)"
+    )
     return parser
 
 
 @contextlib.contextmanager
 def _beside(notebook: str) -> Iterator[Path]:
-    """Work in the notebook's folder; gives the notebook's whole path."""
+    """Change to the notebook's folder; yields the notebook's absolute path."""
     path = Path(os.path.abspath(notebook))
+    if path.exists() and not path.is_file():
+        raise HeadwiseError(
+            f"notebook {notebook} cannot be read: it is no regular file; give a Markdown file"
+        )
     if not path.is_file():
         raise HeadwiseError(
             f"notebook {notebook} cannot be read: there is no such file; `headwise notebook new` writes one"
@@ -125,7 +140,7 @@ def _read_study(verb: str, words: Sequence[str]) -> tuple[Study, Path | None]:
             arguments, flags = parser(verb, "").parse_known_args(list(words))
     except SystemExit:
         raise HeadwiseError(
-            f"these are not the arguments of `headwise {verb}`; its --help lists them"
+            f"`headwise {verb}` does not take these arguments; `headwise {verb} --help` lists its arguments"
         ) from None
     study = study_of(arguments, flags, "")
     if verb == "sweep":
@@ -155,7 +170,8 @@ def _status(arguments: argparse.Namespace) -> int:
             table.add_column(name, overflow="fold")
         for block in status.blocks:
             words = [
-                f"{one.compare.direction} {one.compare.measure} than {one.compare.b}: {one.word}"
+                f"{one.compare.direction} {one.compare.measure} "
+                f"{'to' if one.compare.direction == 'equal' else 'than'} {one.compare.b}: {one.word}"
                 f"{' (exploratory)' * (one.exploratory and one.decision is not None)}"
                 for one in status.decided
                 if one.compare.a.partition("/")[0] == block.name
@@ -181,7 +197,7 @@ def _new(arguments: argparse.Namespace) -> int:
         if os.path.lexists(place):
             raise HeadwiseError(f"{place} exists; give the name of a new file")
     if path.suffix.lower() not in (".md", ".markdown"):
-        raise HeadwiseError(f"{path} is no Markdown file; give a name that ends with .md")
+        raise HeadwiseError(f"{path} is not a Markdown file; give a name that ends with .md")
     title = path.stem.replace("-", " ").replace("_", " ").strip().capitalize() or "Notebook"
     write_text(shared, CONFIGURATION)
     write_text(path, template(title, shlex.quote(shared.name)))

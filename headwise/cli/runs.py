@@ -28,10 +28,10 @@ LEAVE = (
     "wall_s", "val_accuracy", "params_total", "val_bits_per_byte", "tokens_per_sec", "train_loss", "seed",
     "step", "kind",
 )  # fmt: skip
-"""Columns that a narrow terminal does not show, the first of them first."""
+"""Columns that are left out on a narrow terminal, in this order."""
 
 WRAP = {"run": 40, "reason": 16}
-"""Cells that columns of text are wrapped into at the narrowest."""
+"""The smallest widths, in cells of a terminal, to which columns of text are wrapped."""
 
 ACTIONS = ("push", "pull", "delete")
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     root = Path(args.root)
     if not root.is_dir():
-        raise HeadwiseError(f"no folder {args.root!r} to look for runs in; give the folder that holds them")
+        raise HeadwiseError(f"folder {args.root!r} does not exist; give the folder that holds the runs")
     runs = listed(root, told=_told())
     if not runs and not args.json:
         print(f"no runs below {args.root}: a run is a folder with a status.json")
@@ -82,14 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwise runs",
         description="List, filter and sort the runs below a folder.",
-        epilog="`headwise runs push`, `pull` and `delete` copy runs to a store, fetch them and delete them; "
-        "each has its own --help. A folder of such a name is listed as ./push.",
+        epilog="`headwise runs push` copies runs to a store, `headwise runs pull` fetches a copy, and "
+        "`headwise runs delete` deletes runs; each has its own --help. To list a folder that is called push, "
+        "write ./push.",
     )
     parser.add_argument("root", nargs="?", default="runs", help="folder to search (default: runs)")
-    parser.add_argument("--sort", metavar="COLUMN", help="ascending; -COLUMN descending, as --sort=-step")
+    parser.add_argument(
+        "--sort", metavar="COLUMN", help="sort in ascending order; in descending order with --sort=-COLUMN"
+    )
     parser.add_argument(
         "--filter", action="append", default=[], metavar="COLUMN=VALUE",
-        help="keep runs where it holds, as kind=flash, state!=finished, 'val_loss<2'; repeat to combine",
+        help="keep matching runs, such as kind=flash, state!=finished or 'val_loss<2'; repeat to combine",
     )  # fmt: skip
     parser.add_argument("--limit", type=_count, metavar="N", help="show the first N")
     parser.add_argument("--json", action="store_true", help="print every field of every run as JSON")
@@ -122,7 +125,7 @@ def _check(column: str, known: list[str]) -> str:
 def _matches(run: Run, text: str, known: list[str], root: Path) -> bool:
     found = re.fullmatch(r"([\w.]+)\s*(!=|<=|>=|=|<|>)\s*(.*)", text)
     if not found:
-        raise HeadwiseError(f"--filter {text!r} is not COLUMN=VALUE, as kind=flash or 'val_loss<2'")
+        raise HeadwiseError(f"--filter {text!r} is not COLUMN=VALUE, such as kind=flash or 'val_loss<2'")
     column, sign, wanted = found.groups()
     actual = value(run, _check(column, known), root)
     if isinstance(actual, int | float) and not isinstance(actual, bool):
@@ -136,7 +139,7 @@ def _matches(run: Run, text: str, known: list[str], root: Path) -> bool:
 
 
 def _sorted(runs: list[Run], column: str, known: list[str], root: Path) -> list[Run]:
-    """By one column; runs without a value come last whichever the direction."""
+    """Runs sorted by one column; runs without a value come last in both directions."""
     name = _check(column.removeprefix("-"), known)
 
     def missing(run: Run) -> bool:
@@ -161,7 +164,7 @@ def _record(run: Run, root: Path) -> dict[str, Any]:
 
 
 def _told() -> Callable[[int, int], None]:
-    """Says on a terminal, a few times a second, how many runs were read, where that takes long."""
+    """A callback that shows the progress of reading, twice a second, if standard error is a terminal."""
     if not sys.stderr.isatty():
         return lambda done, of: None
     begun = shown = time.monotonic()

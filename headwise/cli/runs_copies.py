@@ -18,25 +18,27 @@ if TYPE_CHECKING:
     from headwise.runs.store import Copy
 
 PLACES = (
-    "a path, hf://USER/NAME[/path] for a repository of the Hugging Face hub (made, and private, where it is "
+    "a path, hf://USER/NAME[/path] for a repository of the Hugging Face hub (created as a private one if it "
+    "does not exist), or any URL that fsspec supports, such as s3://bucket/path"
 )
-PLACES += "not there), or any URL of fsspec's such as s3://bucket/path"
 
 
 def push(argv: list[str]) -> int:
     """Copy runs to a store."""
     parser = argparse.ArgumentParser(
         prog="headwise runs push",
-        description="Copy a run, or a folder of runs, and verify the copy: every file is read back (the hub "
-        "gives its SHA-256 of large ones), and the manifest is written last. The same command continues a "
-        "push that was interrupted, and updates the copy of a run that went on. A place that holds another "
-        "run is refused. Several runs lie below TARGET as they lie below the folder that they share.",
+        description="Copy a run, or a folder of runs, and verify the copy: every file is read back (of large "
+        "files the hub returns the SHA-256), and the manifest is written last. The same command continues an "
+        "interrupted push, and updates the copy of a run that has been continued. A target that holds "
+        "another run is refused. Several runs keep their paths relative to their common folder.",
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder of a run, or one with runs, as a study's"
+        "runs", nargs="+", metavar="RUN", help="folder of a run, or a folder of runs, such as a study's"
     )
     parser.add_argument("target", metavar="TARGET", help=PLACES)
-    parser.add_argument("--snapshot", action="store_true", help="push a run that is running, as it is now")
+    parser.add_argument(
+        "--snapshot", action="store_true", help="push a run that is still running, in its present state"
+    )
     args = parser.parse_args(argv)
 
     from headwise.runs.store import push as copy_to
@@ -48,8 +50,8 @@ def push(argv: list[str]) -> int:
         target = f"{args.target.rstrip('/')}/{inside}" if len(runs) > 1 else args.target
         with _Shown() as shown:
             copy = copy_to(run, target, snapshot=args.snapshot, progress=shown)
-        kept = "" if copy.lasting else "; it ends with this process"
-        print(f"{_what(copy)} verified at {copy.url}, {size_of(copy.moved)} of it written now{kept}")
+        kept = "" if copy.lasting else "; the store is lost when this process ends"
+        print(f"{_what(copy)} verified at {copy.url}, {size_of(copy.moved)} written now{kept}")
     return 0
 
 
@@ -57,12 +59,12 @@ def pull(argv: list[str]) -> int:
     """Fetch a copy from a store."""
     parser = argparse.ArgumentParser(
         prog="headwise runs pull",
-        description="Fetch a run, or a folder of runs, that was pushed. Its folder appears whole and "
-        "verified, or not at all; the same command continues a pull that was interrupted.",
+        description="Fetch a run, or a folder of runs, that was pushed. Its folder appears complete and "
+        "verified, or not at all; the same command continues an interrupted pull.",
     )
     parser.add_argument("source", metavar="SOURCE", help=PLACES)
     parser.add_argument(
-        "--out", metavar="DIR", help="a new folder (default: runs/ and the last part of SOURCE)"
+        "--out", metavar="DIR", help="a new folder (default: runs/ followed by the last part of SOURCE)"
     )
     args = parser.parse_args(argv)
 
@@ -73,29 +75,29 @@ def pull(argv: list[str]) -> int:
     )
     with _Shown() as shown:
         copy = fetch(args.source, out, progress=shown)
-    print(f"{_what(copy)} verified in {out}, {size_of(copy.moved)} of it fetched now")
+    print(f"{_what(copy)} verified in {out}, {size_of(copy.moved)} fetched now")
     return 0
 
 
 def delete(argv: list[str]) -> int:
-    """Delete runs, never the only copy of weights unless that is asked for."""
+    """Delete runs, but not the only copy of weights unless `--only-copy` is given."""
     parser = argparse.ArgumentParser(
         prog="headwise runs delete",
-        description="Delete runs. Refused, before anything is deleted: a run that is running; a run whose "
-        "weights no copy holds, which is checked now by reading back the copies that were pushed or pulled; "
-        "a run that other runs start from (init_from).",
+        description="Delete runs. Three cases are refused before anything is deleted: a run that is running; "
+        "a run whose weights exist in no verified copy (its recorded copies are read back now); and a run "
+        "from which other runs start (init_from).",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     parser.add_argument(
-        "--only-copy", action="store_true", help="delete weights that exist nowhere else, too"
+        "--only-copy", action="store_true", help="also delete weights that exist nowhere else"
     )
     parser.add_argument(
-        "--although-used", action="store_true", help="delete runs that others start from, too"
+        "--although-used", action="store_true", help="also delete runs from which other runs start"
     )
     parser.add_argument(
         "--root", metavar="DIR", action="append", default=[],
-        help="where to look for runs that start from them (default: runs, and the folder that RUN lies in)",
+        help="folder to search for runs that start from RUN (default: runs, and the folder that holds RUN)",
     )  # fmt: skip
     args = parser.parse_args(argv)
 
@@ -105,13 +107,13 @@ def delete(argv: list[str]) -> int:
     roots = [Path(root) for root in args.root]
     for root in roots:
         if not root.is_dir():
-            raise HeadwiseError(f"no folder --root {shortened(root)} to look for runs in")
+            raise HeadwiseError(f"--root {shortened(root)} is not a folder; give a folder that holds runs")
     with _Shown() as shown:
         doomed = may_delete(
             args.runs, only_copy=args.only_copy, although_used=args.although_used, roots=roots, progress=shown
         )
     for run in doomed:
-        weights = f"weights are at {run.copy}" if run.copy else "the only copy of its weights"
+        weights = f"its weights are also at {run.copy}" if run.copy else "the only copy of its weights"
         print(f"{run.path}: {size_of(run.size)}, {weights if run.n_weights else 'no weights'}")
     if not args.yes and not _agreed(len(doomed)):
         return 1
@@ -140,7 +142,7 @@ def _what(copy: Copy) -> str:
 
 
 class _Shown:
-    """What is done, how fast, and the time left: one line on a terminal, else a line now and then."""
+    """Shows progress, rate and time left: one line on a terminal, otherwise a line every ten seconds."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
@@ -157,11 +159,11 @@ class _Shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def begin(self, what: str, total: int) -> None:
-        """`what` begins, of `total` bytes."""
+        """Start an action, named `what`, on `total` bytes."""
         self.what, self.total, self.done, self.begun = what, total, 0, time.monotonic()
 
     def count(self, n_bytes: int) -> None:
-        """So many more are done."""
+        """Add bytes to those that are done."""
         self.done += n_bytes
         now = time.monotonic()
         if now - self.shown < self.every:

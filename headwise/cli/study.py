@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 LOCK = ".study.lock"
 DESCRIPTION = (
-    "Train variants x seeds x axes, compare them, write report.md and report.html. "
-    "Runs that ended are not run again: after an interruption the same command continues the study."
+    "Train variants x seeds x axes, compare the variants, and write report.md and report.html. Completed "
+    "runs are not run again: after an interruption the same command continues the study."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Plan, run what has not ended, report; returns the exit code."""
+    """Plan the study, run the runs that have not ended, write the report; returns the exit code."""
     arguments, flags = parser("study", DESCRIPTION).parse_known_args(argv)
     return carry_out(
         study_of(arguments, flags, f"headwise study {shlex.join(argv)}"),
@@ -41,7 +41,7 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
         prog=f"headwise {verb}",
         description=description,
         usage=f"headwise {verb} FILE [options] [--SECTION.KEY=VALUE ...]",
-        epilog="Dotted keys change what all runs share (--model.d_model=768 --data.seq_len=1024), the budget "
+        epilog="Dotted keys set values for all runs (--model.d_model=768 --data.seq_len=1024), the budget "
         "(--budget.kind=tokens --budget.value=1e9), an axis (--axes.data.seq_len=[512,1024]), the search "
         "(--search.trials=8 --search.keys.training.lr=[1e-3,1e-2]) or a variant "
         "(--variants.NAME.training.lr=3e-4). A variant's own keys take precedence over shared ones. Another "
@@ -51,18 +51,18 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
     found.add_argument("file", help="study file; configs/studies has examples")
     found.add_argument("--out", default="runs", help="folder for the study's folder (default: runs)")
     found.add_argument("--size", help="one of the file's sizes, such as smoke, small or full")
-    found.add_argument("--workers", type=int, help="runs at a time")
-    found.add_argument("--device", help="cpu, cuda, auto")
+    found.add_argument("--workers", type=int, help="maximum number of runs at a time")
+    found.add_argument("--device", help="cpu, cuda or auto")
     found.add_argument("--seed", type=int, action="append", help="replaces the file's seeds; can be repeated")
-    found.add_argument("--timeout-s", type=float, help="seconds of training per run")
-    found.add_argument("--memory-limit", metavar="SIZE", help="memory that training may use, such as 24GiB")
+    found.add_argument("--timeout-s", type=float, help="maximum training time of a run, in seconds")
+    found.add_argument("--memory-limit", metavar="SIZE", help="memory limit of training, such as 24GiB")
     found.add_argument(
         "--max-length-at",
         metavar="SIZE",
-        help="also search each variant's longest trainable sequence in this memory",
+        help="also find the longest sequence that each variant can train on within this memory",
     )
     add_executor_options(found)
-    found.add_argument("--plan", action="store_true", help="show the runs and stop")
+    found.add_argument("--plan", action="store_true", help="list the runs and exit")
     return found
 
 
@@ -80,7 +80,9 @@ def study_of(arguments: argparse.Namespace, flags: list[str], command: str) -> S
     study.max_length_at = arguments.max_length_at or study.max_length_at
     if arguments.seed:
         if study.search:
-            raise HeadwiseError("--seed would change nothing: use --search.seeds and --search.confirm_seeds")
+            raise HeadwiseError(
+                "--seed has no effect on a study with a search; use --search.seeds and --search.confirm_seeds"
+            )
         study.use_seeds(arguments.seed)
     study.timeout_s = arguments.timeout_s or study.timeout_s
     study.command = command
@@ -109,7 +111,7 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False, where: Where
     """Run a study, print its conclusions and the path of its report; returns the exit code.
 
     Args:
-        where: its runs run; on this machine where not given.
+        where: where its runs are executed; on this machine by default.
     """
     from headwise import report
     from headwise.questions.sections import sections
@@ -143,10 +145,10 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False, where: Where
         elif complete:
             broken = [run for run in runs if state(run) in ("failed", "interrupted")]
             reason = next((run.folder.read_status().get("reason") for run in broken), "")
-            raise HeadwiseError(f"no run of {folder} has a result: {reason}")
+            raise HeadwiseError(f"no run of {folder} has a result; the first reason is: {reason}")
         pending = waiting(study, root)
     if not complete:
-        print(f"stopped; finished work is kept. To continue: {study.command}", file=sys.stderr)
+        print(f"stopped; completed work is kept. To continue: {study.command}", file=sys.stderr)
         return 130
     for name, reason in pending.items():
         print(f"{name} was not run: it {reason}", file=sys.stderr)
@@ -156,7 +158,8 @@ def carry_out(study: Study, root: Path, *, only_plan: bool = False, where: Where
 
 
 def _run(study: Study, root: Path, where: Where) -> tuple[bool, list[PlannedRun]]:
-    """Run everything, stages after the variants that they wait for; False first if Ctrl-C stopped it."""
+    """Run everything, each stage after the variants it depends on; False if Ctrl-C stopped it, and all
+    runs."""
     from headwise.study.display import StudyDisplay
     from headwise.study.executor import run_all
     from headwise.study.plan import plan, still_to_come, write_plan
@@ -184,7 +187,7 @@ def _run(study: Study, root: Path, where: Where) -> tuple[bool, list[PlannedRun]
 
 
 def _write_table(folder: Path, rows: dict[Path, Any]) -> None:
-    """Write the current table of all runs, so that it exists after a kill; `rows` has those that rest."""
+    """Write the table of all runs, so that it exists after a kill; `rows` caches the rows of ended runs."""
     from headwise.report.exports import write_sweep
     from headwise.runs.read import Study
 
@@ -200,4 +203,4 @@ def _show_plan(runs: list[PlannedRun], pending: dict[str, str], more: int) -> No
     for name, reason in pending.items():
         print(f"{name}  pending: {reason}")
     if more:
-        print(f"{len(runs)} runs are planned, and at most {more} follow from their results")
+        print(f"{len(runs)} runs are planned; at most {more} more depend on their results")

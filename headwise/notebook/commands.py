@@ -13,10 +13,10 @@ OTHERS = (
     "generate", "export", "data", "bench",
 )  # fmt: skip
 VERBS = (*RUNS, *STUDIES, *OTHERS)
-"""The verbs that make results. The others look, or act on what a notebook must not touch."""
+"""The verbs that produce results. The others only show something, or change runs and notebooks."""
 
 REFUSED = {
-    "--resume": "a notebook continues its runs itself",
+    "--resume": "a notebook resumes its runs by itself",
     "--eval_only": "it trains nothing; use `headwise budget` or `headwise profile` to measure a run",
     "--eval-only": "it trains nothing; use `headwise budget` or `headwise profile` to measure a run",
     "--plan": "it runs nothing",
@@ -24,11 +24,12 @@ REFUSED = {
     "-h": "it runs nothing",
 }
 SHELL = {
-    "|": "a pipe", ";": "a second command", "&": "a shell's &", ">": "a redirection", "<": "a redirection",
+    "|": "a pipe", ";": "a separator of commands", "&": "a shell operator", ">": "a redirection",
+    "<": "a redirection",
     "`": "a command substitution", "$": "a shell variable or substitution", "(": "a subshell",
     ")": "a subshell", "*": "a shell pattern", "?": "a shell pattern",
 }  # fmt: skip
-"""Characters that a shell would act on where they are not quoted."""
+"""Characters that have a meaning in a shell if they are not quoted."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Command:
     """One command.
 
     Attributes:
-        line: of the document, counted from 1.
+        line: its line in the document, counted from 1.
         verb: one of `VERBS`.
         words: its arguments.
     """
@@ -46,7 +47,7 @@ class Command:
     words: tuple[str, ...]
 
     def value(self, flag: str) -> str | None:
-        """The last value of `--flag VALUE` or `--flag=VALUE`; None where it is not given."""
+        """The last value of `--flag VALUE` or `--flag=VALUE`; None if the flag is not given."""
         found = None
         for word, following in zip(self.words, (*self.words[1:], ""), strict=True):
             name, equals, value = word.partition("=")
@@ -78,7 +79,7 @@ def read_commands(body: str, first: int) -> tuple[Command, ...]:
         first: the number of its first line.
 
     Raises:
-        HeadwiseError: something of a shell, another program, or a verb that makes no results; with its line.
+        HeadwiseError: shell syntax, another program, or a verb that produces no results; with its line.
     """
     lines = _words(body.replace("\r\n", "\n").replace("\r", "\n"), first)
     return tuple(_command(number, words) for number, words in lines)
@@ -88,22 +89,24 @@ def _command(line: int, words: list[str]) -> Command:
     program, verb = words[0], words[1] if len(words) > 1 else ""
     if program != "headwise":
         raise HeadwiseError(
-            f"line {line}: {_shown(program)} is not headwise; a notebook runs `headwise VERB …` lines only"
+            f"line {line}: the command is {_shown(program)}; a notebook runs only `headwise VERB …` lines"
         )
+    if not verb:
+        raise HeadwiseError(f"line {line}: `headwise` has no verb; choose from {', '.join(VERBS)}")
     if verb not in VERBS:
         raise HeadwiseError(
-            f"line {line}: `headwise {_shown(verb)}` makes no results that a notebook runs"
-            f"{did_you_mean(verb, VERBS)}; choose from {', '.join(VERBS)}"
+            f"line {line}: a notebook does not run the verb {_shown(verb)}{did_you_mean(verb, VERBS)}; "
+            f"choose from {', '.join(VERBS)}"
         )
     command = Command(line, verb, tuple(words[2:]))
     for word in command.words:
         if reason := REFUSED.get(word.partition("=")[0]):
-            raise command.wrong(f"{_shown(word)} has no place in a notebook: {reason}")
+            raise command.wrong(f"{_shown(word)} is not allowed in a notebook: {reason}")
     return command
 
 
 def _words(text: str, first: int) -> list[tuple[int, list[str]]]:
-    """The words of each command, with its line: quotes and backslashes as in a shell, and no more."""
+    """The words of each command, with its line; only quotes and backslashes work as in a shell."""
     found: list[tuple[int, list[str]]] = []
     words: list[str] = []
     word: str | None = None
@@ -120,7 +123,7 @@ def _words(text: str, first: int) -> list[tuple[int, list[str]]]:
             if letter == quote:
                 quote = ""
             elif quote == '"' and letter in "`$":
-                raise wrong(f"{letter} is {SHELL[letter]}; write it in single quotes to mean the character")
+                raise wrong(f"{letter} is {SHELL[letter]}; put a literal {letter} in single quotes")
             elif quote == '"' and letter == "\\" and following and following in '"\\$`\n':
                 word = (word or "") + ("" if following == "\n" else following)
                 line += following == "\n"
@@ -132,7 +135,7 @@ def _words(text: str, first: int) -> list[tuple[int, list[str]]]:
             line, at = line + 1, at + 1
         elif letter == "\\":
             if following in (" ", "\t") and not text[at:].partition("\n")[0].strip():
-                raise wrong("spaces after the backslash end the command early: delete them")
+                raise wrong("spaces after the backslash end the command early; delete the spaces")
             word, at = (word or "") + following, at + 1
         elif letter in "'\"":
             quote, word, quoted_at = letter, word or "", line
@@ -147,14 +150,14 @@ def _words(text: str, first: int) -> list[tuple[int, list[str]]]:
         elif letter == "#" and word is None:
             at = text.find("\n", at) if "\n" in text[at:] else len(text)
         elif letter in SHELL:
-            raise wrong(f"{letter} is {SHELL[letter]}; quote it to mean the character")
+            raise wrong(f"{letter} is {SHELL[letter]}; put a literal {letter} in quotes")
         else:
             if word is None and not words:
                 began = line
             word = (word or "") + letter
     if quote:
         line = quoted_at
-        raise wrong(f"a {quote} is not closed")
+        raise wrong(f"a quotation mark ({quote}) is not closed")
     if word is not None:
         words.append(word)
     return [*found, (began, words)] if words else found

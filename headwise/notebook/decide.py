@@ -1,4 +1,4 @@
-"""What each `Compare:` line of a notebook comes to, and what is remembered of it."""
+"""The decision on each `Compare:` line of a notebook, and its record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headwise.runs.folder import RESULTS
 
 @dataclass(frozen=True)
 class Decided:
-    """A `Compare:` line with its decision; None, and `waits`, while its runs have not ended."""
+    """A `Compare:` line with its decision, or, while its runs have not ended, the reason in `waits`."""
 
     compare: Compare
     decision: Decision | None
@@ -28,15 +28,15 @@ class Decided:
 
     @property
     def word(self) -> str:
-        """Its decision in one or two words."""
-        return self.decision.decision if self.decision else "waits"
+        """The decision in one or two words; `pending` while there is none."""
+        return self.decision.decision if self.decision else "pending"
 
 
 def first_seen(document: Document, memory: Memory, ended: Collection[str]) -> None:
-    """Remember the comparisons that are new.
+    """Record the comparisons that are new.
 
     Args:
-        ended: the groups of which a run has ended: a comparison of two such is exploratory.
+        ended: the groups in which a run has ended. A new comparison of two such groups is exploratory.
     """
     for compare in document.compares:
         late = compare.a in ended and compare.b in ended
@@ -78,7 +78,7 @@ def groups_by_name(memory: Memory, blocks: Mapping[str, Fence]) -> dict[str, Gro
 
 
 def claim_of(compare: Compare, memory: Memory) -> Claim:
-    """The claim of a line; one that nobody has seen before is exploratory where its runs are remembered."""
+    """The claim of a line; a line without a record is exploratory if the notebook has recorded runs."""
     past = memory.compares.get(compare.text)
     exploratory = past["exploratory"] if past else bool(memory.blocks)
     smallest = compare.smallest or 0.0
@@ -98,9 +98,9 @@ def values_of(group: Group, measure: str) -> list[Value]:
 def floors(
     document: Document, memory: Memory, blocks: Mapping[str, Fence]
 ) -> list[tuple[str, str, NoiseFloor]]:
-    """The noise floor of every group that others are compared with: its name, the measure, the floor.
+    """The noise floor of every second group of a comparison: its name, the measure, the floor.
 
-    What can be seen over it is corrected for the comparisons of the section, of the largest one of several.
+    The detectable difference is corrected for the comparisons of the section, of the largest one of several.
     """
     groups = groups_by_name(memory, blocks)
     sizes = Counter(compare.section for compare in document.compares)
@@ -118,7 +118,7 @@ def floors(
 def write(
     document: Document, memory: Memory, blocks: Mapping[str, Fence], board: Board, say: Callable[[str], None]
 ) -> None:
-    """Write the decisions of comparisons whose runs have ended, and remember that they could be looked at."""
+    """Write the decisions on comparisons whose runs have ended, and record each look at a larger n."""
     floor = {(name, measure): found for name, measure, found in floors(document, memory, blocks)}
     for one in decided(document, memory, blocks):
         if one.decision is None:
@@ -141,11 +141,11 @@ def text(one: Decided, floor: NoiseFloor | None, looks: int) -> str:
 
 
 def _kind(one: Decided) -> str:
-    return " (exploratory: stated after its runs had ended)" if one.exploratory else " (planned)"
+    return " (exploratory: stated after its runs ended)" if one.exploratory else " (planned)"
 
 
 def facts(one: Decided, floor: NoiseFloor | None, looks: int) -> list[str]:
-    """The lines of a decision: why, the difference with its interval, the noise floor, the looks."""
+    """The lines of a decision: the reason, the difference with its interval, the noise floor, the looks."""
     decision, compare = one.decision, one.compare
     if decision is None:
         return [one.waits]
@@ -167,7 +167,7 @@ def facts(one: Decided, floor: NoiseFloor | None, looks: int) -> list[str]:
         found.append(f"noise floor: {floor.text}")
     found += decision.notes
     if looks > 1:
-        found.append(f"looked at {looks} times, at a growing n")
+        found.append(f"decided {looks} times, each time with more seeds; the interval allows for this")
     return found
 
 
@@ -183,7 +183,7 @@ def _waits(compare: Compare, groups: dict[str, Group], memory: Memory, blocks: M
         codes[name] = past["code"]
         ended = sum(run.state in (*RESULTS, "failed", "skipped") for run in groups[name].runs)
         if ended < len(groups[name].runs):
-            return f"waits for {name}: {ended} of {len(groups[name].runs)} runs have ended"
+            return f"{ended} of {len(groups[name].runs)} runs of {name} have ended"
     if len(set(codes.values())) > 1:
         return f"{compare.a} and {compare.b} ran at different revisions of the code; run both blocks"
     return ""

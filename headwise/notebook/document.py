@@ -1,7 +1,8 @@
 """The parts of a notebook's text: fences, hypotheses, `Compare:` lines, marked blocks, headings.
 
 Fences are CommonMark's, as far as a notebook needs them: any length of back-ticks or tildes, any line
-endings, never inside an HTML comment or a longer fence. What looks like a fence and is not one is refused.
+endings, never inside an HTML comment or a longer fence. A fence that CommonMark would not run at the margin,
+such as one in a list, is refused.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Fence:
 
     Attributes:
         first, last: indices of its opening and closing lines.
-        word: where its info string's first word lies in the opening line: start, end.
-        state, id: of the info string; `planned` and empty where it has none.
-        given: the name in the info string; None where it has none.
+        word: start and end of the info string's first word within the opening line.
+        state, id: from the info string; `planned` and empty if it has none.
+        given: the name in the info string; None if it has none.
         commands: at least one.
     """
 
@@ -71,8 +72,8 @@ class Compare:
 
     Attributes:
         at: index of its line.
-        smallest: the smallest difference that matters, as written; None where none is.
-        section: the heading above, with its line's number.
+        smallest: the smallest difference that matters, as written; None if it is not given.
+        section: the heading above the line, with the number of its line.
     """
 
     at: int
@@ -85,13 +86,13 @@ class Compare:
 
     @property
     def text(self) -> str:
-        """The claim in one form, whatever its spaces."""
+        """The claim with its spaces normalized."""
         least = f", at least {self.smallest}" if self.smallest else ""
         return f"{self.a} vs {self.b}, {self.measure}, {self.direction}{least}"
 
     @property
     def mark(self) -> str:
-        """The name of its marked block, which no block of commands can have."""
+        """The name of its marked block; no block of commands can have such a name."""
         return f"compare/{checksum(self.text)[:8]}"
 
 
@@ -107,7 +108,7 @@ class Mark:
 
     @property
     def edited(self) -> bool:
-        """Whether the text is not what headwise wrote."""
+        """Whether the text differs from the text that headwise wrote."""
         return not checksum(self.text).startswith(self.sha or "edited")
 
 
@@ -142,11 +143,11 @@ class Document:
         return "".join(kept).rstrip("\r\n")
 
     def mark_of(self, name: str) -> Mark | None:
-        """The marked block of a name; None where there is none."""
+        """The marked block with this name, or None."""
         return next((mark for mark in self.marks if mark.name == name), None)
 
     def hypothesis_of(self, fence: Fence) -> str:
-        """The paragraphs `Hypothesis:` between the fence before and this one, without the word."""
+        """The `Hypothesis:` paragraphs between the previous fence and this one, without that word."""
         before = max((other.last for other in self.fences if other.last < fence.first), default=-1)
         found = []
         for first, last in self.hypotheses:
@@ -158,7 +159,8 @@ class Document:
 
 
 def checksum(text: str) -> str:
-    """SHA-256 of a text, whatever its line endings: a version control system may change them."""
+    """The first 16 digits of the SHA-256 of a text. Line endings do not count: version control changes
+    them."""
     return hashlib.sha256(text.replace("\r\n", "\n").replace("\r", "\n").encode()).hexdigest()[:16]
 
 
@@ -166,7 +168,7 @@ def read(path: Path) -> Document:
     """The notebook in a file.
 
     Raises:
-        HeadwiseError: it is missing, not UTF-8, or as `parse`; with the file's name.
+        HeadwiseError: the file is missing or not UTF-8, or `parse` refuses it; with the file's name.
     """
     try:
         return parse(reading.read_text(path, limit=LIMIT))
@@ -181,7 +183,7 @@ def parse(text: str) -> Document:
 
     Raises:
         HeadwiseError: a fence, comment or marked block that is not closed, a fence that is not a block, a
-            command that a notebook does not run, a `Compare:` line that says nothing; with the line's number.
+            command that a notebook does not run, or a malformed `Compare:` line; with the number of the line.
     """
     found = Document(_LINE.findall(text))
     section, at = "", 0
@@ -200,7 +202,7 @@ def parse(text: str) -> Document:
         elif _HIDDEN.match(line):
             raise HeadwiseError(
                 f"line {at + 1}: a headwise fence in a list, in a quotation or indented by four columns is "
-                "not run: put it at the margin, or within a longer fence to show it"
+                "not run; move it to the left margin, or, if it is an example, put it inside a longer fence"
             )
         elif heading := _HEADING.fullmatch(line):
             section = f"{heading[1] or ''} (line {at + 1})"
@@ -242,7 +244,7 @@ def _read_mark(found: Document, at: int, mark: re.Match[str]) -> int:
             break
     raise HeadwiseError(
         f"line {at + 1}: the result of {mark[1]!r} begins here and is not closed; write "
-        "<!-- /headwise:result --> under it, or delete this line"
+        "<!-- /headwise:result --> below it, or delete this line"
     )
 
 
@@ -266,13 +268,13 @@ def _read_fence(found: Document, at: int, fence: re.Match[str]) -> int:
         raise HeadwiseError(f"line {at + 1}: {error}") from None
     commands = read_commands("".join(found.lines[at + 1 : last]), at + 2)
     if not commands:
-        raise HeadwiseError(f"line {at + 1}: the fence has no command; write `headwise VERB …` into it")
+        raise HeadwiseError(f"line {at + 1}: the fence has no command; add a `headwise VERB …` line")
     found.fences.append(Fence(at, last, (start, start + len(word)), state, match[2] or "", given, commands))
     return last
 
 
 def block_name(name: str) -> str:
-    """`name`, if it can name a block: a folder, a word of a comment and a cell of a table.
+    """`name`, if it is valid as the name of a folder, in a comment and in a cell of a table.
 
     Raises:
         HeadwiseError: it cannot.
@@ -312,7 +314,7 @@ def _claim(at: int, text: str, section: str) -> Compare:
         raise HeadwiseError(f"line {at + 1}: {error}") from None
     if direction == "equal" and smallest is None:
         raise HeadwiseError(
-            f"line {at + 1}: no interval shows that two means are equal to the last digit; add the smallest "
+            f"line {at + 1}: no interval can show that two means are exactly equal; add the smallest "
             "difference that matters, such as `, at least 0.01`"
         )
     if a == b:
@@ -326,5 +328,7 @@ def _refuse_double(found: Document) -> None:
     pairs += [(mark.name, mark.first + 1, "result") for mark in found.marks]
     for name, line, what in pairs:
         if (before := seen.get(f"{what} {name}")) is not None:
-            raise HeadwiseError(f"line {line}: the {what} {name!r} is in line {before} too; delete one")
+            raise HeadwiseError(
+                f"line {line}: the {what} {name!r} is also in line {before}; delete one of them"
+            )
         seen[f"{what} {name}"] = line

@@ -1,4 +1,4 @@
-"""Rewriting a notebook: a fence's state and the marked blocks, on the latest text, and nothing else."""
+"""Rewrites the state of fences and the marked blocks of a notebook in its latest text, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from headwise.notebook.naming import named
 
 PAUSE_S = 1.0
 SHARE = 20
-"""Rewriting takes at most one part in so many of the time: a long one is not rewritten at every change."""
+"""Rewriting takes at most 1/SHARE of the time, so that a long notebook is not rewritten at every change."""
 
 
 @dataclass
 class Board:
-    """What is to be written into a notebook. `flush` writes it, not more often than is useful.
+    """Pending changes to a notebook; `flush` writes them at a limited rate.
 
     Attributes:
         path: the notebook.
-        commands: of each block, as they were when it was planned.
-        replace_edited: replace results that were edited by hand too.
-        say: told once of everything that is not written, with the reason.
+        commands: the commands of each block when it was planned.
+        replace_edited: also replace results that were edited by hand.
+        say: called once for each change that is not written, with the reason.
+        written: the content that was written last.
     """
 
     path: Path
@@ -42,15 +43,15 @@ class Board:
     _said: set[str] = field(default_factory=set)
 
     def state(self, name: str, state: str, identity: str) -> None:
-        """The state of a block."""
+        """Set the state of a block."""
         self._states[name] = (state, identity)
 
     def mark(self, name: str, text: str) -> None:
-        """The text of a block's or a comparison's marked block."""
+        """Set the text of the marked block of a block or a comparison."""
         self._marks[name] = text
 
     def flush(self, *, now: bool = False) -> None:
-        """Write what is not written yet; at once, or when the last time lies far enough back."""
+        """Write the pending changes; without `now`, only if the last write is long enough ago."""
         began = time.monotonic()
         if not (self._states or self._marks) or (not now and began < self._next):
             return
@@ -90,18 +91,18 @@ class Board:
         return "".join(lines).encode()
 
     def _place(self, document: Document, blocks: dict[str, Fence], name: str) -> int | None:
-        """The index of the line under which the marked block of `name` goes; None where it has no place."""
+        """The index of the line at which the marked block of `name` is inserted; None if it has no place."""
         for compare in document.compares:
             if compare.mark == name:
                 return compare.at + 1
         fence = blocks.get(name)
         if fence is None:
             if "/" not in name:
-                self._tell(f"block {name!r} is not in {self.path.name} any more: nothing was written of it")
+                self._tell(f"block {name!r} is no longer in {self.path.name}; its result is not written")
             return None
         words = [(one.verb, one.words) for one in fence.commands]
         if words != [(one.verb, one.words) for one in self.commands[name]]:
-            self._tell(f"block {name!r} was changed while it ran: nothing was written of it; run it again")
+            self._tell(f"block {name!r} was changed while it ran; its result is not written; run it again")
             return None
         return fence.last + 1
 
@@ -117,7 +118,7 @@ class Board:
             return None
         if mark.edited and not self.replace_edited:
             self._tell(
-                f"line {mark.first + 1}: the result of {name!r} was edited by hand and stays as it is; "
+                f"line {mark.first + 1}: the result of {name!r} was edited by hand and is not replaced; "
                 "--replace-edited replaces it"
             )
             return None
@@ -135,10 +136,10 @@ def _with_state(document: Document, fence: Fence, state: str, identity: str) -> 
 
 
 def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> str | None:
-    """Replace a file by `change` of its latest content; returns why that cannot be, or None.
+    """Replace a file by `change` of its latest content; returns the reason if that fails, else None.
 
-    What an editor writes in the meantime is changed in its turn: the file is compared with what was read just
-    before it is replaced, and what was replaced is read once more after that.
+    If an editor saves the file in the meantime, its text is changed instead: the file is compared with the
+    text that was read just before it is replaced, and the replaced file is read once more afterwards.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -152,20 +153,20 @@ def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> str | None:
                 return None
             content = left
     except reading.Missing:
-        return f"{path.name} was deleted or renamed: states and results are not written"
+        return f"{path.name} was deleted or renamed; states and results are not written"
     except (HeadwiseError, UnicodeDecodeError) as error:
-        return f"{path.name} cannot be rewritten just now: {error}"
+        return f"{path.name} could not be rewritten: {error}"
 
 
 class _Moved(Exception):
-    """The file is not what was read."""
+    """The file changed after it was read."""
 
 
 def _replaced(target: Path, there: bytes, after: bytes) -> tuple[bytes | None, bytes]:
-    """Put `after` in the place of `there`.
+    """Replace the content `there` by `after`.
 
     Returns:
-        what somebody else wrote meanwhile, None where nobody did, and what the file holds now.
+        The content that another program wrote meanwhile, or None, and the present content of the file.
     """
     with reading.opened(target) as file:
         try:
@@ -183,6 +184,6 @@ def _replaced(target: Path, there: bytes, after: bytes) -> tuple[bytes | None, b
 
 
 def _written_out(draft: Path) -> None:
-    """Sync before the last look at the file, so that nothing slow comes between it and the rename."""
+    """Sync the draft first, so that no slow operation comes between the last comparison and the rename."""
     with draft.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Where a notebook's runs are executed."""
+"""Executes the runs of a notebook with one of the executors of studies."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def execute(
     folder: Path,
     show: Callable[[Sequence[PlannedRun]], None],
 ) -> bool:
-    """Run what has not ended, `workers` at a time; returns False when Ctrl-C stopped it.
+    """Execute the runs that have not ended, `workers` at a time; returns False if Ctrl-C stopped it.
 
     Args:
-        executor: one of `EXECUTORS`. A run has one GPU where it asks for CUDA and is not on this machine.
-        folder: where Slurm's logs go.
+        executor: one of `EXECUTORS`. On a cluster each run gets one GPU if any run is configured for CUDA.
+        folder: the folder of Slurm's logs.
 
     Raises:
-        HeadwiseError: the executor is not known, or not installed.
+        HeadwiseError: the executor is unknown, or not installed.
     """
     if executor == "local":
         workers = max(1, min(workers, len(runs)))

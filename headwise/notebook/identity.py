@@ -1,7 +1,7 @@
-"""What a run is: its configuration or words, the code that runs it, and the data that it reads.
+"""The identity of a run: its configuration or command, the code that runs it, and the data that it reads.
 
-A run whose identity changed runs again; the earlier one is put aside, `old/IDENTITY/NAME` beside its place,
-and comes back from there when the identity does.
+A run whose identity changed runs again. The earlier run is moved to `old/IDENTITY/NAME` beside its folder,
+and is moved back once that identity is needed again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from headwise.runs.read import Run
 from headwise.training.run import SAME_RUN
 
 WHOLE = 16 << 20
-"""Bytes up to which a file is known by its content; a larger one by its size and time."""
+"""Files of up to so many bytes are identified by content, larger ones by size and time of modification."""
 
 MOST_FILES = 100_000
 OUTPUTS = ("--out", "--json", "--csv")
-"""Flags of verbs that name what is written."""
+"""Flags of verbs that name output files."""
 
 MARKS = ("manifest.json", "config.yaml", "study.yaml")
-"""Files by which a folder that a verb reads is known; a verb may write into it as well."""
+"""Files that identify a folder that a verb reads; the verb may write other files into it."""
 
 
 def fingerprint(value: Any) -> str:
@@ -46,7 +46,7 @@ def fingerprint(value: Any) -> str:
 
 @functools.cache
 def code_revision() -> str:
-    """The commit of the checkout that runs, `+dirty` where it differs from it; else the version."""
+    """The commit of the running checkout, with `+dirty` if files differ from it; otherwise the version."""
     from headwise import __version__
 
     return _code(git_state() | {"headwise": __version__})
@@ -61,14 +61,14 @@ def _code(env: dict[str, Any]) -> str:
 
 @dataclass
 class Identities:
-    """Identities of what a notebook runs, top to bottom: what reads an earlier run is known by that run."""
+    """Identities of runs and verbs, top to bottom; the identity of a run includes those of its inputs."""
 
     code: str
     outs: dict[str, str] = field(default_factory=dict)
     _files: dict[str, str] = field(default_factory=dict)
 
     def run(self, config: Config) -> tuple[str, str, str]:
-        """Identity of a run with `out` set, and those of its configuration and data."""
+        """The identity of a run whose `out` is set, and the identities of its configuration and data."""
         same = (*SAME_RUN, "model.vocab_size", "init_from")
         values = {key: value for key, value in flatten(to_dict(config)) if key not in same}
         data = [self._named(config.data.path), self._named(config.data.tokenizer)]
@@ -94,7 +94,7 @@ class Identities:
         return self._files[package]
 
     def verb(self, command: Command) -> tuple[str, str]:
-        """Identity and data of another verb: known by its words and by what they name."""
+        """The identity of another verb, from its arguments and the files they name, and that of its data."""
         read = [word.partition("=")[2] or word for word in command.without(*OUTPUTS)]
         data = fingerprint([[word, self._earlier(word) or self._input(word)] for word in read])
         found = fingerprint([command.verb, command.words, self.code, data])
@@ -104,7 +104,8 @@ class Identities:
         return found, data
 
     def _earlier(self, name: str) -> str | None:
-        """What earlier runs wrote at, above or below a path."""
+        """The identities of earlier runs whose output lies at, above or below a path; None if there are
+        none."""
         path = os.path.abspath(name)
         if path in self.outs:
             return self.outs[path]
@@ -116,7 +117,7 @@ class Identities:
         return ",".join(near) or None
 
     def _named(self, name: str | None) -> str | None:
-        """A file or a folder with all its files; the name alone where there is none of that name."""
+        """The identity of a file or of all files in a folder; the name itself if nothing has that name."""
         if name is None or not os.path.exists(name):
             return name
         if name not in self._files:
@@ -130,7 +131,7 @@ class Identities:
             if path.is_file():
                 return self._named(name)
             return fingerprint([_file(path / mark) for mark in MARKS]) if path.is_dir() else None
-        except (OSError, ValueError):  # no name of a file
+        except (OSError, ValueError):  # not the name of a file
             return None
 
 
@@ -140,7 +141,9 @@ def _files_in(folder: Path) -> list[Path]:
         folders.sort()
         found += [Path(parent, name) for name in sorted(names)]
         if len(found) > MOST_FILES:
-            raise HeadwiseError(f"{folder} has more than {MOST_FILES:,} files; make shards of it first")
+            raise HeadwiseError(
+                f"{folder} has more than {MOST_FILES:,} files; make shards of them first (`headwise data`)"
+            )
     return found
 
 
@@ -157,14 +160,14 @@ def _file(path: Path) -> Any:
 
 
 def make_room(folder: RunFolder, wanted: str, known: str | None, config: Config, code: str) -> Path | None:
-    """Put a run of another identity aside.
+    """Move a run of another identity away, and move an earlier run of the wanted identity back.
 
     Args:
-        known: the identity of the run in the folder, where it is remembered.
-        config, code: what is wanted, for a run that nobody remembers.
+        known: the recorded identity of the run in the folder; None without a record.
+        config, code: the wanted configuration and code, with which a run without a record is compared.
 
     Returns:
-        where the other run lies now; None where none was in the way.
+        The new place of the other run; None if there was no other run.
 
     Raises:
         HeadwiseError: it is running, or is no run's folder.
@@ -174,7 +177,9 @@ def make_room(folder: RunFolder, wanted: str, known: str | None, config: Config,
         folder.refuse_taken()  # nothing but a run is ever moved
     if path.exists() and known != wanted and not (known is None and _is_same(folder, config, code)):
         if state_of(folder.read_status()) == "running":
-            raise HeadwiseError(f"{path} is running with another configuration, code or data; stop it first")
+            raise HeadwiseError(
+                f"{path} is running with another configuration, code or data; stop that run first"
+            )
         aside = _free(path.parent / "old" / (known or "unknown") / path.name)
         with writing(aside):
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +201,7 @@ def bring_back(folder: RunFolder, wanted: str) -> None:
 
 
 def _is_same(folder: RunFolder, config: Config, code: str) -> bool:
-    """Whether a run that nobody remembers is what is wanted, as far as its files tell."""
+    """Whether the files of a run without a record show the wanted configuration and code."""
     if not folder.holds_run():
         return not any(folder.path.iterdir())
     env = Run(folder.path).env

@@ -1,7 +1,7 @@
-"""`<notebook>.headwise.json`: what a notebook remembers of its runs and comparisons, whole or absent.
+"""`<notebook>.headwise.json`: the record of a notebook's runs and comparisons, complete or absent.
 
-It says which identity the run in a folder has, and when a comparison was first seen. Without it, nothing is
-lost but this: every comparison whose runs have ended counts as exploratory.
+It records the identity of the run in each folder and the time at which each comparison was first seen. If the
+file is lost, every comparison whose runs have ended counts as exploratory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Identity = Annotated[str, Meta(pattern="^[0-9a-f]{8}$")]
 
 
 class PastRun(TypedDict):
-    """A run of a block: its folder, relative to the notebook, its identity, group and seed."""
+    """A run of a block: its folder relative to the notebook, its identity, its group and its seed."""
 
     path: str
     id: Identity
@@ -34,7 +34,7 @@ class PastRun(TypedDict):
 
 
 class PastBlock(TypedDict):
-    """A block as it was last planned: checksums, and the folders of its runs, verbs and study."""
+    """A block as it was last planned: its checksums and the folders of its runs, verbs and study."""
 
     id: Identity
     code: str
@@ -47,14 +47,14 @@ class PastBlock(TypedDict):
 
 
 class Look(TypedDict):
-    """A decision that somebody could read: over how many pairs of seeds, and when."""
+    """A decision that was written: the number of pairs of seeds, and the time."""
 
     n: Annotated[int, Meta(ge=0, lt=2**31)]
     at: str
 
 
 class PastCompare(TypedDict):
-    """A `Compare:` line: when it was first seen, whether its runs had ended then, and its looks."""
+    """A `Compare:` line: the time it was first seen, whether its runs had ended by then, and its looks."""
 
     seen: str
     exploratory: bool
@@ -76,10 +76,10 @@ class Memory:
 
     @classmethod
     def read(cls, notebook: Path) -> Memory:
-        """The memory of a notebook; empty where there is no file.
+        """The record of a notebook; empty if there is no file.
 
         Raises:
-            HeadwiseError: it is damaged, or of a newer headwise.
+            HeadwiseError: the file is damaged, or was written by a newer headwise.
         """
         path = notebook.with_name(f"{notebook.stem}.headwise.json")
         try:
@@ -89,7 +89,7 @@ class Memory:
         except reading.Missing:
             return cls(path)
         except reading.Unreadable as error:
-            raise error.so("delete it; every comparison then counts as exploratory") from error
+            raise error.so("delete the file; every comparison then counts as exploratory") from error
         return cls(path, content.get("blocks", {}), content.get("compares", {}))
 
     def write(self) -> None:
@@ -97,7 +97,7 @@ class Memory:
         write_json(self.path, {"format": FORMAT, "blocks": self.blocks, "compares": self.compares})
 
     def identities(self) -> dict[str, str]:
-        """The identity of the run in each folder that is known."""
+        """Folder -> the recorded identity of its run."""
         return {run["path"]: run["id"] for block in self.blocks.values() for run in block["runs"]}
 
 

@@ -1,4 +1,4 @@
-"""The names of a notebook's blocks, as the document alone gives them."""
+"""The names of a notebook's blocks, from the document alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from headwise.notebook.document import Document, Fence, block_name, checksum
 
 
 def named(document: Document) -> dict[str, Fence]:
-    """Every block by its name, top to bottom. Relative paths are those of the working folder.
+    """Every block by its name, top to bottom. Relative paths start at the working folder.
 
     Raises:
-        HeadwiseError: a block without a name, or two of one name; with their lines.
+        HeadwiseError: a block without a name, or two blocks with one name; with their lines.
     """
     found: dict[str, Fence] = {}
     for fence in document.fences:
         name = fence.given or _own_name(fence)
         if (other := found.get(name)) is not None:
             raise HeadwiseError(
-                f"lines {other.line} and {fence.line} both name a block {name!r}; rename one of them: "
-                "```headwise NAME"
+                f"the blocks in lines {other.line} and {fence.line} are both called {name!r}; rename one of "
+                "them: ```headwise NAME"
             )
         found[name] = fence
     refuse_clash(((name, name) for name in found), "blocks")
@@ -32,7 +32,7 @@ def named(document: Document) -> dict[str, Fence]:
 
 
 def commands_sum(fence: Fence) -> str:
-    """A checksum of a fence's commands, whatever their spaces and comments."""
+    """A checksum of a fence's commands; spaces and comments do not count."""
     return checksum(json.dumps([[command.verb, command.words] for command in fence.commands]))
 
 
@@ -47,8 +47,7 @@ def _own_name(fence: Fence) -> str:
     except HeadwiseError as error:
         raise HeadwiseError(f"line {fence.line}: {error}") from None
     raise HeadwiseError(
-        f"line {fence.line}: the block has no name; give it one, as in ```headwise NAME, or give its first "
-        "command --out"
+        f"line {fence.line}: the block has no name; write ```headwise NAME, or add --out to its first command"
     )
 
 

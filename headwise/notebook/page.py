@@ -1,4 +1,5 @@
-"""The page of a notebook: one file with its pictures, the noise floor first, and no way in for a script."""
+"""The page of a notebook: one HTML file with its pictures, the noise floor first; it runs no script of a
+user."""
 
 from __future__ import annotations
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 PICTURES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}
 LARGEST = 8 << 20
-"""Bytes of a picture that goes into the page."""
+"""The most bytes of a picture that is embedded."""
 
 SAFE = re.compile(r"https?://[^\s]+|#.*|(?![a-z][a-z0-9+.-]*:|//)[^\s\\]*", re.IGNORECASE | re.DOTALL)
-"""Links that a page may have: the web, places in the page, paths beside it."""
+"""Links that a page may have: to the web, within the page, and to relative paths."""
 
 
 def write_page(status: NotebookStatus, out: Path) -> Path:
@@ -50,7 +51,7 @@ def render(status: NotebookStatus) -> str:
     floor = {(name, measure): one for name, measure, one in found}
     md = prose_of(status.path.parent)
     environment: dict[str, Any] = {}
-    md.parse("".join(document.lines), environment)  # what links refer to may stand anywhere
+    md.parse("".join(document.lines), environment)  # reference definitions may stand anywhere
     parts = []
     for lines, block in _parts(document, status.blocks):
         if text := lines.strip():
@@ -86,7 +87,7 @@ def _code(code: str) -> str:
 
 
 def _parts(document: Document, blocks: list[BlockStatus]) -> list[tuple[str, BlockStatus | None]]:
-    """Pieces of prose, each with the block that follows it; hypotheses and results are cut out."""
+    """Pieces of prose, each with the block that follows it; hypotheses and results are removed."""
     gone: set[int] = set()
     last = max((block.fence.first for block in blocks), default=-1)
     for begin, end in [*document.hidden, *((mark.first, mark.last) for mark in document.marks)]:
@@ -137,7 +138,7 @@ def _block(
 
 
 def prose_of(folder: Path) -> MarkdownIt:
-    """A renderer of a user's Markdown: no HTML, links to the web and beside it, pictures of `folder`."""
+    """A renderer of a user's Markdown: no HTML, only the links in `SAFE`, only pictures inside `folder`."""
     from markdown_it import MarkdownIt
 
     class Prose(MarkdownIt):
@@ -174,7 +175,7 @@ def _picture(folder: Path, source: str) -> str | None:
 
 
 def _embedded(path: Path) -> str | None:
-    """A picture as a `data:` link; None where it is not one, is too large or is not there."""
+    """A picture as a `data:` URL; None if it is no picture, too large or missing."""
     kind = PICTURES.get(path.suffix.lower())
     if kind is None:
         return None

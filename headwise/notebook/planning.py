@@ -1,4 +1,4 @@
-"""What the blocks of a notebook run: configurations, studies, other verbs, checked before anything starts."""
+"""Plans the runs, studies and other verbs of a notebook's blocks, and checks them before anything starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from headwise.config.run import Config
 
 HOW = ("workers", "device", "size", "command")
-"""Keys of a study that say how it is run, and not what."""
+"""Keys of a study that change how it is executed, and not its results."""
 
 WITHOUT = ("--seed", "--out", "--device")
 LONGEST_LABEL = 60
@@ -38,15 +38,15 @@ LONGEST_NUMBER = 40
 
 @dataclass(frozen=True)
 class Options:
-    """What `notebook run` is asked for.
+    """The options of `notebook run` that change the plan.
 
     Attributes:
-        folder: the notebook's, which is the working folder.
-        stem: its name without `.md`.
-        only: the blocks to run; all where empty.
-        device: of all runs; None for what each says.
-        read_study: reads the arguments of `study` and `sweep`: the study and the folder of its folder.
-        load_plugins: takes `--plugins MODULE` out of arguments and imports it.
+        folder: the notebook's folder, which is the working folder.
+        stem: the notebook's name without `.md`.
+        only: the names of the blocks to run; empty for all.
+        device: the device of all runs; None to keep the device of each configuration.
+        read_study: parses the arguments of `study` and `sweep` into the study and its `--out`.
+        load_plugins: imports each `--plugins MODULE` and returns the other arguments.
     """
 
     folder: Path
@@ -58,13 +58,13 @@ class Options:
 
     @property
     def runs(self) -> Path:
-        """The folder of runs that name none."""
+        """The default folder of runs."""
         return self.folder / "runs" / self.stem
 
 
 @dataclass(frozen=True)
 class Item:
-    """A run of a block: its group, its identity, those of configuration and data, the line that wants it."""
+    """A run of a block: its group, its identity, those of its configuration and data, and its line."""
 
     run: PlannedRun
     group: str
@@ -88,9 +88,9 @@ class Block:
     """A planned block.
 
     Attributes:
-        steps: what it runs, in order: runs, each of which may run beside others, and verbs, which run alone.
-        studies: with the folder that their folders lie in.
-        id: its fingerprint, which is made of `commands` and the three others.
+        steps: its runs and verbs, in order. Runs may be executed at the same time, verbs run alone.
+        studies: each with the folder that holds the study's folder.
+        id: its fingerprint, a checksum of `commands`, `code`, `configuration` and `data`.
     """
 
     name: str
@@ -124,8 +124,8 @@ def plan_blocks(
     """Plan every block, top to bottom.
 
     Raises:
-        HeadwiseError: a configuration or study that cannot be, one folder for two runs, a run twice in a
-            block, or a comparison of what is not there; with the line's number.
+        HeadwiseError: an invalid configuration or study, one folder for two runs, a run twice in a block, or
+            a comparison of an unknown group; with the number of the line.
     """
     for name in options.only:
         one_of("--only", name, blocks)
@@ -138,8 +138,8 @@ def plan_blocks(
             out = os.path.realpath(str(item.run.config.out))
             if (line := taken.get(out)) is not None:
                 raise HeadwiseError(
-                    f"lines {line} and {item.line} run in one folder, {item.run.config.out}; give each its "
-                    "--out"
+                    f"the runs in lines {line} and {item.line} have the same folder, {out}; give each its "
+                    "own --out"
                 )
             taken[out] = item.line
         found.append(block)
@@ -169,7 +169,7 @@ def refuse_unknown(compares: Sequence[Compare], groups: Collection[str], blocks:
     """Refuse a comparison of groups that the notebook does not have.
 
     Raises:
-        HeadwiseError: with its line, and the groups that there are.
+        HeadwiseError: a group is unknown; with the line of the comparison and the known groups.
     """
     for compare in compares:
         for name in (compare.a, compare.b):
@@ -177,7 +177,7 @@ def refuse_unknown(compares: Sequence[Compare], groups: Collection[str], blocks:
                 continue
             inside = [group for group in groups if group.startswith(f"{name}/")]
             if name in blocks and inside:
-                reason = f"block {name!r} has several groups: name one of {', '.join(inside)}"
+                reason = f"block {name!r} has several groups; name one of {', '.join(inside)}"
             else:
                 reason = str(_unknown(name, groups))
             raise HeadwiseError(f"line {compare.at + 1}: {reason}")
@@ -185,7 +185,7 @@ def refuse_unknown(compares: Sequence[Compare], groups: Collection[str], blocks:
 
 def _unknown(name: str, groups: Collection[str]) -> HeadwiseError:
     if not groups:
-        return HeadwiseError(f"{name!r} is compared, and the notebook has no runs")
+        return HeadwiseError(f"{name!r} is compared, but the notebook has no runs")
     try:
         one_of("the group of runs", name, groups)
     except HeadwiseError as error:
@@ -218,7 +218,9 @@ def _plan(
             config = dataclasses.replace(config, out=_out(command, config, name, label, options))
             items = [_item(_planned(config, group), group, command.line, identities)]
             if (line := seen.get(twin := fingerprint([label, config.seed]))) is not None:
-                raise command.wrong(f"the run of line {line} again: one seed twice is not two seeds")
+                raise command.wrong(
+                    f"this run repeats the run in line {line}: the same seed twice is not two seeds"
+                )
             seen[twin] = command.line
             configurations.append(items[0].configuration)
         elif command.verb in STUDIES:
@@ -303,7 +305,7 @@ def _seed(text: str) -> int:
 
 
 def _labels(commands: list[Command]) -> dict[int, str]:
-    """By line: what tells a command's group from the others of its block; empty where there is one group."""
+    """Line -> the flags in which the command's group differs from the others; empty if there is one group."""
     words = {command.line: _flags(command) for command in commands}
     different = {tuple(flags) for flags in words.values()}
     if len(different) < 2:
@@ -359,7 +361,7 @@ def study_items(block: Block, study: Study, root: Path, identities: Identities) 
     """The runs of a block's study that can be planned now.
 
     Raises:
-        HeadwiseError: a configuration that cannot be.
+        HeadwiseError: an invalid configuration.
     """
     line = block.fence.commands[0].line
     return [_item(run, f"{block.name}/{run.variant}", line, identities) for run in planned_runs(study, root)]

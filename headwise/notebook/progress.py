@@ -1,4 +1,4 @@
-"""Progress while runs go on, without taking their time."""
+"""Progress of runs, drawn at a limited cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 from headwise.study.plan import PlannedRun
 
 SHARE = 50
-"""Drawing takes at most one part in so many of the time: a thousand runs are a thousand folders to read."""
+"""Drawing takes at most 1/SHARE of the time, because it reads the folder of every run."""
 
 
 class Display(Protocol):
@@ -19,18 +19,18 @@ class Display(Protocol):
         """Draw."""
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
 
 class Calm:
-    """A display that is called no more often than it is quick."""
+    """A display that is skipped while drawing would take too large a share of the time."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
         self._next = 0.0
 
     def __call__(self, runs: Sequence[PlannedRun]) -> None:
-        """Draw, if the last time lies far enough back."""
+        """Draw, if the last drawing is long enough ago."""
         began = time.monotonic()
         if began < self._next:
             return
@@ -39,5 +39,5 @@ class Calm:
         self._next = ended + SHARE * (ended - began)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self._display.close()

@@ -1,4 +1,4 @@
-"""The runs of a block as a table of groups, and its picture: the same for the document and for the page."""
+"""The table of groups and the figure of a block, for the document and for the page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from headwise.runs.read import Run
 SHOWN = ("val_loss", "val_bits_per_byte", "val_accuracy")
 PICTURE = "loss.png"
 MOST_LINES = 50
-"""Runs of a group that a picture shows."""
+"""The most runs of a group in a figure."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one configuration: all that they have in common but the seed."""
+    """The runs of one configuration, which differ only in the seed."""
 
     name: str
     runs: list[Run]
@@ -35,7 +35,7 @@ class Group:
     ids: list[str]
 
     def values(self, measure: str) -> dict[int, float]:
-        """Seed -> value, of the runs that finished and have a finite one."""
+        """Seed -> value of the runs that finished with a finite value."""
         found = {}
         for seed, run in zip(self.seeds, self.runs, strict=True):
             value = value_of(run, measure)
@@ -49,7 +49,7 @@ class Group:
 
 
 def value_of(run: Run, measure: str) -> float | None:
-    """A number of a finished run; None where it has none."""
+    """A number from the summary of a finished run, or None."""
     value = run.get(measure) if run.state == "finished" else None
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         return None
@@ -57,7 +57,7 @@ def value_of(run: Run, measure: str) -> float | None:
 
 
 def has_result(path: Path) -> bool:
-    """Whether a run there has ended with a result."""
+    """Whether the run in this folder has ended with a result."""
     try:
         return state_of(RunFolder(path).read_status()) in RESULTS
     except HeadwiseError:
@@ -76,7 +76,7 @@ def groups_of(past: PastBlock, folder: Path) -> list[Group]:
 
 
 def table(groups: Sequence[Group], measures: Sequence[str] = ()) -> Table:
-    """One row a group: mean ± half of the 95% interval of each measure, and over how many seeds."""
+    """One row per group: mean ± half-width of the 95% interval of each measure, and the number of seeds."""
     names = [
         name for name in dict.fromkeys([*SHOWN, *measures]) if any(group.values(name) for group in groups)
     ]
@@ -86,9 +86,11 @@ def table(groups: Sequence[Group], measures: Sequence[str] = ()) -> Table:
         cells = [cell(group.summary(name), name) for name in names]
         rows.append([group.name, f"{ended} of {len(group.runs)}", *cells])
     some = any(group.summary(name).n > 1 for group in groups for name in names)
-    note = "Mean ± half of the 95% interval over seeds" if some else "One seed has no interval"
+    note = "Mean ± half-width of the 95% interval over seeds" if some else "One seed gives no interval"
     return Table(
-        ["group", "finished", *(label(name) for name in names)], rows, f"{note}; n: seeds." * bool(names)
+        ["group", "finished", *(label(name) for name in names)],
+        rows,
+        f"{note}; n is the number of seeds." * bool(names),
     )
 
 
@@ -108,7 +110,7 @@ def label(measure: str) -> str:
 
 
 def troubles(groups: Sequence[Group]) -> list[str]:
-    """A line for each run that has no result, with the reason; the first ten."""
+    """A line for each of the first ten runs that did not finish, with the reason."""
     found = []
     for group in groups:
         for seed, run in zip(group.seeds, group.runs, strict=True):
@@ -120,13 +122,13 @@ def troubles(groups: Sequence[Group]) -> list[str]:
 
 
 def measures_of(compares: Sequence[Compare], groups: Sequence[Group]) -> list[str]:
-    """The measures in which groups are compared."""
+    """The measures in which any of these groups is compared."""
     names = {group.name for group in groups}
     return [compare.measure for compare in compares if {compare.a, compare.b} & names]
 
 
 def links(past: PastBlock, folder: Path) -> list[tuple[str, str]]:
-    """Names and relative paths of what lies beside a block's runs."""
+    """Names and relative paths of the report of a block's study and of the folder of its runs."""
     found = []
     if past["study"] and (folder / past["study"] / "report.html").is_file():
         found.append(("report of the study", f"{past['study']}/report.html"))
@@ -137,7 +139,7 @@ def links(past: PastBlock, folder: Path) -> list[tuple[str, str]]:
 
 
 def picture_of(name: str, past: PastBlock, memory: Memory) -> Path | None:
-    """Where a block's picture lies; None where it has no runs."""
+    """The path of a block's figure; None if the block has no runs."""
     return memory.path.parent / "runs" / _stem(memory) / name / PICTURE if past["runs"] else None
 
 
@@ -146,7 +148,8 @@ def _stem(memory: Memory) -> str:
 
 
 def draw(name: str, past: PastBlock, memory: Memory) -> Path | None:
-    """Draw the loss over the steps, a line a run, a colour a group; None without two evaluations."""
+    """Draw the loss over steps, one line per run, one colour per group; None if no run has two
+    evaluations."""
     from headwise.report.drawing import COLOURS, finish_axis, new_figure
 
     path = picture_of(name, past, memory)
@@ -167,7 +170,7 @@ def draw(name: str, past: PastBlock, memory: Memory) -> Path | None:
         shown = None if number in named else group_name[:60].replace("$", r"\$")
         named.add(number)
         axis.plot(steps, values, color=COLOURS[number % len(COLOURS)], linewidth=1.2, alpha=0.8, label=shown)
-    finish_axis(axis, "validation loss, a line a seed", "step")
+    finish_axis(axis, "validation loss, one line per seed", "step")
     if len(named) <= 12:
         axis.legend(fontsize=7, frameon=False)
     with replacing(path) as draft:
@@ -203,14 +206,14 @@ def _verb(folder: Path, path: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown that shows its cells as they are."""
+    """A table as Markdown, with its cells escaped."""
     lines = [table.headers, ["---"] * len(table.headers), *table.rows]
     rows = "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)
     return f"{rows}\n\n{table.note}" if table.note else rows
 
 
 def escaped(text: str) -> str:
-    """Text on one line that Markdown and HTML show as it is."""
+    """Text on one line, escaped so that Markdown and HTML show it literally."""
     text = " ".join(text.split())
     if text == "---":
         return text

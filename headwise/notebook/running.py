@@ -1,15 +1,17 @@
-"""`notebook run`: what changed is run, top to bottom, and written into the document as it happens."""
+"""`notebook run`: runs every changed block, top to bottom, and writes results into the document meanwhile."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from headwise.errors import HeadwiseError
 from headwise.files import alone
 from headwise.notebook import decide, results
 from headwise.notebook.document import Document, Fence, read
@@ -26,19 +28,20 @@ from headwise.runs.folder import RESULTS, state_of
 from headwise.study.plan import PlannedRun, waiting, write_plan
 
 FINAL = (*RESULTS, "skipped")
+LINE = re.compile(r"line \d|the (runs|blocks) in lines \d")
 WINDOW = 8
-"""Runs beyond those that can run at a time whose folders are looked at while others run."""
+"""Further waiting runs whose folders are read at each poll, beyond those that are executed at a time."""
 
 
 @dataclass(frozen=True)
 class How:
-    """How a notebook is run.
+    """The options of `notebook run` that do not change the plan, and functions of the command line.
 
     Attributes:
         study_lock: name of the lock file in a study's folder.
-        end_study: makes a study's report once its runs have ended.
+        end_study: writes a study's report once its runs have ended.
         say: prints a line.
-        display: makes what draws the progress of so many runs; it has `close`.
+        display: creates the display of progress for a number of runs.
     """
 
     workers: int
@@ -55,7 +58,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a notebook.
 
     Raises:
-        HeadwiseError: another process holds it; names it, and since when.
+        HeadwiseError: another process holds it; the message names that process and the time it started.
     """
     target = Path(os.path.realpath(path))
     with alone(target.with_name(f".{target.name}.lock"), f"runs the notebook {path.name}"):
@@ -64,7 +67,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @dataclass
 class Driver:
-    """One pass over a notebook, which `pass_over` makes."""
+    """One pass over a notebook, started by `pass_over`."""
 
     path: Path
     options: Options
@@ -80,7 +83,7 @@ class Driver:
     shown: dict[str, str] = field(default_factory=dict)
 
     def carry_out(self) -> bool:
-        """Run everything; returns False when Ctrl-C stopped it."""
+        """Run everything; returns False if Ctrl-C stopped it."""
         steps = [(block, step) for block in self.blocks for step in block.steps]
         for is_run, group in itertools.groupby(steps, key=lambda pair: isinstance(pair[1], Item)):
             for complete in self._runs(group) if is_run else self._verbs(group):
@@ -89,7 +92,7 @@ class Driver:
         return True
 
     def finish(self) -> None:
-        """Write every state, result and decision that is not written yet."""
+        """Write all states, results and decisions that are still pending."""
         for block in self.blocks:
             for step in block.steps:
                 self._look(step)
@@ -99,14 +102,14 @@ class Driver:
         self.board.flush(now=True)
 
     def state(self, block: Block) -> str:
-        """The state of a block while the notebook runs, as far as was seen."""
+        """The state of a block while the notebook runs, from the states read last."""
         states = [self.states.get(id(step), "planned") for step in block.steps]
         if "planned" in states and not set(states) <= {"planned", "interrupted"}:
             return "running"
         return together(["interrupted" if state == "stopped" else state for state in states])
 
     def _runs(self, group: Iterator[tuple[Block, Item | Verb]]) -> Iterator[bool]:
-        """Run a batch of runs; the stages of studies follow once what they wait for has ended."""
+        """Execute a batch of runs, then the stages of studies that depend on it."""
         batch = [(block, step) for block, step in group if isinstance(step, Item)]
         studies = {id(block): block for block, _ in batch if block.studies}.values()
         with ExitStack() as stack:
@@ -145,7 +148,7 @@ class Driver:
             self._watch(batch, everything=True)
 
     def _watch(self, batch: list[tuple[Block, Item]], *, everything: bool = False) -> None:
-        """Look at the runs that may run just now, and write the blocks that changed."""
+        """Read the states of the runs that may be executing, and write the blocks that changed."""
         seen, changed = 0, {}
         for block, item in batch:
             if not everything and self._ended(item):
@@ -164,7 +167,7 @@ class Driver:
         return self.states.get(id(item)) in (*FINAL, "failed", "stopped")
 
     def _look(self, step: Item | Verb) -> str:
-        """The state of a step; what failed or stopped before this pass is still planned."""
+        """Read the state of a step; one that failed before this pass counts as planned."""
         if isinstance(step, Verb):
             state = state_of_verb(step.folder)
         else:
@@ -211,7 +214,7 @@ class Driver:
             yield complete
 
     def _further(self, block: Block) -> list[Item]:
-        """Runs of a study that can be planned now."""
+        """Further runs of a study, which can be planned now."""
         known = {item.run.config.out for item in block.items}
         further = []
         for study, root in block.studies:
@@ -241,17 +244,21 @@ class Driver:
 
 
 def pass_over(path: Path, options: Options, how: How) -> int:
-    """Run what changed of a notebook, whose lock is held; returns the exit code.
+    """Run the changed blocks of a notebook, whose lock the caller holds; returns the exit code.
 
     Raises:
-        HeadwiseError: anything in it that cannot be run, before anything runs.
+        HeadwiseError: the notebook has a fault; raised before anything runs.
     """
     document = read(path)
-    fences = named(document)
+    with _naming(path):
+        fences = named(document)
+    if not fences:
+        how.say(f"{path.name} has no headwise fences; nothing is run")
     memory = Memory.read(path)
     code = code_revision()
     identities = Identities(code)
-    everything = plan_blocks(document, fences, options, identities)
+    with _naming(path):
+        everything = plan_blocks(document, fences, options, identities)
     planned = [block for block in everything if not options.only or block.name in options.only]
     blocks = [block for block in planned if not _up_to_date(block)]
     for block in planned:
@@ -282,8 +289,19 @@ def pass_over(path: Path, options: Options, how: How) -> int:
     return 0 if fine else 1
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the notebook's name in front of errors that begin with the number of a line."""
+    try:
+        yield
+    except HeadwiseError as error:
+        if not LINE.match(str(error)):
+            raise
+        raise HeadwiseError(f"{path.name}, {error}") from error
+
+
 def past_of(block: Block, folder: Path) -> PastBlock:
-    """What is remembered of a planned block."""
+    """The record of a planned block."""
     return {
         "id": block.id, "code": block.code, "data": block.data, "commands": block.commands,
         "configuration": block.configuration,
@@ -298,19 +316,19 @@ def past_of(block: Block, folder: Path) -> PastBlock:
 
 
 def relative(path: str, folder: Path) -> str:
-    """A path as seen from the notebook's folder, with forward slashes."""
+    """A path relative to the notebook's folder, with forward slashes."""
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _up_to_date(block: Block) -> bool:
-    """Whether the document says that this very block ended."""
+    """Whether the document records that the block, with its present ID, has ended."""
     return block.fence.state in RESULTS and block.fence.id == block.id
 
 
 def _reason(block: Block, past: PastBlock | None, *, up_to_date: bool) -> str:
-    """Why a block runs, or does not."""
+    """One line on why a block runs, or does not."""
     if up_to_date:
-        return f"{block.name}: {block.fence.state}; its commands, code and data are the same"
+        return f"{block.name}: {block.fence.state}; its commands, code and data have not changed"
     if past is None or past["id"] == block.id or not block.fence.id:
         return f"{block.name}: {len(block.steps)} {'run' if len(block.steps) == 1 else 'runs'}"
     changed = []
@@ -319,10 +337,10 @@ def _reason(block: Block, past: PastBlock | None, *, up_to_date: bool) -> str:
     elif past["configuration"] != block.configuration:
         changed.append("a file that its commands name changed")
     if past["code"] != block.code:
-        changed.append(f"the code is at {_short(block.code)}, it was at {_short(past['code'])}")
+        changed.append(f"the code changed from {_short(past['code'])} to {_short(block.code)}")
     if past["data"] != block.data:
-        changed.append("its data or its first weights changed")
-    return f"{block.name}: runs again where it must: {', '.join(changed)}"
+        changed.append("its data or its initial weights changed")
+    return f"{block.name}: runs again as far as necessary: {', '.join(changed)}"
 
 
 def _short(code: str) -> str:
@@ -340,7 +358,11 @@ def _make_rooms(
         if place := make_room(item.run.folder, item.id, was, item.run.config, code):
             aside.append(place)
     if aside:
-        say(f"put aside, not deleted: {len(aside)} earlier runs, such as {relative(str(aside[0]), folder)}")
+        one = len(aside) == 1
+        say(
+            f"moved {len(aside)} earlier run{'' if one else 's'} to old "
+            f"folders{'' if one else ', the first'}: {relative(str(aside[0]), folder)}"
+        )
 
 
 def _bring_back(items: list[Item]) -> None:
@@ -352,11 +374,11 @@ def _say_marks(document: Document, fences: Collection[str], say: Callable[[str],
     compares = {compare.mark for compare in document.compares}
     for mark in document.marks:
         if mark.name not in fences and mark.name not in compares:
-            say(f"line {mark.first + 1}: the result {mark.name!r} has no block any more; it stays as it is")
+            say(f"line {mark.first + 1}: the result {mark.name!r} belongs to no block; it is left unchanged")
 
 
 def _ended_groups(blocks: list[Block], memory: Memory) -> set[str]:
-    """Groups of which a run has ended, so that somebody may have seen its numbers."""
+    """Groups in which a run has ended, so that its numbers may have been seen."""
     runs = [(run["group"], memory.path.parent / run["path"]) for past in memory.blocks.values()
             for run in past["runs"]]  # fmt: skip
     runs += [(item.group, item.run.folder.path) for block in blocks for item in block.items]

@@ -1,4 +1,4 @@
-"""The state of a notebook as its document, memory and run folders tell: nothing is run or imported."""
+"""The state of a notebook, read from its document, its record and its run folders; nothing is executed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRIAL = "@trial="
 
 @dataclass(frozen=True)
 class BlockStatus:
-    """A block: its state, how much of it is done, and what must be said of it."""
+    """A block: its state, the number of its runs and verbs that are done, and a note."""
 
     name: str
     fence: Fence
@@ -48,7 +48,7 @@ def look(path: Path) -> NotebookStatus:
     """Read a notebook and the folders of its runs.
 
     Raises:
-        HeadwiseError: the notebook, or what is remembered of it, cannot be read.
+        HeadwiseError: the notebook or its record cannot be read.
     """
     document = read(path)
     try:
@@ -58,8 +58,8 @@ def look(path: Path) -> NotebookStatus:
     memory = Memory.read(path)
     blocks = [_block(name, fence, memory) for name, fence in fences.items()]
     notes = [
-        f"the result of {_named(document, mark.name)} (line {mark.first + 1}) was edited by hand: the "
-        "numbers here are those of the runs"
+        f"the result of {_named(document, mark.name)} (line {mark.first + 1}) was edited by hand; the "
+        "numbers shown here are read from the runs"
         for mark in document.marks
         if mark.edited
     ]
@@ -74,10 +74,10 @@ def _named(document: Document, name: str) -> str:
 def _block(name: str, fence: Fence, memory: Memory) -> BlockStatus:
     past = memory.blocks.get(name)
     if past is None or past["commands"] != commands_sum(fence):
-        note = "" if past is None else "its commands changed since it was run"
+        note = "" if past is None else "its commands changed after it was run"
         state = fence.state if past is None and fence.state in DONE else "planned"
         if past is None and fence.state in DONE:
-            note = "its runs are not here; its result is the document's"
+            note = "its run folders are missing; the result in the document is shown"
         return BlockStatus(name, fence, [], state, 0, len(fence.commands), note)
     groups = groups_of(past, memory.path.parent)
     states = [ended_as(run.state, group.name) for group in groups for run in group.runs]
@@ -85,7 +85,7 @@ def _block(name: str, fence: Fence, memory: Memory) -> BlockStatus:
     done = sum(state in DONE for state in states)
     note = ""
     if fence.state in DONE and not done:
-        note, state = "its runs are not here; its result is the document's", fence.state
+        note, state = "its run folders are missing; the result in the document is shown", fence.state
     else:
         state = together(states)
     return BlockStatus(name, fence, groups, state, done, len(states), note)
@@ -97,7 +97,7 @@ def ended_as(state: str, group: str) -> str:
 
 
 def together(states: Sequence[str]) -> str:
-    """The state of a block whose runs are in these: exactly one of `headwise.runs.folder.STATES`."""
+    """The state of a block from the states of its runs: exactly one of `headwise.runs.folder.STATES`."""
     found = set(states)
     if len(found) == 1:
         return found.pop()

@@ -1,9 +1,9 @@
-"""The notebook that `notebook new` writes: it runs as it is, on a CPU, in about a minute."""
+"""The notebook that `notebook new` writes; it runs unchanged on a CPU in about a minute."""
 
 from __future__ import annotations
 
 CONFIGURATION = """\
-# What all runs of the notebook share.
+# The configuration that all runs of the notebook share.
 model: {d_model: 32, n_layers: 1, n_heads: 2}
 data: {name: copy, vocab_size: 16, seq_len: 16, batch_size: 16}
 training: {max_steps: 200, eval_every: 50, checkpoint_every: 0, warmup_steps: 10, lr: 0.003}
@@ -20,11 +20,12 @@ def template(title: str, configuration: str) -> str:
 
     return f"""# {title}
 
-Write down what you ask, run `headwise notebook run` on this file, and read the answer under each block.
+Write your hypothesis and the commands that test it, run `headwise notebook run` on this file, and read the
+result below each block.
 
 ## The noise floor
 
-Three seeds of the unchanged baseline show how much the loss differs by chance.
+Three seeds of the unchanged baseline show how much the loss varies by chance.
 
 ```headwise:planned base
 {lines("")}
@@ -32,7 +33,7 @@ Three seeds of the unchanged baseline show how much the loss differs by chance.
 
 ## A larger learning rate
 
-Hypothesis: a learning rate of 0.01 reaches a lower loss in as many steps.
+Hypothesis: a learning rate of 0.01 reaches a lower loss in the same number of steps.
 
 ```headwise:planned faster
 {lines(" --training.lr 0.01")}

@@ -1,8 +1,9 @@
 """A verb of a notebook in its own process: `python -m headwise.notebook.verbs FOLDER VERB …`.
 
-Its folder holds `log.txt`, what the verb printed, and `result.json`, written when it has ended. The process
-stops when the pipe to its standard input closes, which is also what happens when the notebook's process is
-killed; a lock keeps two of them apart. So a verb's state follows from its folder.
+Its folder holds `log.txt`, the output of the verb, and `result.json`, written when the verb has ended. The
+process stops when the pipe to its standard input closes; that also happens when the notebook's process is
+killed. A lock prevents two processes from running one verb. The state of a verb follows from its folder
+alone.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ GRACE_S = 60.0
 
 
 class Ended(TypedDict):
-    """`result.json`: the exit code and the seconds it took."""
+    """`result.json`: the exit code and the duration in seconds."""
 
     code: Annotated[int, Meta(ge=-(2**15), le=2**15)]
     seconds: float
 
 
 def result_of(folder: Path) -> Ended | None:
-    """How a verb ended; None where it has not.
+    """The result of a verb; None if it has not ended.
 
     Raises:
-        HeadwiseError: its file is damaged, or of a newer headwise.
+        HeadwiseError: the file is damaged, or was written by a newer headwise.
     """
     path = folder / "result.json"
     try:
@@ -54,11 +55,11 @@ def result_of(folder: Path) -> Ended | None:
     except reading.Missing:
         return None
     except reading.Unreadable as error:
-        raise error.so("delete it, and the verb runs again") from error
+        raise error.so("delete the file; the verb then runs again") from error
 
 
 def state_of_verb(folder: Path) -> str:
-    """The state of a verb, a word of `headwise.runs.folder.STATES`."""
+    """The state of a verb, one of `headwise.runs.folder.STATES`."""
     if (ended := result_of(folder)) is not None:
         return "finished" if ended["code"] == 0 else "failed"
     if not (folder / "log.txt").exists():
@@ -67,7 +68,7 @@ def state_of_verb(folder: Path) -> str:
 
 
 def tail(folder: Path) -> str:
-    """The last lines that a verb printed, without what moves a terminal's cursor."""
+    """The last lines that a verb printed, without control sequences of a terminal."""
     try:
         with reading.opened(folder / "log.txt") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
@@ -81,7 +82,7 @@ def tail(folder: Path) -> str:
 
 
 def run_verb(folder: Path, verb: str, words: Sequence[str], show: Callable[[], None]) -> bool:
-    """Run a verb to its end; returns False when Ctrl-C stopped it.
+    """Run a verb to its end; returns False if Ctrl-C stopped it.
 
     Args:
         show: called a few times a second.

@@ -144,7 +144,7 @@ def _sentences(plan: Mapping[str, Any], about: dict[str, Any]) -> list[str]:
     if about["problem"]:
         return [f"{about['variant']} {about['problem']}."]
     if at is None:
-        return ["None of the searched keys is one of this variant's: it runs as it is."]
+        return ["None of the searched keys is one of this variant's: it runs unchanged."]
     without = sum(trial["value"] is None for trial in trials)
     failed = f" ({without} of them without a value, which counts as worst)" if without else ""
     over = " over all variants" if plan["each"] == "study" else ""

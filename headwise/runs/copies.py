@@ -1,4 +1,4 @@
-"""`copies.json`: where verified copies of a run lie, and whether they hold its weights still."""
+"""`copies.json`: the URLs of a run's verified copies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 class Known(TypedDict):
-    """A copy that was verified."""
+    """A copy, with the time at which it was verified."""
 
     url: Annotated[str, Meta(min_length=1, max_length=LONGEST_URL)]
     verified: float
@@ -36,10 +36,10 @@ class Copies(TypedDict):
 
 
 def known(folder: Path) -> list[Known]:
-    """The copies that a run's folder knows of; none where it does not tell.
+    """The recorded copies of a run; empty if there is no copies.json.
 
     Raises:
-        HeadwiseError: copies.json is damaged, or of a newer headwise.
+        HeadwiseError: copies.json is damaged, or was written by a newer headwise.
     """
     path = folder / COPIES
     try:
@@ -47,12 +47,12 @@ def known(folder: Path) -> list[Known]:
     except reading.Missing:
         return []
     except reading.Unreadable as error:
-        raise error.so("delete it, and push again") from error
+        raise error.so("delete the file, and push again") from error
     return found["copies"]
 
 
 def record(folder: Path, store: Store, manifest: Manifest) -> None:
-    """Note that `store` holds a verified copy; not of one that ends with this process."""
+    """Record that `store` holds a verified copy, unless the store is lost when this process ends."""
     if not store.lasting:
         return
     new: Known = {"url": store.url, "verified": time.time(), "step": manifest["step"]}
@@ -64,5 +64,5 @@ def record(folder: Path, store: Store, manifest: Manifest) -> None:
         if os.access(folder, os.W_OK):
             raise
         raise HeadwiseError(
-            f"the copy at {store.url} is verified, and {folder} cannot record it: {error}"
+            f"the copy at {store.url} is verified, but cannot be recorded in {folder}: {error}"
         ) from error

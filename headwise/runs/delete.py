@@ -1,6 +1,6 @@
-"""Deleting runs, never the only copy of weights unless that is asked for.
+"""Deletes runs, but never the only copy of weights unless the user requests it.
 
-Whatever in headwise deletes a run's folder does it here: `delete` for a user, `discard` for a run that has no
+All deletion of run folders goes through this module: `delete` for a user, `discard` for a run that has no
 weights yet.
 """
 
@@ -28,9 +28,9 @@ class Doomed:
 
     Attributes:
         path: its folder.
-        n_weights, size: files of weights, and bytes of everything in the folder.
-        copy: URL of a copy that was read back just now and holds the weights; None where there are none, or
-            where their only copy may go.
+        n_weights, size: the number of files of weights, and the bytes of all files in the folder.
+        copy: the URL of a copy that holds the weights and was just read back; None if the run has no weights,
+            or if their only copy may be deleted.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Doomed:
 
 
 def weights_in(folder: Path) -> list[str]:
-    """Files of weights in a folder, hidden ones too, by name; drafts are left out."""
+    """The names of the files of weights in a folder, including hidden ones, without drafts."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_draft(name)]
@@ -59,16 +59,17 @@ def may_delete(
     roots: Sequence[Path] = (),
     progress: Progress = SILENT,
 ) -> list[Doomed]:
-    """Check that runs may be deleted, and delete nothing.
+    """Check that runs may be deleted, without deleting anything.
 
     Args:
-        only_copy: also weights that exist nowhere else.
-        although_used: also runs that others start from.
-        roots: where those others are looked for; if none is given, in `runs` and beside the runs.
+        only_copy: also allow weights that exist nowhere else.
+        although_used: also allow runs from which other runs start.
+        roots: folders that are searched for such other runs; by default `runs` and the folders that hold the
+            runs.
 
     Raises:
-        HeadwiseError: a folder is no run, or its run is running; other runs start from it; or no verified
-            copy holds its weights. Names the first.
+        HeadwiseError: a folder is not a run, or the run is running; other runs start from it; or no verified
+            copy holds its weights. The message names the first such run.
     """
     paths = [_run_folder(folder) for folder in folders]
     if not although_used:
@@ -81,18 +82,18 @@ def delete(run: Doomed) -> None:
     """Delete a run that was checked.
 
     Raises:
-        HeadwiseError: the system refuses it; the run is whole then.
+        HeadwiseError: the system refuses it; the run is then still complete.
     """
     remove_folder(run.path)
     if os.path.lexists(run.path):
-        raise HeadwiseError(f"{run.path} could not be deleted: its folder cannot be written to")
+        raise HeadwiseError(f"{run.path} could not be deleted: the folder that holds it is not writable")
 
 
 def discard(folder: Path) -> None:
-    """Delete what a run left that never took a whole step, except status.json, which numbers its worker.
+    """Delete the folder of a run that never completed a step, except status.json, which numbers its worker.
 
     Raises:
-        HeadwiseError: there are weights in it, and no verified copy holds them.
+        HeadwiseError: it contains weights, and no verified copy holds them.
     """
     if weights_in(folder):
         held_elsewhere(folder)
@@ -106,13 +107,13 @@ def discard(folder: Path) -> None:
 
 
 def held_elsewhere(folder: Path, doomed: Sequence[Path] = (), *, progress: Progress = SILENT) -> str:
-    """The URL of a copy that holds every file of weights of a run: it is read back now.
+    """The URL of a copy that holds every file of weights of a run; the copy is read back first.
 
     Args:
-        doomed: folders that will be deleted, so that a copy inside does not count.
+        doomed: folders that will be deleted; a copy inside one of them does not count.
 
     Raises:
-        HeadwiseError: there is none; says what is wrong with each.
+        HeadwiseError: there is no such copy; the message has the fault of each recorded copy.
     """
     names = weights_in(folder)
     faults = []
@@ -125,7 +126,9 @@ def held_elsewhere(folder: Path, doomed: Sequence[Path] = (), *, progress: Progr
         except HeadwiseError as error:
             faults.append(str(error))
     about = "; ".join(faults) or f"no copy is recorded in its {COPIES}"
-    raise HeadwiseError(f"{folder} holds the only copy of {len(names)} files of weights: {about}")
+    raise HeadwiseError(
+        f"{folder} holds the only copy of {len(names)} file{'s' * (len(names) != 1)} of weights: {about}"
+    )
 
 
 def _checked(path: Path, paths: Sequence[Path], only_copy: bool, progress: Progress) -> Doomed:
@@ -136,7 +139,7 @@ def _checked(path: Path, paths: Sequence[Path], only_copy: bool, progress: Progr
             copy = held_elsewhere(path, paths, progress=progress)
         except HeadwiseError as error:
             raise HeadwiseError(
-                f"{error}; `headwise runs push` copies it, and --only-copy deletes it all the same"
+                f"{error}; `headwise runs push` copies it, and --only-copy deletes it nevertheless"
             ) from error
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
     return Doomed(path, len(names), size, copy)
@@ -145,16 +148,19 @@ def _checked(path: Path, paths: Sequence[Path], only_copy: bool, progress: Progr
 def _run_folder(folder: str | Path) -> Path:
     path = Path(folder)
     if path.is_symlink():
-        raise HeadwiseError(f"{shortened(folder)} is a link; name the folder that it leads to")
+        raise HeadwiseError(f"{shortened(folder)} is a link; give the folder that it points to")
     path = Path(os.path.realpath(path))
     if not path.is_dir():
-        raise HeadwiseError(f"no folder {shortened(folder)} to delete; give a run's folder")
+        raise HeadwiseError(f"{shortened(folder)} is not a folder; give the folder of a run")
     if [run.path for run in find_runs(path)] != [path]:
-        raise HeadwiseError(f"{shortened(folder)} is no run: a run has a status.json; name its runs")
+        raise HeadwiseError(
+            f"{shortened(folder)} is not a run: it has no status.json; give the folders of the runs "
+            "themselves"
+        )
     status = RunFolder(path).read_status()
     if state_of(status) == "running":
         raise HeadwiseError(
-            f"{path} is running (process {status.get('pid')} of {status.get('host')}); stop it first"
+            f"{path} is running (process {status.get('pid')} on {status.get('host')}); stop it first"
         )
     return path
 
@@ -168,8 +174,8 @@ def _refuse_used(doomed: Sequence[Path], roots: Sequence[Path]) -> None:
         used = next((path for path in doomed if source.is_relative_to(path)), None)
         if used is not None:
             raise HeadwiseError(
-                f"{place} starts from {used} (init_from), and cannot be started again without it; "
-                "--although-used deletes it all the same"
+                f"{place} starts from {used} (init_from) and cannot be repeated without it; --although-used "
+                "deletes it nevertheless"
             )
 
 
@@ -181,18 +187,18 @@ def _source(run: Run) -> Path | None:
 
 def _refuse_same_place(store: Store, folders: Sequence[Path]) -> None:
     if not store.lasting:
-        raise HeadwiseError(f"{store.url} ends with a process")
+        raise HeadwiseError(f"{store.url} exists only as long as its process")
     if store.folder is not None:
         place = Path(os.path.realpath(store.folder))
         if any(place.is_relative_to(folder) for folder in folders):
-            raise HeadwiseError(f"{store.url} lies in what is to be deleted")
+            raise HeadwiseError(f"{store.url} lies inside a folder that is to be deleted")
 
 
 def _refuse_other_weights(folder: Path, names: Sequence[str], manifest: Manifest, store: Store) -> None:
     there = {file["name"]: (file["size"], file["sha256"]) for file in manifest["files"]}
     for name in names:
         if there.get(name) != digest_of(folder / name):
-            raise HeadwiseError(f"{store.url} holds no {name}, or another")
+            raise HeadwiseError(f"{store.url} has no {name}, or a different one")
         copy = None if store.folder is None else store.folder / name
         if copy is not None and os.path.samefile(copy, folder / name):
             raise HeadwiseError(f"{copy} is a link to the run's own file")

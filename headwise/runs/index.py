@@ -1,7 +1,7 @@
-"""A cache of what lists read of runs: `.headwise-index` in the folder that is listed.
+"""A cache for lists of runs: `.headwise-index` in the folder that is listed.
 
-It may be deleted at any time. An entry counts while the files that it was read from are the same: inode,
-size, time of change and of modification. What a run's state comes to is judged anew each time, so a run whose
+It may be deleted at any time. An entry is valid while the run's files are unchanged: inode, size, time of
+change and time of modification. The state of a run is determined anew for each list, so that a run whose
 process died is not listed as running.
 """
 
@@ -27,25 +27,25 @@ INDEX = ".headwise-index"
 FORMAT = b"headwise-index 1\n"
 LIMIT = 1 << 30
 LARGE = 1 << 15
-"""Bytes of an entry that is kept; the largest runs are read each time."""
+"""The most bytes of an entry; runs with larger entries are read each time."""
 
 FILES = ("status.json", "summary.json", "config.yaml", "env.json", "metrics.csv")
 SETTLED_S = 2.0
-"""Files that changed less long ago may change again within the clock's tick, and are not kept."""
+"""Runs whose files changed more recently are not cached: a further change could have the same time."""
 
 LEAST = 50
-"""Runs that were read anew before the index is written: a list of few is as fast without it."""
+"""The index is written once so many runs were read anew; shorter lists are as fast without it."""
 
 
 class _Entry(msgspec.Struct, array_like=True, frozen=True):
-    """A run: the stamps of its files, and `_Body` as bytes."""
+    """A run: the stamps of its files, and its `_Body` as bytes."""
 
     stamps: Annotated[list[int], msgspec.Meta(max_length=4 * len(FILES))]
     body: bytes
 
 
 class _Body(msgspec.Struct, array_like=True, frozen=True):
-    """What lists read; None where a file cannot be read, which `problem` tells of."""
+    """The data for lists; None for a file that cannot be read, with the reason in `problem`."""
 
     status: Status | None
     summary: Summary | None
@@ -65,12 +65,12 @@ def listed(
     settled_s: float = SETTLED_S,
     told: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Run]:
-    """Every run at or below `root` as `find_runs` finds it; what a list shows of it has been read.
+    """Every run at or below `root`, as from `find_runs`, with the data for lists already read.
 
     Args:
-        least: write the index when at least so many runs were read anew.
-        settled_s: seconds since a run's files changed last, for it to be kept in the index.
-        told: how many runs were read, and of how many.
+        least: write the index if at least so many runs were read anew.
+        settled_s: seconds for which a run's files must be unchanged before it enters the index.
+        told: called with the number of runs read and the number of all runs.
     """
     with _uncollected():
         return _listed(Path(root), least, settled_s, told)
@@ -102,7 +102,7 @@ def _listed(root: Path, least: int, settled_s: float, told: Callable[[int, int],
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the garbage collector, which would go through all that was read again and again."""
+    """Disable the garbage collector, which would traverse all runs again and again."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -113,7 +113,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _stamps(place: str) -> list[int]:
-    """Four numbers a file, 0 where there is none."""
+    """Four numbers per file, 0 for a missing file."""
     found: list[int] = []
     for name in FILES:
         try:
@@ -126,7 +126,7 @@ def _stamps(place: str) -> list[int]:
 
 
 def _fill(run: Run, entry: _Entry) -> bool:
-    """Give a run what an entry holds; False where that is damaged."""
+    """Give a run the data of an entry; False if the entry is damaged."""
     try:
         body = _Decoders.body.decode(entry.body)
     except msgspec.MsgspecError:
@@ -134,12 +134,12 @@ def _fill(run: Run, entry: _Entry) -> bool:
     known = {"status": body.status, "summary": body.summary, "facts": body.facts, "problem": body.problem}
     for name, value in known.items():
         if value is not None or name == "problem":
-            vars(run)[name] = value  # where the run itself would keep it
+            vars(run)[name] = value  # the run's own cache
     return True
 
 
 def _entry(run: Run, stamps: list[int], settled_s: float) -> _Entry | None:
-    """Read a run; None where its entry cannot be kept."""
+    """Read a run; None if its entry cannot be cached."""
     problem, facts = run.problem, run.facts
     body = _Body(_part(run, "status"), _part(run, "summary"), facts, problem)
     newest = max(max(stamps[2::4]), max(stamps[3::4]))
@@ -160,7 +160,7 @@ def _part(run: Run, name: str) -> Any:
 
 
 def _read(root: Path) -> dict[str, _Entry]:
-    """The entries of an index by the place below `root`; none where there is no index, or a damaged one."""
+    """The entries of an index, by path below `root`; empty if the index is missing or damaged."""
     with suppress(reading.Unreadable, msgspec.MsgspecError):
         content = reading.read_bytes(root / INDEX, limit=LIMIT)
         if content.startswith(FORMAT):
@@ -169,5 +169,5 @@ def _read(root: Path) -> dict[str, _Entry]:
 
 
 def _write(root: Path, entries: dict[str, _Entry]) -> None:
-    with suppress(HeadwiseError, OSError), replacing(root / INDEX) as draft:  # a folder that is only read
+    with suppress(HeadwiseError, OSError), replacing(root / INDEX) as draft:  # a read-only folder
         draft.write_bytes(FORMAT + msgspec.msgpack.encode(entries))

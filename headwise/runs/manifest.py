@@ -1,8 +1,8 @@
-"""What a copy of a run holds: `headwise-copy.json`, which a push writes last.
+"""The manifest of a copy of a run: `headwise-copy.json`, which a push writes last.
 
 A copy of one run lists its files. A copy of a folder of runs lists the folder's own files, and the names of
 the runs, each of which is a copy inside with a manifest of its own. While a push is under way,
-`headwise-push.json` lies there and tells whose it is.
+`headwise-push.json` lies there and identifies the run.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ FORMAT = 1
 MANIFEST = "headwise-copy.json"
 CLAIM = "headwise-push.json"
 COPIES = "copies.json"
-"""In a run's folder: where its copies lie. It is not pushed."""
+"""In a run's folder: the URLs of its copies. It is not pushed."""
 
 OWN = (MANIFEST, CLAIM, COPIES)
 MANY = 100_000
-"""Files of one copy, and runs of a folder."""
+"""The most files of one copy, and runs of a folder."""
 LARGEST = 1 << 44
-"""Bytes of one file: 16 TB."""
+"""The most bytes of one file: 16 TiB."""
 LIMIT = 64 << 20
 LONGEST_NAME = 1000
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -88,7 +88,7 @@ def to_bytes(values: Any) -> bytes:
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The manifest of a copy; None where there is none.
+    """The manifest of a copy; None if there is none.
 
     Raises:
         HeadwiseError: it is damaged, of a newer headwise, names a file outside, or cannot be reached.
@@ -99,23 +99,23 @@ def read_manifest(store: Store) -> Manifest | None:
     place = f"{store.url}/{MANIFEST}"
     _refuse_names([*(file["name"] for file in values["files"]), *values["runs"]], place)
     if values["kind"] == "run" and values["runs"]:
-        raise HeadwiseError(f"{place} cannot be used: it is of one run, and names others")
+        raise HeadwiseError(f"{place} cannot be used: it belongs to one run, but lists others")
     return values
 
 
 def read_claim(store: Store) -> Claim | None:
-    """Whose push is under way; None where none is."""
+    """The claim of a push that is under way, or None."""
     claim: Claim | None = _read(store, CLAIM, Claim)
     return claim
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a run holds weights, or what continues them."""
+    """Whether a file of a run holds weights, or the state that training needs to continue them."""
     return name.startswith("checkpoints/step_") or name.endswith(WEIGHTS)
 
 
 def checkpoint_step(name: str) -> int:
-    """The step of the checkpoint that a file is of; -1 where it is of none."""
+    """The step of the checkpoint to which a file belongs; -1 for other files."""
     if not name.startswith("checkpoints/step_"):
         return -1
     number = name.split("/")[1].removeprefix("step_")
@@ -159,7 +159,8 @@ def files_of(folder: Path, runs: Iterator[Path] | tuple[Path, ...] = ()) -> list
 
 
 def identity_of(folder: RunFolder) -> str:
-    """What stays of a run while it goes on: its configuration, and when its log began."""
+    """The identity of a run, which does not change while it runs: its configuration and its log's first
+    line."""
     digest = hashlib.sha256()
     with suppress(reading.Missing):
         digest.update(reading.read_bytes(folder.config, limit=LIMIT))
@@ -182,14 +183,14 @@ def _read(store: Store, name: str, schema: Any) -> Any:
 
 
 def _is_left_out(folder: Path, path: Path, inside: str, mode: int) -> bool:
-    """Whether a link is left out; refuses what is no file."""
+    """Whether a link is left out; refuses a path that is not a file."""
     if stat.S_ISREG(mode):
         return False
     if not stat.S_ISLNK(mode):
-        raise HeadwiseError(f"{path} is a pipe, a socket or a device, and a copy holds files; delete it")
+        raise HeadwiseError(f"{path} is a pipe, a socket or a device, but a copy holds only files; delete it")
     if leads_out(folder, path) or inside.startswith("checkpoints") or is_weights(inside):
         raise HeadwiseError(
-            f"{path} is a link, and a copy holds files: put the file in its place, or delete the link"
+            f"{path} is a link, but a copy holds only files; replace it by the file, or delete it"
         )
     return True
 
@@ -207,7 +208,7 @@ def _refuse_names(names: list[str], place: str) -> None:
         if not fault and not all(map(_is_plain, parts)):
             fault = "is not the name of a file inside"
         if not fault and name in OWN:
-            fault = "is a file that every copy has"
+            fault = "is reserved"
         if not fault and any("/".join(parts[:n]) in known for n in range(1, len(parts))):
             fault = "lies in another file"
         if not fault and len(name) > LONGEST_NAME:

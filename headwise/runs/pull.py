@@ -1,4 +1,4 @@
-"""A copy fetched into a folder of its own, which appears whole and verified, or not at all."""
+"""Fetches a copy into a new folder, which appears complete and verified, or not at all."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from headwise.runs.transfer import SILENT, Copy, Progress, copy_of, digest_of, n
 
 
 def pull(source: str | Path, folder: str | Path, *, progress: Progress = SILENT) -> Copy:
-    """Fetch a copy into `folder`, which appears whole and verified, or not at all.
+    """Fetch a copy into `folder`, which appears complete and verified, or not at all.
 
-    A folder in which a run was planned and never began is replaced.
+    The folder of a run that was planned and never started is replaced.
 
     Raises:
-        HeadwiseError: there is no whole copy, a file of it is damaged, `folder` is taken, the disk is full,
-            or the store cannot be reached.
+        HeadwiseError: there is no complete copy, a file of it is damaged, `folder` is not empty, the disk is
+            full, or the store cannot be reached.
     """
     store, folder = open_store(source), Path(folder)
     must_be_folder(folder)
@@ -41,23 +41,23 @@ def pull(source: str | Path, folder: str | Path, *, progress: Progress = SILENT)
             copy = _fetch(store, manifest, partial, progress)
             _take_place(partial, whole)
         finally:
-            with suppress(OSError):  # not empty: the next pull goes on with it
+            with suppress(OSError):  # not empty: the next pull continues it
                 partial.rmdir()
     return copy
 
 
 def _fetch(store: Store, manifest: Manifest, folder: Path, progress: Progress) -> Copy:
-    """Fetch a copy into a folder that others do not see, and delete there what is not of it."""
+    """Fetch a copy into a hidden folder, and delete the files there that do not belong to the copy."""
     inside = [(name, store.below(name)) for name in manifest["runs"]]
     nested = [(name, at, needed(at)) for name, at in inside]
     if any(run["kind"] != "run" for _, _, run in nested):
-        raise HeadwiseError(f"{store.url} names a folder of runs as a run; its manifest is damaged")
+        raise HeadwiseError(f"the manifest of {store.url} is damaged: it lists a folder of runs as a run")
     moved = 0
     size = sum(file["size"] for file in manifest["files"])
     everything = size + sum(file["size"] for _, _, run in nested for file in run["files"])
     if (free := shutil.disk_usage(folder).free) < everything:
         raise HeadwiseError(
-            f"{store.url} has {size_of(everything)}, and {folder.parent} {size_of(free)} free"
+            f"{store.url} has {size_of(everything)}, but only {size_of(free)} are free in {folder.parent}"
         )
     progress.begin(f"fetching {store.url}", size)
     expected = {file["name"] for file in manifest["files"]}
@@ -74,7 +74,7 @@ def _fetch(store: Store, manifest: Manifest, folder: Path, progress: Progress) -
 
 
 def _fetch_file(store: Store, file: FileOfCopy, folder: Path, counted: Callable[[int], None]) -> int:
-    """Fetch one file unless it is here already; returns the bytes that were fetched."""
+    """Fetch one file unless it is already here; returns the bytes fetched."""
     place = place_inside(folder, file["name"], store.url)
     if place.is_file() and digest_of(place) == (file["size"], file["sha256"]):
         counted(file["size"])
@@ -91,13 +91,15 @@ def _fetch_file(store: Store, file: FileOfCopy, folder: Path, counted: Callable[
         os.fsync(out.fileno())
     if (size, digest.hexdigest()) != (file["size"], file["sha256"]):
         draft.unlink()
-        raise HeadwiseError(f"{file['name']} of {store.url} is damaged: its SHA-256 is not the manifest's")
+        raise HeadwiseError(
+            f"{file['name']} of {store.url} is damaged: its SHA-256 differs from the manifest's"
+        )
     os.replace(draft, place)
     return size
 
 
 def _delete_others(folder: Path, expected: set[str], runs: tuple[str, ...]) -> None:
-    """Delete what an earlier pull left that is not of this copy."""
+    """Delete files of an earlier pull that do not belong to this copy."""
     for path in sorted(folder.rglob("*"), reverse=True):
         name = path.relative_to(folder).as_posix()
         if name in expected or any(name == run or name.startswith(f"{run}/") for run in runs):

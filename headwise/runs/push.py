@@ -40,24 +40,26 @@ def push(
 ) -> Copy:
     """Copy a run, or a folder of runs, to a store, and verify the copy.
 
-    Where the copy lies is recorded in `copies.json` of the run's folder.
+    The URL of the copy is recorded in `copies.json` of the run's folder.
 
     Args:
-        target: a path or a URL, as `open_store` takes it; the copy's files lie below it.
-        snapshot: copy a run that is running, as it is now.
+        target: a path or a URL, as for `open_store`; the files of the copy lie below it.
+        snapshot: copy a run that is still running, in its present state.
 
     Raises:
-        HeadwiseError: the run is running; the place holds something else, or a later state; what was written
-            cannot be read back; or the store cannot be reached. What was written stays for the next push.
+        HeadwiseError: the run is running; the target holds something else, or a later state; a written file
+            cannot be read back; or the store cannot be reached. Written files stay for the next push.
     """
     path = Path(os.path.realpath(folder))
     if not path.is_dir():
-        raise HeadwiseError(f"no folder {shortened(folder)} to push; give a run's folder, or one with runs")
+        raise HeadwiseError(
+            f"{shortened(folder)} is not a folder; give the folder of a run, or a folder that holds runs"
+        )
     store = open_store(target)
     if store.folder is not None:
         there = Path(os.path.realpath(store.folder))
         if there.is_relative_to(path) or path.is_relative_to(there):
-            raise HeadwiseError(f"{target} lies in {folder}, or the other way round; give a place elsewhere")
+            raise HeadwiseError(f"{target} and {folder} lie one inside the other; give another target")
     runs = [run.path for run in find_runs(path)]
     if not runs:
         raise HeadwiseError(f"no runs below {shortened(folder)}: a run is a folder with a status.json")
@@ -70,7 +72,7 @@ def push(
 
 
 def _push_folder(path: Path, runs: list[Path], store: Store, progress: Progress) -> Copy:
-    """Each run as a copy of its own, then what lies beside them, and last the manifest that names them."""
+    """Copy each run separately, then the files beside the runs, and last the manifest that lists the runs."""
     plan = read_plan(path)
     about = f"{plan.get('name')}\0{plan.get('baseline')}\0{plan.get('question')}" if plan else path.name
     identity = hashlib.sha256(b"folder\0" + about.encode()).hexdigest()
@@ -102,33 +104,33 @@ def _push_run(folder: RunFolder, store: Store, progress: Progress) -> Copy:
 
 
 def _begin(store: Store, identity: str, folder: Path) -> Manifest | None:
-    """The manifest of an earlier copy of the same; refuses a place that holds anything else."""
+    """The manifest of an earlier copy of the same run; refuses a target that holds anything else."""
     before, claim = read_manifest(store), read_claim(store)
     for found in (before, claim):
         if found is not None and found["identity"] != identity:
             raise HeadwiseError(
-                f"{store.url} holds a copy of something else than {folder}; give another place"
+                f"{store.url} holds a copy of another run or folder than {folder}; give another target"
             )
     others = set() if before or claim else {name for name in store.files() if not _is_beside(name)}
     if others:
         raise HeadwiseError(
-            f"{store.url} holds other files, such as {min(others)[:80]}; give an empty place for the copy"
+            f"{store.url} holds other files, such as {min(others)[:80]}; give an empty target"
         )
     return before
 
 
 def _is_beside(name: str) -> bool:
-    """Whether a file is one that a new repository has, or hidden: no copy has such a file."""
+    """Whether a file is hidden, or the README of a new repository; no copy contains such a file."""
     return name == "README.md" or name.startswith(".")
 
 
 def _refuse_to_lose(before: Manifest, now: Manifest, store: Store) -> None:
-    """Refuse to replace a copy by less than it holds."""
+    """Refuse to replace a copy by an earlier state, or to replace or delete weights in it."""
     ours = {file["name"]: file["sha256"] for file in now["files"]}
     if before["step"] > now["step"]:
         raise HeadwiseError(
-            f"{store.url} holds a later state of this run (step {before['step']:,}, here {now['step']:,}); "
-            "give another place"
+            f"{store.url} holds a later state of this run (step {before['step']:,}, here step "
+            f"{now['step']:,}); give another target"
         )
     newest = max(map(checkpoint_step, ours), default=-1)
     for file in filter(lambda file: is_weights(file["name"]), before["files"]):
@@ -138,7 +140,7 @@ def _refuse_to_lose(before: Manifest, now: Manifest, store: Store) -> None:
         outlived = before["state"] not in RESULTS and -1 < checkpoint_step(name) < newest
         if name in ours or not outlived:
             what = "other weights" if name in ours else "weights that this folder does not hold"
-            raise HeadwiseError(f"{store.url} holds {what} ({name}); give another place")
+            raise HeadwiseError(f"{store.url} holds {what} ({name}); give another target")
 
 
 def _listed(
@@ -158,7 +160,7 @@ def _listed(
 def _write(
     store: Store, manifest: Manifest, files: list[LocalFile], before: Manifest | None, progress: Progress
 ) -> int:
-    """Write what is not there yet, verify all of it, then the manifest; returns the bytes written."""
+    """Write the missing files, verify all files, then write the manifest; returns the bytes written."""
     there = store.files()
     progress.begin(f"comparing with {store.url}", sum(file["size"] for file in manifest["files"]))
     paths = {file.name: file.path for file in files}
@@ -176,14 +178,14 @@ def _write(
     for file in absent:
         if not is_there(store, there, file, progress.count):
             raise HeadwiseError(
-                f"{file['name']} did not arrive whole at {store.url}, or it changed meanwhile; push again"
+                f"{file['name']} did not arrive complete at {store.url}, or it changed meanwhile; push again"
             )
     if store.read(CLAIM, limit=len(claim)) != claim:
-        raise HeadwiseError(f"another push writes to {store.url}; wait for it, then push again")
+        raise HeadwiseError(f"another push is writing to {store.url}; wait for it, then push again")
     content = to_bytes(manifest)
     store.put([(MANIFEST, content)])
     if store.read(MANIFEST, limit=len(content)) != content:
-        raise HeadwiseError(f"{store.url} does not give back the manifest that was written; push again")
+        raise HeadwiseError(f"the manifest at {store.url} differs from the one that was written; push again")
     kept = {file["name"] for file in manifest["files"]}
     stale = [file["name"] for file in (before or manifest)["files"] if file["name"] not in kept]
     store.delete([CLAIM, *(name for name in stale if name in there)])
@@ -207,14 +209,14 @@ def _refuse_running(folder: RunFolder) -> None:
     status = folder.read_status()
     if state_of(status) == "running":
         raise HeadwiseError(
-            f"{folder.path} is running (process {status.get('pid')} of {status.get('host')}): wait for its "
-            "end, or push what there is of it with --snapshot"
+            f"{folder.path} is running (process {status.get('pid')} on {status.get('host')}); wait until it "
+            "ends, or push its present state with --snapshot"
         )
 
 
 @contextmanager
 def _still(files: list[LocalFile]) -> Iterator[list[LocalFile]]:
-    """The files as they are now: what a run appends to is set aside, the rest is never written in place."""
+    """The files in their present state: files that a run appends to are copied first, others never change."""
     with ExitStack() as stack:
         still = []
         aside: Path | None = None

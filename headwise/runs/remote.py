@@ -1,7 +1,7 @@
-"""Where copies of runs lie: a folder, or any store that fsspec reaches, the Hugging Face hub among them.
+"""Stores for copies of runs: a folder, or any store that fsspec supports, including the Hugging Face hub.
 
-A `Store` lists, reads and writes files by their names below its URL. The hub's takes a batch of files in one
-commit and knows the SHA-256 of large ones; of any other store's files it is computed by reading them back.
+A `Store` lists, reads and writes files by their names below its URL. The hub takes a batch of files in one
+commit and returns the SHA-256 of large files; for other files it is computed by reading them back.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from headwise.reading.opening import size_of
 CHUNK = 1 << 22
 LONGEST_URL = 2000
 BATCH_FILES, BATCH_BYTES = 100, 1 << 32
-"""Of the files that are written at once, which is a commit on the hub."""
+"""The most files, and bytes, that are written at once; on the hub they are one commit."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB = re.compile(r"hf://(?:(datasets)/)?([^/@]+/[^/@]+)(?:@([^/@]+))?(?:/(.*))?", re.DOTALL)
 
 Counted = Callable[[int], None]
-"""Told of bytes that were read or written."""
+"""Called with the number of bytes that were read or written."""
 
 VOLATILE = "memory"
 """The protocol of fsspec whose files end with the process."""
@@ -43,7 +43,7 @@ class Found:
 
     Attributes:
         size: bytes.
-        sha256: where the store knows it.
+        sha256: None if the store does not provide it.
     """
 
     size: int
@@ -63,7 +63,7 @@ class Store:
         return type(self)(f"{self.url.rstrip('/')}/{name}", self.fs, self._at(name))
 
     def files(self) -> dict[str, Found]:
-        """Every file at or below the URL, by its name there; none where nothing is there.
+        """Every file at or below the URL, by its name there; empty if nothing is there.
 
         Raises:
             HeadwiseError: the store cannot be reached.
@@ -82,7 +82,7 @@ class Store:
             }
 
     def read(self, name: str, *, limit: int) -> bytes | None:
-        """A small file; None where there is none.
+        """The content of a small file; None if there is none.
 
         Raises:
             HeadwiseError: it is larger than `limit` bytes, or the store cannot be reached.
@@ -111,7 +111,7 @@ class Store:
                 yield chunk
 
     def digest(self, name: str, found: Found, counted: Counted = lambda _: None) -> str:
-        """SHA-256 of a file: as the store knows it, or of its bytes, which are read back."""
+        """SHA-256 of a file: the value of the store, or that of its bytes, which are read back."""
         if found.sha256 is not None:
             counted(found.size)
             return found.sha256
@@ -122,7 +122,7 @@ class Store:
         return digest.hexdigest()
 
     def put(self, files: Sequence[tuple[str, Path | bytes]], counted: Counted = lambda _: None) -> None:
-        """Write files in their order; what is there under a name is replaced.
+        """Write files in their order; existing files are replaced.
 
         Raises:
             HeadwiseError: the store cannot be reached, or takes no files.
@@ -163,7 +163,7 @@ class Hub(Store):
     """A repository of the Hugging Face hub, or a folder in one."""
 
     def put(self, files: Sequence[tuple[str, Path | bytes]], counted: Counted = lambda _: None) -> None:
-        """Write files in one commit; a repository that is not there is made, and is private."""
+        """Write files in one commit; a repository that does not exist is created as a private one."""
         from huggingface_hub import CommitOperationAdd
 
         self._commit(
@@ -212,15 +212,15 @@ def open_store(url: str | Path) -> Store:
     """
     url = str(url)
     if not url.strip() or len(url) > LONGEST_URL or not url.isprintable():
-        raise HeadwiseError(f"{shortened(url)!r} is not the place of a copy; give a path or a URL")
+        raise HeadwiseError(f"{shortened(url)!r} cannot be the place of a copy; give a path or a URL")
     if not _URL.match(url):
         return _open_folder(local_path(url))
     if "::" in url:
-        raise HeadwiseError(f"{url} chains file systems (::), and a copy lies in one; give one URL")
+        raise HeadwiseError(f"{url} chains file systems (::), but a copy lies in one; give one URL")
     if re.match(r"[^/]*//[^/@]*:[^/@]*@", url):
         raise HeadwiseError(
-            f"{url.split(':', 1)[0]}://… has a password in it, which the run's folder would record; "
-            "give it by the environment or by fsspec's configuration"
+            f"{url.split(':', 1)[0]}://… contains a password, which the run's folder would record; "
+            "give the password in the environment or in fsspec's configuration"
         )
     if url.startswith("file://"):
         return _open_folder(Path(url.removeprefix("file://")))
@@ -235,7 +235,7 @@ def open_store(url: str | Path) -> Store:
 
 @contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Inside, whatever a store's client raises becomes the user's error.
+    """Convert any exception of a store's client into a `HeadwiseError`.
 
     Raises:
         HeadwiseError: with the first line of what it raised.
@@ -245,14 +245,17 @@ def reaching(url: str) -> Iterator[None]:
     except HeadwiseError:
         raise
     except ImportError as error:
-        raise HeadwiseError(f"{url} needs a package that is not here: {reading.first_line(error)}") from error
+        raise HeadwiseError(
+            f"{url} needs a package that is not installed: {reading.first_line(error)}"
+        ) from error
     except NotImplementedError as error:
-        raise HeadwiseError(f"{url} takes no files; give a place that can be written to") from error
+        raise HeadwiseError(f"{url} is read-only; give a place that can be written to") from error
     except OSError as error:
         reason = error.strerror or reading.first_line(error)
         raise HeadwiseError(f"{shortened(url)} cannot be used: {reason}") from error
     except Exception as error:  # every client has its own
-        raise HeadwiseError(f"{shortened(url)} cannot be used: {reading.first_line(error)}") from error
+        reason = re.sub(r"^\[Errno -?\d+\] ", "", reading.first_line(error))
+        raise HeadwiseError(f"{shortened(url)} cannot be used: {reason}") from error
 
 
 def _open_folder(path: Path) -> Store:

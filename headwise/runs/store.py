@@ -1,8 +1,8 @@
 """Verified copies of runs: `push` writes one, `pull` fetches one, `verify` reads one back.
 
 A push writes the files, reads each of them back (or takes the SHA-256 that the hub computed), writes the
-manifest last and reads that back too. Until then the place holds a claim, and no copy. A push that was
-interrupted goes on where it was, and so does a pull: files that are whole stay.
+manifest last and reads it back too. Until then the target holds a claim, and no copy. An interrupted push or
+pull can be continued: files that arrived complete are not transferred again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What pushes and pulls of runs share: their progress, what came of them, and reading a copy back."""
+"""Shared parts of pushes and pulls: their progress, their result, and the verification of a copy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from headwise.runs.remote import CHUNK, Found, Store
 
 
 class Progress(Protocol):
-    """Told of what is being done, and of the bytes of it."""
+    """Receives the actions of a transfer, and their progress in bytes."""
 
     def begin(self, what: str, total: int) -> None:
-        """`what` begins, of `total` bytes."""
+        """An action, named `what`, starts on `total` bytes."""
 
     def count(self, n_bytes: int) -> None:
-        """So many more are done."""
+        """Further bytes are done."""
 
 
 class Silent:
@@ -42,11 +42,11 @@ class Copy:
     """A verified copy.
 
     Attributes:
-        url: where it lies.
-        kind: of one `run`, or of a `folder` of runs.
-        files, size: how many, and their bytes; those of the runs inside included.
-        moved: bytes that were written or fetched now; the rest was there.
-        lasting: it does not end with this process, as one in memory does.
+        url: its place.
+        kind: `run` for one run, `folder` for a folder of runs.
+        files, size: the number of files and their bytes, including the runs inside.
+        moved: the bytes that were written or fetched now; the others were already there.
+        lasting: whether it outlives this process; a copy in memory does not.
         runs: copies of the runs inside.
     """
 
@@ -63,7 +63,7 @@ def verify(store: Store, manifest: Manifest | None = None, *, progress: Progress
     """Read a copy of one run back; returns its manifest.
 
     Raises:
-        HeadwiseError: there is none, a file is missing or is not what it was, or the store cannot be reached.
+        HeadwiseError: there is no copy, a file is missing or damaged, or the store cannot be reached.
     """
     manifest = manifest or needed(store)
     there = store.files()
@@ -75,7 +75,7 @@ def verify(store: Store, manifest: Manifest | None = None, *, progress: Progress
 
 
 def copy_of(store: Store, manifest: Manifest, moved: int, runs: tuple[Copy, ...] = ()) -> Copy:
-    """The copy that a manifest tells of, with those of the runs inside."""
+    """The copy that a manifest describes, with those of the runs inside."""
     size = sum(file["size"] for file in manifest["files"])
     return Copy(
         store.url,
@@ -89,7 +89,7 @@ def copy_of(store: Store, manifest: Manifest, moved: int, runs: tuple[Copy, ...]
 
 
 def is_there(store: Store, there: dict[str, Found], file: FileOfCopy, counted: Callable[[int], None]) -> bool:
-    """Whether a file lies in a store with the bytes that it should have."""
+    """Whether a store holds a file with the expected bytes."""
     found = there.get(file["name"])
     if found is None or found.size != file["size"]:
         counted(file["size"])
@@ -107,7 +107,7 @@ def needed(store: Store) -> Manifest:
     if manifest is None:
         begun = read_claim(store) is not None
         raise HeadwiseError(
-            f"the push to {store.url} has not ended; run it again, then pull"
+            f"the push to {store.url} is incomplete; run it again, then pull"
             if begun
             else f"{store.url} holds no copy of a run: {MANIFEST} is missing"
         )

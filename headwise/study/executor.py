@@ -1,8 +1,8 @@
-"""Where the runs of a study run: a protocol, and the driver that hands runs to whatever implements it.
+"""Executes the runs of a study: the protocol of executors, and the driver that hands runs to an executor.
 
-The driver decides which run is next, writes what became of it where its folder does not say, and starts again
-what was lost with its machine. An executor starts, watches and stops. Both know a run by its folder: what the
-folder says is what happened.
+The driver chooses the next run, records the end of a run whose worker could not, and restarts runs that were
+lost with their machine. An executor starts, watches and stops processes. The folder of a run is the only
+record of its state.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 POLL_S = 0.2
 TRIES = 5
-"""How often a command starts a run whose machine is lost each time."""
+"""The most times that a command starts a run whose machine is lost each time."""
 
 EXECUTORS = {"local": "", "ray": "cluster", "slurm": "slurm"}
-"""Names, and the extra of the package that each needs."""
+"""Name -> the extra of this package that the executor needs."""
 
 TABLE_S, TABLE_SHARE = 10.0, 0.05
-"""What is made from all runs is made again after so many seconds, and in at most this share of the time."""
+"""The table of all runs is rewritten every TABLE_S seconds, in at most this share of the time."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the process of a run ended, as its executor saw it.
+    """The end of a run's process, as its executor saw it.
 
     Attributes:
-        run: as it was submitted.
-        state, reason: written to the run's folder where its worker wrote nothing of its end.
-        lost: its machine is gone, or what held its process there; it starts again elsewhere.
+        run: the run as it was submitted.
+        state, reason: written to the run's folder unless its worker recorded its end.
+        lost: its machine, or the process that watched it there, is lost; the run starts again elsewhere.
     """
 
     run: PlannedRun
@@ -52,11 +52,11 @@ class Ending:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A run on its way to the process that trains it: what watches that process imports no torch for it.
+    """A pickled run for the process that trains it; the process that watches it need not import torch.
 
     Attributes:
-        folder: of the run.
-        timeout_s: of its training.
+        folder: the run's folder.
+        timeout_s: the time limit of its training, in seconds.
         content: the `PlannedRun`, pickled.
     """
 
@@ -66,18 +66,18 @@ class Parcel:
 
 
 def parcel(run: PlannedRun) -> Parcel:
-    """A run, packed."""
+    """The parcel of a run."""
     return Parcel(run.folder, run.config.training.timeout_s, pickle.dumps(run))
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run gets, and how many run at a time.
+    """The resources of a run, and the number of runs at a time.
 
     Attributes:
-        threads: of each process of a run.
-        gpus: of a run; several make as many processes of it, as torchrun starts them.
-        workers: runs at a time at most; None for as many as there is place for.
+        threads: the threads of each process of a run.
+        gpus: the GPUs of a run; with several, torchrun starts one process per GPU.
+        workers: the most runs at a time; None for as many as there is room for.
     """
 
     threads: int = 1
@@ -86,17 +86,17 @@ class Resources:
 
     @property
     def processes(self) -> int:
-        """Of a run."""
+        """The processes of a run."""
         return max(1, self.gpus)
 
     @property
     def cpus(self) -> int:
-        """Of a run."""
+        """The processors of a run."""
         return self.threads * self.processes
 
 
 class Executor(Protocol):
-    """Runs processes somewhere, each the body of `headwise.study.work.work`."""
+    """Starts processes, here or on a cluster, each of which calls `headwise.study.work.work`."""
 
     def room(self) -> bool:
         """Whether one more run may be submitted now."""
@@ -105,10 +105,10 @@ class Executor(Protocol):
         """Start a run, or queue it."""
 
     def poll(self, wait_s: float) -> list[Ending]:
-        """The runs that ended since; waits up to `wait_s` seconds for the first."""
+        """The runs that ended since the last call; waits up to `wait_s` seconds for the first."""
 
     def stop(self) -> None:
-        """End everything that was submitted: runs finish their step and save; what does not is killed."""
+        """End all submitted runs: each finishes its step and saves, or is killed after a while."""
 
 
 def run_all(
@@ -119,16 +119,16 @@ def run_all(
     on_end: Callable[[], None] = lambda: None,
     before: Sequence[PlannedRun] = (),
 ) -> bool:
-    """Run what has not ended yet; a run that fails does not stop the others.
+    """Execute the runs that have not ended; a run that fails does not stop the others.
 
     Args:
-        executor: where they run; it is stopped at the end.
+        executor: the executor of the runs; it is stopped at the end.
         show: called a few times a second with all runs, to draw progress from their folders.
-        on_end: called after runs have ended, rarely (`TABLE_S`), and at the end.
+        on_end: called after runs have ended, at most every `TABLE_S` seconds, and at the end.
         before: those of `runs` that had their turn in this command: what failed there is not run again.
 
     Returns:
-        False when stopped by Ctrl-C before all had their turn.
+        False if Ctrl-C stopped it.
     """
     turned = set(map(id, before))
     waiting = [run for run in runs if id(run) not in turned and not _settled(run)]
@@ -153,7 +153,7 @@ def run_all(
                 began, untold = time.monotonic(), False
                 on_end()
                 due = time.monotonic() + max(TABLE_S, (time.monotonic() - began) / TABLE_SHARE)
-            if waiting and not active and not ended:  # other processes have them
+            if waiting and not active and not ended:  # other processes are executing them
                 time.sleep(POLL_S)
         return True
     except KeyboardInterrupt:
@@ -168,10 +168,10 @@ def run_all(
 
 
 def next_run(waiting: list[PlannedRun]) -> PlannedRun | None:
-    """Take the next run that has not ended and that no other process runs just now; None where there is none.
+    """Take the next run that has not ended and that no other process is executing; None if there is none.
 
-    Others are those of a study that was killed, or on a machine that is lost to us and lives: they finish
-    their step, save, and leave the run interrupted.
+    Such other processes belong to a study that was killed, or to a machine that is alive but out of reach:
+    they finish their step, save, and leave the run interrupted.
     """
     for run in list(waiting):
         now = state(run)
@@ -183,7 +183,7 @@ def next_run(waiting: list[PlannedRun]) -> PlannedRun | None:
 
 
 def state(run: PlannedRun) -> str:
-    """What the run's folder says."""
+    """The state of a run, read from its folder."""
     return state_of(run.folder.read_status())
 
 
@@ -202,12 +202,13 @@ def _settled(run: PlannedRun) -> bool:
 
 
 def _taken(run: PlannedRun) -> PlannedRun:
-    """`run` for one more attempt: whoever worked on it under an earlier number writes nothing any more."""
+    """`run` with the number of a new attempt; workers of earlier attempts can no longer write to its
+    folder."""
     return dataclasses.replace(run, attempt=run.folder.take())
 
 
 def _record(ending: Ending) -> None:
-    """Write how a run ended unless its worker did.
+    """Record the end of a run unless its worker did.
 
     A trial that could not be worked on has not failed: a failure is its result, and would decide a search.
     """
@@ -228,22 +229,22 @@ def executor_named(
     address: str | None = None,
     slurm: Sequence[str] = (),
 ) -> Executor:
-    """The executor of a command line.
+    """The executor that a command line selects.
 
     Args:
         name: one of `EXECUTORS`.
-        resources: of each run.
-        folder: of the study, where Slurm's logs go.
-        address: of a Ray cluster.
-        slurm: `KEY=VALUE` of sbatch.
+        resources: the resources of each run.
+        folder: the study's folder, which holds Slurm's logs.
+        address: the address of a Ray cluster.
+        slurm: `KEY=VALUE` options of sbatch.
 
     Raises:
-        HeadwiseError: it is not known or not installed, or an option is not its own.
+        HeadwiseError: the executor is unknown or not installed, or an option belongs to another executor.
     """
     one_of("--executor", name, EXECUTORS)
     for flag, value, owner in (("--address", address, "ray"), ("--slurm", slurm, "slurm")):
         if value and name != owner:
-            raise HeadwiseError(f"{flag} belongs to --executor {owner}, and the executor is {name}")
+            raise HeadwiseError(f"{flag} is an option of --executor {owner}, but the executor is {name}")
     if name == "local":
         from headwise.study.local import Local
 

@@ -1,7 +1,7 @@
-"""What a cluster runs on a node for one run: the worker's process, watched as the local executor watches it.
+"""The process that a cluster starts on a node for one run; it starts the worker and watches it.
 
-The training runs in a process of its own, so that it outlives for a moment what the cluster kills: the pipe
-to it closes, and it finishes its step and saves.
+The training is a separate process, so that it survives for a moment if the cluster kills this one: the pipe
+between them closes, and the worker finishes its step and saves.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from headwise.study.executor import Parcel
 from headwise.study.local import start, stop, visible_gpus
 
 SEEN_S = 10.0
-"""Seconds that a shared file system may take to show what another machine wrote."""
+"""The most seconds until a shared file system shows what another machine wrote."""
 
 
 def host(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, bool]:
-    """Work on a run until it ends, or until KeyboardInterrupt asks to save and end.
+    """Execute a run until it ends, or until KeyboardInterrupt, after which it saves and ends.
 
     Args:
         parcel: the run, with the number of its attempt.
-        home: the folder that relative paths of the run begin at; on shared storage.
-        threads: of each process.
-        gpus: of those that the cluster lets this process see; several make as many processes.
+        home: the folder at which relative paths of the run begin; on shared storage.
+        threads: the threads of each process.
+        gpus: the number of visible GPUs to use; with several, torchrun starts one process per GPU.
 
     Returns:
-        The state, the reason, and whether it was stopped from outside: for the folder where it does not say.
+        The state and the reason, which count unless the run's folder records its end, and whether the run was
+        stopped from outside.
     """
     try:
         _refuse_elsewhere(parcel, home)
@@ -42,7 +43,7 @@ def host(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, 
             if ending is not None:
                 return *ending, False
             wait([worker.process.sentinel], 1.0)
-    except BaseException as error:  # whatever the cluster raises here to end the task
+    except BaseException as error:  # any exception that the cluster raises here to end the task
         stop([worker])
         if not isinstance(error, KeyboardInterrupt):
             raise
@@ -50,10 +51,10 @@ def host(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, 
 
 
 def _refuse_elsewhere(parcel: Parcel, home: str) -> None:
-    """Refuse a node that does not see the folders of the machine that the study was started on.
+    """Refuse a node that does not see the same folders as the machine that started the study.
 
     Raises:
-        HeadwiseError: that is so; names the node.
+        HeadwiseError: the folders are missing or different; names the node.
     """
     ends = time.monotonic() + SEEN_S
     while True:
@@ -63,7 +64,7 @@ def _refuse_elsewhere(parcel: Parcel, home: str) -> None:
                 return
         if time.monotonic() > ends:
             raise HeadwiseError(
-                f"node {socket.gethostname()} does not see {os.path.join(home, parcel.folder.path)} as the "
-                "machine that started the study does; put the study on storage that all nodes share"
+                f"node {socket.gethostname()} does not see {os.path.join(home, parcel.folder.path)} of the "
+                "machine that started the study; put the study on storage that all nodes share"
             )
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""Runs on this machine, each in its own process, N at a time.
+"""Executes runs on this machine, each in its own process, N at a time.
 
-A process is stopped by closing its pipe, which is also what happens when this program is killed: it
-then finishes its step, saves, and ends as interrupted.
+A process is stopped by closing its pipe; the pipe also closes when this program is killed. The process then
+finishes its step, saves, and ends as interrupted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 GRACE_S = 60.0
 """Seconds that a run has to finish its step and save before it is killed."""
 
+SERVER_DIED = 255
+"""Exit code that multiprocessing reports if the fork server was killed, with a signal to the whole group."""
+
 PRELOADED = ("headwise.study.plan", "headwise.study.fit", "torch._dynamo")
-"""What every run imports, the last at its first step: once for all of them, before they fork."""
+"""Modules that every run needs; they are imported once, before the processes fork."""
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Worker:
         timeout = self.parcel.timeout_s
         if timeout and time.monotonic() - self.started > timeout + GRACE_S and self.process.is_alive():
             self.kill()
-            return "timed_out", f"killed {GRACE_S:g} s after its {timeout:g} s"
+            return "timed_out", f"killed {GRACE_S:g} s after its time limit of {timeout:g} s"
         if self.process.is_alive():
             return None
         self.process.join()
@@ -54,7 +57,9 @@ class Worker:
         if code < 0:
             reason = f"its process was killed ({signal.Signals(-code).name}); the same command continues it"
             return "interrupted", reason
-        return "failed", f"its process ended with {code}"
+        if code == SERVER_DIED:
+            return "interrupted", "its process was killed; the same command continues it"
+        return "failed", f"its process ended with exit code {code}"
 
     def kill(self) -> None:
         """End it at once."""
@@ -158,7 +163,7 @@ def _work(parcel: Parcel, pipe: Connection, home: str, threads: int, gpus: list[
 
     from headwise.study.work import work
 
-    for number in (signal.SIGINT, signal.SIGUSR2):  # Ctrl-C, and what Slurm sends before it ends a job
+    for number in (signal.SIGINT, signal.SIGUSR2):  # Ctrl-C, and the signal of Slurm before the end of a job
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, args=(pipe,), daemon=True).start()
     torch.set_num_threads(threads)

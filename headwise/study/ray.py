@@ -1,8 +1,8 @@
-"""Runs on a Ray cluster: each run a task with its processors, GPUs and memory.
+"""Executes runs on a Ray cluster: each run is a task with its processors, GPUs and memory.
 
-Ray places tasks on nodes and tells when a node is lost. A task watches the run's own process on its node
-(`headwise.study.host`), and a task of several GPUs starts it with torchrun: Ray gives a task all that it asks
-for on one node. What a run became is in its folder, which all nodes share.
+Ray places tasks on nodes and reports lost nodes. A task watches the run's own process on its node
+(`headwise.study.host`); with several GPUs torchrun starts the run, because Ray places a whole task on one
+node. The result of a run is in its folder, which all nodes share.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -32,21 +33,24 @@ LOST = (
     exceptions.NodeDiedError, exceptions.WorkerCrashedError, exceptions.LocalRayletDiedError,
     exceptions.ObjectLostError, exceptions.RaySystemError, exceptions.TaskUnschedulableError,
 )  # fmt: skip
-"""What Ray says of a task whose node, or whose process on it, is gone."""
+"""The errors of Ray for a task whose node, or whose process on the node, is lost."""
+
+CONNECT_S = 10.0
+"""Seconds until a cluster must accept a connection."""
 
 SLOTS_S = 5.0
-"""Seconds that what the cluster offers is taken to stay the same."""
+"""Seconds between two queries of the cluster's resources."""
 
 QUEUED = 2
-"""Tasks that wait in the cluster, so that a node never waits for the driver."""
+"""Tasks that are queued in advance, so that a node never waits for the driver."""
 
 HEADROOM = 1.25
-"""Memory asked for, as a share of what another seed of the variant took at most."""
+"""Requested memory as a multiple of the peak of another seed of the variant."""
 
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep this program's handler of SIGTERM: Ray replaces it with one that ends the program."""
+    """Keep this program's handler of SIGTERM, which Ray replaces by one that ends the program."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -56,23 +60,25 @@ def _own_sigterm() -> Iterator[None]:
 
 
 class Ray:
-    """An executor: tasks of a Ray cluster.
+    """The executor on a Ray cluster.
 
     Args:
-        address: of the cluster; None for the one that RAY_ADDRESS or this machine knows, or a new one here.
-        resources: of each run.
+        address: the address of the cluster; None for that of RAY_ADDRESS, else the cluster of this machine,
+            else a new one here.
+        resources: the resources of each run.
 
     Raises:
-        HeadwiseError: no cluster answers there, or no node of it has what a run needs.
+        HeadwiseError: no cluster answers at that address, or no node has the resources of a run.
     """
 
     def __init__(self, address: str | None, resources: Resources) -> None:
         if address and "://" in address:
             raise HeadwiseError(
-                f"--address {address} is a client's; start the command on a node of the cluster, with "
-                "--address HOST:PORT or auto"
+                f"--address {address} is the address of a Ray client; start the command on a node of the "
+                "cluster, with --address HOST:PORT or --address auto"
             )
         self.resources = resources
+        _refuse_silent(address)
         try:
             if not ray.is_initialized():
                 with _own_sigterm():
@@ -90,7 +96,7 @@ class Ray:
         self._remote = ray.remote(task_body)
 
     def room(self) -> bool:
-        """Whether the cluster has a free place, or few runs wait for one."""
+        """Whether the cluster can execute one more run, or fewer than `QUEUED` tasks are waiting."""
         if time.monotonic() - self._asked > SLOTS_S:
             self._slots, self._asked = self._places(), time.monotonic()
         most = self._slots + QUEUED
@@ -107,7 +113,7 @@ class Ray:
         self._tasks[reference] = run
 
     def poll(self, wait_s: float) -> list[Ending]:
-        """The runs whose tasks ended, or were lost with their node."""
+        """The runs whose tasks ended or were lost with their node."""
         found, self._ended = self._ended, []
         if self._tasks:
             ray.wait(list(self._tasks), timeout=wait_s)
@@ -116,7 +122,7 @@ class Ray:
         return found
 
     def stop(self) -> None:
-        """Cancel what waits, let what runs save, leave nothing in the cluster."""
+        """Cancel queued tasks, let executing ones save, and leave no task in the cluster."""
         for task in self._tasks:
             ray.cancel(task, force=False)
         tasks = list(self._tasks)
@@ -151,7 +157,7 @@ class Ray:
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
     def _places(self) -> int:
-        """How many runs fit into the cluster at a time."""
+        """The number of runs that fit into the cluster at a time."""
         needs = {"CPU": self.resources.cpus, "GPU": self.resources.gpus}
         return sum(
             min(int(node.get(name, 0) // need) for name, need in needs.items() if need)
@@ -162,22 +168,41 @@ class Ray:
         if self._places() == 0:
             have = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes())
             raise HeadwiseError(
-                f"no node of the Ray cluster has the {self.resources.cpus} CPUs and {self.resources.gpus} "
-                f"GPUs of a run; its nodes have {have or 'nothing'}. Change --cpus-per-run and --gpus-per-run"
+                f"a run needs {self.resources.cpus} CPUs and {self.resources.gpus} GPUs on one node, but the "
+                f"nodes of the Ray cluster have {have or 'none'}; change --cpus-per-run or --gpus-per-run"
             )
 
 
+def _refuse_silent(address: str | None) -> None:
+    """Refuse an address at which nothing listens: Ray itself would retry for minutes.
+
+    Raises:
+        HeadwiseError: no connection within `CONNECT_S`, or the address is not HOST:PORT.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address or "://" in address or address in ("auto", "local"):
+        return
+    host_name, _, port = address.rpartition(":")
+    if not host_name or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise HeadwiseError(f"{address[:80]!r} is not the address of a Ray cluster; give HOST:PORT or auto")
+    try:
+        socket.create_connection((host_name.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HeadwiseError(f"no Ray cluster answers at {address}: {reason}") from error
+
+
 def task_body(parcel: Parcel, home: str, threads: int, gpus: int) -> tuple[str, str, bool]:
-    """The body of a task. Ray cancels it by SIGINT, which a cluster that a script started ignores."""
+    """The body of a task. Ray cancels it by SIGINT, which is ignored in a cluster that a script started."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return host(parcel, home, threads, gpus)
 
 
 def memory_need(run: PlannedRun) -> int | None:
-    """Bytes of main memory that a run needs, as far as is known.
+    """The main memory that a run needs, in bytes; None if it is not known.
 
-    That is the study's `memory_limit` on a CPU, or what a finished run of another seed took at most and a
-    quarter more; None where neither is known.
+    It is the study's `memory_limit` on a CPU, otherwise `HEADROOM` times the largest peak of finished runs of
+    other seeds.
     """
     if run.fit.limit is not None and run.config.device == "cpu":
         return run.fit.limit

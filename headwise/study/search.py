@@ -1,8 +1,8 @@
-"""Searches: which trials come next, what the ended ones show, and what is confirmed on fresh seeds.
+"""Searches: proposes trials, reads their results, and chooses the winners that are confirmed on fresh seeds.
 
-Everything is worked out anew from the study and its run folders, so that a search that was killed goes on
-with the proposals that it would have made. Trials of tpe come in batches of `search.batch`: each batch
-knows the results of all earlier ones, whatever the number of workers.
+Everything is computed anew from the study and its run folders, so that a search that was killed continues
+with the proposals that it would have made. Trials of tpe come in batches of `search.batch`: the proposals of
+a batch depend on the results of all earlier batches, and not on the number of workers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from headwise.study.space import Choices, Range, Search, Space, parsed
 from headwise.study.study import CRITERIA, KIND, Study
 
 DRAWS = 100
-"""Proposals that repeat an earlier one, after which what is left of a finite space is taken in order."""
+"""After so many repeated proposals, the combinations left in a finite space are taken in order."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Trial:
 
     Attributes:
         values: key -> value.
-        places: where it runs: one, or one for each variant where the whole study is searched.
-        value: mean over all its runs; None where one of them has none, or has not ended.
-        ended: whether none of its runs is to come.
-        reason: why it has no value.
+        places: the variants that it runs as: one, or, if the whole study is searched, one per variant.
+        value: mean over all its runs; None if one of them has no value or has not ended.
+        ended: whether all its runs have ended.
+        reason: the reason why it has no value.
         data: (variant, seed, checksum of the data) of its runs.
     """
 
@@ -54,16 +54,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Followed:
-    """One search as it stands.
+    """The present state of one search.
 
     Attributes:
-        units: the variants, at their combinations of the axes, that one setting is searched for.
-        space: what is searched for them.
-        trials: those that are known, in order.
-        planned: trials when all are known.
-        complete: whether all have ended.
-        winner: the best trial once all have ended; None where none has a value, or they do not compare.
-        problem: why there is none.
+        units: the variants, at their combinations of the axes, for which one setting is searched.
+        space: the values of each searched key.
+        trials: the trials proposed so far, in order.
+        planned: the number of trials of the whole search.
+        complete: whether all trials have ended.
+        winner: the best trial once all have ended; None if no trial has a value, or if the values are not
+            comparable.
+        problem: the reason why a complete search has no winner.
     """
 
     units: tuple[Place, ...]
@@ -76,15 +77,15 @@ class Followed:
 
     @property
     def waits(self) -> str:
-        """Why its variants have not been confirmed; empty where they can be."""
+        """The reason why its variants cannot be confirmed yet; empty if they can."""
         if self.problem or self.winner:
             return self.problem
         ended = sum(trial.ended for trial in self.trials)
-        return f"waits for its search, of whose {self.planned} trials {ended} have ended"
+        return f"waits for its search: {ended} of {self.planned} trials have ended"
 
 
 def follow_all(study: Study, root: Path) -> list[Followed]:
-    """Every search of a study as its run folders show it; empty where it searches nothing."""
+    """Every search of a study, read from its run folders; empty if the study has no search."""
     if study.search is None:
         return []
     units = places(study)
@@ -93,7 +94,7 @@ def follow_all(study: Study, root: Path) -> list[Followed]:
 
 
 def search_places(study: Study, followed: Sequence[Followed]) -> list[Place]:
-    """All that can run now: trials, and, of complete searches, the winners and what they are without one."""
+    """Everything that can run now: trials, and, of complete searches, the winners and the defaults."""
     search = study.search
     assert search is not None
     found = []
@@ -108,13 +109,14 @@ def search_places(study: Study, followed: Sequence[Followed]) -> list[Place]:
 
 
 def _confirmed(study: Study, search: Search, unit: Place, winner: Trial) -> Place:
-    """A variant with what its search found."""
+    """A variant with the values of its winner."""
     values = {key: value for key, value in winner.values.items() if key in _keys(study, search, unit)}
     return dataclasses.replace(unit, overrides=unit.overrides | values)
 
 
 def record(study: Study, followed: Sequence[Followed]) -> dict[str, Any] | None:
-    """The searches as `study.yaml` has them: the settings, and every variant's trials with their folders."""
+    """The searches as written to `study.yaml`: the settings, and every variant's trials with their
+    folders."""
     if study.search is None:
         return None
     units: dict[str, Any] = {}
@@ -138,7 +140,8 @@ def record(study: Study, followed: Sequence[Followed]) -> dict[str, Any] | None:
 
 
 def _default_place(study: Study, search: Search, unit: Place, winner: Trial) -> Place | None:
-    """A variant without what its search found; None where that is no other, cannot be, or is not wanted."""
+    """A variant without the values of its winner; None if that is the winner itself, invalid, or turned
+    off."""
     if not search.default:
         return None
     place = _trial(unit, "default", unit.overrides, search.confirm_seeds)
@@ -150,7 +153,7 @@ def _default_place(study: Study, search: Search, unit: Place, winner: Trial) -> 
 
 
 def to_come(followed: Sequence[Followed], search: Search | None) -> int:
-    """Runs that are not known yet, at most."""
+    """The most runs that may still be planned."""
     if search is None:
         return 0
     runs = 0
@@ -169,7 +172,7 @@ def _trial(unit: Place, name: str, overrides: dict[str, Any], seeds: Sequence[in
 
 
 def _keys(study: Study, search: Search, unit: Place) -> list[str]:
-    """The searched keys that a variant has: an option of one kind is not searched where another kind runs."""
+    """The searched keys that a variant has: options of one kind are not searched for variants of another."""
     kind = (dict(flatten(study.base)) | unit.overrides).get(KIND, AttentionConfig().kind)
     return [key for key in search.keys if owner(key) in (None, kind)]
 
@@ -195,7 +198,7 @@ def _follow(study: Study, search: Search, root: Path, units: tuple[Place, ...]) 
 
 
 def _impossible(trials: list[Trial]) -> str:
-    """Why the first of the trials cannot be, where none of them can."""
+    """The reason why no trial is valid; empty if one of them is."""
     return "" if any(trial.places for trial in trials) else trials[0].reason
 
 
@@ -232,9 +235,9 @@ def _tried(
 
 
 def _winner(search: Search, trials: list[Trial]) -> tuple[Trial | None, str]:
-    """The best trial, the first of equal ones; or why there is none."""
+    """The best trial, the first of equal ones; or the reason why there is none."""
     if not trials:
-        return Trial({}, (), None, True), ""  # nothing of the search is this variant's
+        return Trial({}, (), None, True), ""  # no searched key belongs to this variant
     known = [trial for trial in trials if trial.value is not None]
     if not known:
         reasons = list(dict.fromkeys(trial.reason for trial in trials))
@@ -242,7 +245,7 @@ def _winner(search: Search, trials: list[Trial]) -> tuple[Trial | None, str]:
         return None, f"has no winner: none of its {len(trials)} trials has a value ({reasons[0]}{more})"
     read = {one for trial in known for one in trial.data}
     if len(read) > len({(unit, seed) for unit, seed, _ in read}):
-        return None, "has no winner: its trials read different data, so that their values do not compare"
+        return None, "has no winner: its trials read different data, so that their values are not comparable"
     sign = -1 if CRITERIA[search.by] == HIGHEST else 1
     return min(known, key=lambda trial: sign * (trial.value or 0.0)), ""
 
@@ -253,7 +256,7 @@ def propose(
     """The next trials after those that have ended, a pure function of its arguments.
 
     Args:
-        known: values and result of every earlier trial; None, where it failed, counts as worst.
+        known: values and result of every earlier trial; the result None, of a failed trial, counts as worst.
     """
     if search.sampler == "grid":
         return [] if known else list(search.grid(space))
@@ -301,7 +304,7 @@ def _drawn(
 
 
 def _untried(space: Space, seen: set[str]) -> Iterator[dict[str, Any]]:
-    """The combinations of a finite space that have not been tried; none of an infinite one."""
+    """The combinations of a finite space that have not been tried; empty for an infinite space."""
     size = math.prod(values.size for values in space.values())
     for index in range(0 if math.isinf(size) else int(size)):
         values = {}
@@ -323,7 +326,7 @@ def _distribution(values: Choices | Range) -> Any:
 
 
 def _inside(values: Choices | Range, value: Any) -> Any:
-    """A value as the sampler holds it: one of a list by its place there."""
+    """A value as the sampler represents it: a value of a list by its index."""
     return values.values.index(value) if isinstance(values, Choices) else value
 
 

@@ -1,8 +1,9 @@
-"""Runs as jobs of Slurm, through submitit: one job a run, on storage that all nodes share.
+"""Executes runs as jobs of Slurm, through submitit: one job per run, on storage that all nodes share.
 
-Jobs outlive the command that submitted them: started again, it waits for those that run, and those that
-waited in the queue find that they were replaced and end. What a run became is in its folder. submitit pickles
-the call of a job into a folder that only its user's commands write; no result is read back from there.
+Jobs outlive the command that submitted them. The same command, started again, waits for jobs that are
+executing; jobs that were still queued end at once, because they were replaced. The result of a run is in its
+folder. submitit pickles the call of a job into a folder that only the user's commands write; no result is
+read from there.
 """
 
 from __future__ import annotations
@@ -30,22 +31,23 @@ if TYPE_CHECKING:
 
 LOGS = ".slurm"
 MOST_JOBS = 500
-"""Jobs in Slurm's queue at a time."""
+"""The most jobs in Slurm's queue at a time."""
 
 OWN = {
-    "cpus_per_task": "--cpus-per-run", "gpus": "--gpus-per-run", "gpus_per_node": "--gpus-per-run",
-    "gres": "--gpus-per-run", "ntasks": "--gpus-per-run", "nodes": "nothing: a run lies on one node",
-    "array": "nothing: every run is a job", "output": f"nothing: logs lie in {LOGS}",
-    "error": f"nothing: logs lie in {LOGS}", "signal": "nothing", "open_mode": "nothing",
-    "job_name": "nothing",    "wrap": "nothing", "chdir": "nothing", "export": "nothing",
+    "cpus_per_task": "use --cpus-per-run", "gpus": "use --gpus-per-run",
+    "gpus_per_node": "use --gpus-per-run",
+    "gres": "use --gpus-per-run", "ntasks": "use --gpus-per-run", "nodes": "a run uses one node",
+    "array": "every run is a job", "output": f"logs lie in {LOGS}", "error": f"logs lie in {LOGS}",
+    "signal": "leave it out", "open_mode": "leave it out", "job_name": "leave it out",
+    "wrap": "leave it out", "chdir": "leave it out", "export": "leave it out",
 }  # fmt: skip
-"""Options of sbatch that are decided here, and what to use instead."""
+"""Options of sbatch that headwise sets, each with its replacement or the reason."""
 
 LOST = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "REQUEUED", "INTERRUPTED")
-"""States of jobs whose run starts again."""
+"""States of jobs whose runs start again."""
 
 ENDED_S = 5.0
-"""Seconds after a job's end in which what it wrote last appears here."""
+"""Seconds after a job's end until its last writes are visible here."""
 
 
 @dataclass
@@ -56,16 +58,16 @@ class _Job:
 
 
 class Slurm:
-    """An executor: jobs of Slurm.
+    """The executor on Slurm.
 
     Args:
-        resources: of each run.
-        folder: of the study; job scripts and logs lie in it.
-        options: `KEY=VALUE` of sbatch, such as partition=gpu and time=04:00:00; `cluster=local` runs the jobs
-            on this machine, without Slurm.
+        resources: the resources of each run.
+        folder: the study's folder; it holds the scripts and logs of jobs.
+        options: `KEY=VALUE` options of sbatch, such as partition=gpu and time=04:00:00; `cluster=local` runs
+            the jobs on this machine, without Slurm.
 
     Raises:
-        HeadwiseError: an option that is malformed or not the user's to give, or no Slurm here.
+        HeadwiseError: an option is malformed or set by headwise itself, or Slurm is not installed.
     """
 
     def __init__(self, resources: Resources, folder: Path, options: Sequence[str] = ()) -> None:
@@ -73,13 +75,14 @@ class Slurm:
         self.options = parse_options(options)
         cluster = self.options.pop("cluster", "slurm")
         if cluster not in ("slurm", "local"):
-            raise HeadwiseError(f"--slurm cluster={cluster} is not known; use slurm or local")
+            raise HeadwiseError(f"--slurm cluster={cluster} is unknown; use slurm or local")
         self._local = cluster == "local"
         try:
             self._submitit = submitit.AutoExecutor(folder / LOGS, cluster=cluster)
         except RuntimeError as error:
             raise HeadwiseError(
-                f"--executor slurm: {error}; --slurm cluster=local runs the jobs here"
+                "--executor slurm needs the commands of Slurm, which are not installed on this machine; "
+                "--slurm cluster=local runs the jobs here without Slurm"
             ) from error
         self._home = os.getcwd()
         self._jobs: list[_Job] = []
@@ -87,7 +90,7 @@ class Slurm:
         self._stopping = False
 
     def room(self) -> bool:
-        """Whether fewer jobs are queued than may be."""
+        """Whether fewer jobs are submitted than allowed."""
         most = self.resources.workers or ((os.cpu_count() or 1) if self._local else MOST_JOBS)
         return len(self._jobs) < most
 
@@ -100,13 +103,13 @@ class Slurm:
             )
         except submitit.core.utils.FailedJobError as error:
             reason = " ".join(str(error).split())[-300:]
-            raise HeadwiseError(f"Slurm refuses the job of {run.folder.path}: {reason}") from error
+            raise HeadwiseError(f"Slurm refused the job of {run.folder.path}: {reason}") from error
         self._jobs.append(_Job(run, job))
 
     def poll(self, wait_s: float) -> list[Ending]:
-        """The runs whose folders tell of an end, or whose jobs ended without a word."""
+        """The runs whose folders record an end, or whose jobs ended without recording one."""
         time.sleep(wait_s)
-        every = max(wait_s, len(self._jobs) / 100)  # of a large queue, not all folders all the time
+        every = max(wait_s, len(self._jobs) / 100)  # a large queue is polled less often
         if time.monotonic() - self._looked < every:
             return []
         self._looked = time.monotonic()
@@ -115,7 +118,7 @@ class Slurm:
         return list(found.values())
 
     def stop(self) -> None:
-        """Cancel all jobs; those that run save first."""
+        """Cancel all jobs; executing ones save first."""
         self._stopping = True
         for job in self._jobs:
             job.job.cancel(check=False)
@@ -139,17 +142,19 @@ class Slurm:
             return None
         seen = job.job.state.split()[0] if job.job.state else "UNKNOWN"
         if seen in LOST:
-            return Ending(job.run, "interrupted", f"its job ended with {seen}", lost=True)
+            return Ending(job.run, "interrupted", f"its job ended in state {seen}", lost=True)
         if seen in ("OUT_OF_MEMORY", "TIMEOUT", "CANCELLED") or status.get("pid") is not None:
-            return Ending(job.run, "interrupted", f"its job ended with {seen}; the same command continues it")
-        return Ending(job.run, "failed", f"its job ended with {seen}; {job.job.paths.stderr} tells why")
+            return Ending(
+                job.run, "interrupted", f"its job ended in state {seen}; the same command continues it"
+            )
+        return Ending(job.run, "failed", f"its job ended in state {seen}; its log is {job.job.paths.stderr}")
 
     def _parameters(self, run: PlannedRun) -> dict[str, Any]:
         timeout = run.config.training.timeout_s
         if not timeout and "time" not in self.options and not self._local:
             raise HeadwiseError(
-                "--slurm time=HH:MM:SS is missing: say how long the job of a run may take, "
-                "or give the study a timeout_s"
+                "--slurm time=HH:MM:SS is missing; give the time limit of a job, or set timeout_s in the "
+                "study"
             )
         minutes = int((timeout or 3e7) + 2 * GRACE_S) // 60 + 5
         return {
@@ -173,7 +178,7 @@ def parse_options(options: Sequence[str]) -> dict[str, str]:
                 f"--slurm {option!r} is not KEY=VALUE, such as partition=gpu or time=04:00:00"
             )
         if key in OWN:
-            raise HeadwiseError(f"--slurm {key} is decided here; use {OWN[key]}")
+            raise HeadwiseError(f"--slurm {key} is set by headwise: {OWN[key]}")
         if key in found:
             raise HeadwiseError(f"--slurm {key} is given twice")
         found[key] = value
@@ -181,7 +186,7 @@ def parse_options(options: Sequence[str]) -> dict[str, str]:
 
 
 def job_body(parcel: Parcel, home: str, threads: int, gpus: int) -> None:
-    """The body of a job: works on the run; what Slurm sends before it ends a job lets the run save."""
+    """The body of a job: executes the run. The signals that Slurm sends before the end let the run save."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -196,6 +201,6 @@ def job_body(parcel: Parcel, home: str, threads: int, gpus: int) -> None:
 
 
 def _works(run: PlannedRun) -> bool:
-    """Whether a worker has the run that has not written its end."""
+    """Whether a worker is still executing the run."""
     status = run.folder.read_status()
     return status.get("pid") is not None and status["state"] == "running"

@@ -1,4 +1,4 @@
-"""`search:` of a study: which keys are searched, between which ends, how often, and on which seeds."""
+"""`search:` of a study: the keys that are searched, their values, the number of trials, and the seeds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EACH = ("variant", "study")
 EXTRA = "pip install 'headwise[search]'"
 MOST_TRIALS = 10_000
 DIGITS = 4
-"""Significant digits of a proposed number, so that a trial can be typed again."""
+"""Significant digits of a proposed number; few enough to type a trial again."""
 
 PARTS = ("low", "high", "log", "step", "points")
 SAME_DATA = "data.batch_size"
-"""The one key of `data` that leaves alone what the loss is measured on."""
+"""The only key of `data` that does not change the data on which the loss is measured."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Choices:
 
     @property
     def size(self) -> int:
-        """How many values there are."""
+        """The number of values."""
         return len(self.values)
 
     def grid(self, points: int | None) -> list[Any]:
@@ -42,7 +42,7 @@ class Choices:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The values that are tried before anything starts: all."""
+        """The values that are validated before anything starts: all."""
         return self.values
 
 
@@ -51,9 +51,9 @@ class Range:
     """A number between `low` and `high`, both included.
 
     Attributes:
-        log: equal ratios are equally likely, instead of equal differences.
+        log: uniform on a logarithmic scale.
         whole: only whole numbers, `step` apart.
-        points: numbers of a grid; as many as the trials allow where None.
+        points: the number of values in a grid; None for as many as the number of trials allows.
     """
 
     low: float
@@ -65,16 +65,16 @@ class Range:
 
     @property
     def size(self) -> float:
-        """How many values there are; infinite for numbers that are not whole."""
+        """The number of values; infinite for real numbers."""
         return (self.high - self.low) // self.step + 1 if self.whole else math.inf
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The values that are tried before anything starts: low and high."""
+        """The values that are validated before anything starts: low and high."""
         return (self.low, self.high)
 
     def grid(self, points: int | None) -> list[Any]:
-        """`points` numbers from low to high, evenly spread; fewer where whole numbers coincide."""
+        """`points` evenly spaced numbers from low to high; fewer if rounded whole numbers coincide."""
         count = int(min(self.points or points or 2, self.size))
         shares = [number / (count - 1) for number in range(count)]
         if self.log:
@@ -84,7 +84,7 @@ class Range:
         return list(dict.fromkeys(self.rounded(value) for value in found))
 
     def rounded(self, value: float) -> Any:
-        """The nearest value that a run may have: whole, or of four significant digits."""
+        """The nearest value that a trial may have: a whole number, or one of four significant digits."""
         if self.whole:
             nearest = self.low + self.step * round((value - self.low) / self.step)
             return int(min(max(nearest, self.low), self.high))
@@ -96,19 +96,19 @@ Space = dict[str, Choices | Range]
 
 @dataclass
 class Search:
-    """Values of keys that are tried out before variants are compared.
+    """A search for the best values of keys, before variants are compared.
 
     Attributes:
         keys: dotted key -> a list of values, or `{low, high, log, step, points}`.
-        sampler: grid, or one of Optuna's: random, tpe.
-        trials: combinations that are tried, for each variant the same number; of a grid the most it may have.
+        sampler: grid, or a sampler of Optuna: random, tpe.
+        trials: the number of trials of each variant; for a grid its upper limit.
         by: the number that decides, one of `headwise.study.study.CRITERIA`.
-        seeds: of every trial; its value is the mean.
-        confirm_seeds: of the winner, which no trial has seen. Only these runs are compared.
-        each: search every variant on its own, or the whole study for one setting that serves all.
-        batch: trials that tpe proposes at a time, whatever the number of workers.
-        seed: of the sampler.
-        default: also run what is searched for as the study has it without a search, on the confirm seeds.
+        seeds: the seeds of every trial; its value is the mean over them.
+        confirm_seeds: the seeds of the winner, which no trial has used. Only these runs are compared.
+        each: `variant` for a search per variant, `study` for one setting for all variants.
+        batch: the number of trials that tpe proposes at a time, independent of the number of workers.
+        seed: the seed of the sampler.
+        default: also run each variant without the values found, on the confirm seeds.
     """
 
     keys: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class Search:
     default: bool = True
 
     def space(self) -> Space:
-        """What each key may be.
+        """The values of each key.
 
         Raises:
             HeadwiseError: a key or a range that cannot be searched.
@@ -131,14 +131,14 @@ class Search:
         return {key: parsed(key, values) for key, values in self.keys.items()}
 
     def validate(self) -> None:
-        """Refuse a search that cannot be made.
+        """Refuse an invalid search.
 
         Raises:
-            HeadwiseError: one line with the value received and what to do.
+            HeadwiseError: one line with the value received and a correction.
         """
         if not self.keys:
             raise HeadwiseError(
-                "search.keys is empty; name what is searched, such as training.lr: [1e-3, 1e-2]"
+                "search.keys is empty; give the keys to search, such as training.lr: [1e-3, 1e-2]"
             )
         one_of("search.sampler", self.sampler, SAMPLERS)
         one_of("search.each", self.each, EACH)
@@ -149,8 +149,8 @@ class Search:
             _check_seeds(f"search.{name}", getattr(self, name))
         if shared := sorted(set(self.seeds) & set(self.confirm_seeds)):
             raise HeadwiseError(
-                f"search.confirm_seeds has {shared}, on which the winner is chosen: a choice is confirmed on "
-                "seeds that it has not seen"
+                f"search.confirm_seeds and search.seeds share {shared}; the winner must be confirmed on "
+                "seeds that no trial has used"
             )
         space = self.space()
         if self.sampler == "grid":
@@ -159,13 +159,13 @@ class Search:
             self._check_sampled(space)
 
     def most_trials(self) -> int:
-        """How many trials the search of one variant has, or of all where the whole study is searched."""
+        """The number of trials of one search."""
         if self.sampler != "grid":
             return self.trials or 0
         return math.prod(len(values) for values in self._axes(self.space()).values())
 
     def most_runs(self) -> int:
-        """Runs of one variant: its trials, its winner and what it is without a search."""
+        """The most runs of one variant: its trials, its winner and its default."""
         confirmed = len(self.confirm_seeds) * (2 if self.default else 1)
         return self.most_trials() * len(self.seeds) + confirmed
 
@@ -174,32 +174,32 @@ class Search:
             open_ := [k for k, v in space.items() if isinstance(v, Range) and not v.points]
         ):
             raise HeadwiseError(
-                f"search.keys.{open_[0]} is a range without points, and search.trials is not given: a grid "
+                f"search.keys.{open_[0]} is a range without points, and search.trials is not given; a grid "
                 "needs one of them"
             )
         size = math.prod(len(values) for values in self._axes(space).values())
         if size > (self.trials or MOST_TRIALS):
             raise HeadwiseError(
-                f"the grid of search.keys has {size:,} combinations, and search.trials allows "
-                f"{self.trials or MOST_TRIALS:,}; leave values out, or use sampler: random"
+                f"the grid of search.keys has {size:,} combinations, but search.trials allows only "
+                f"{self.trials or MOST_TRIALS:,}; remove values, or use sampler: random"
             )
 
     def _check_sampled(self, space: Space) -> None:
         if self.trials is None:
-            raise HeadwiseError(f"search.trials is not given; say how many trials {self.sampler} makes")
+            raise HeadwiseError(f"search.trials is not given; give the number of trials of {self.sampler}")
         for key, values in space.items():
             if isinstance(values, Range) and values.points:
-                raise HeadwiseError(f"search.keys.{key}.points is for sampler: grid; leave it out")
+                raise HeadwiseError(f"search.keys.{key}.points applies only to sampler: grid; remove it")
         size = math.prod(values.size for values in space.values())
         if size < self.trials:
             raise HeadwiseError(
-                f"search.trials is {self.trials:,}, and search.keys has only {size:,.0f} combinations; "
+                f"search.trials is {self.trials:,}, but search.keys has only {size:,.0f} combinations; "
                 "lower it, or use sampler: grid"
             )
         if find_spec("optuna") is None:
             raise HeadwiseError(
                 f"search.sampler: {self.sampler} needs the package optuna, which is not installed: {EXTRA}; "
-                "sampler: grid needs nothing"
+                "sampler: grid works without it"
             )
 
     def grid(self, space: Space) -> Iterator[dict[str, Any]]:
@@ -209,7 +209,7 @@ class Search:
             yield dict(zip(axes, values, strict=True))
 
     def _axes(self, space: Space) -> dict[str, list[Any]]:
-        """The values of a grid: ranges without points share what the trials leave them."""
+        """The values of a grid; ranges without points share the trials that the other keys leave."""
         taken = math.prod(one.points or 1 if isinstance(one, Range) else one.size for one in space.values())
         free = sum(isinstance(one, Range) and not one.points for one in space.values())
         share = (
@@ -226,10 +226,10 @@ def _check_seeds(name: str, seeds: list[int]) -> None:
 
 
 def parsed(key: str, values: Any) -> Choices | Range:
-    """What a key of `search.keys` may be.
+    """The values of a key of `search.keys`.
 
     Raises:
-        HeadwiseError: an unknown key, one that is not searched, or values that make no range and no list.
+        HeadwiseError: an unknown key, one that cannot be searched, or values that are no list and no range.
     """
     where = f"search.keys.{key}"
     if key not in known_keys():
@@ -243,22 +243,24 @@ def parsed(key: str, values: Any) -> Choices | Range:
     if not isinstance(values, list) or len(values) < 2:
         raise HeadwiseError(f"{where} is {values!r}; give a list of two values or more, or low and high")
     if any(value in values[:n] for n, value in enumerate(values)):
-        raise HeadwiseError(f"{where} is {values!r}; it has a value twice")
+        raise HeadwiseError(f"{where} is {values!r}; it contains a value twice")
     return Choices(tuple(values))
 
 
 def _refuse_meaningless(where: str, key: str) -> None:
     reason = ""
     if key == "seed":
-        reason = "the best of several seeds is luck: list the seeds of a trial in search.seeds"
+        reason = "the best of several seeds is luck; list the seeds of a trial in search.seeds"
     elif key == "model.attention.kind":
-        reason = "kinds of attention are compared, not searched: make each a variant"
+        reason = "kinds of attention are compared, not searched; make each a variant"
     elif key.startswith("data.") and key != SAME_DATA:
         reason = (
-            f"it changes what the loss is measured on, and of data only {SAME_DATA} is searched: use axes"
+            f"it changes the data on which the loss is measured, and of data only {SAME_DATA} can be "
+            "searched; "
+            "use axes"
         )
     elif key.partition(".")[0] in ("measure", "out", "device", "expected_engine", "plugins"):
-        reason = "it changes nothing that a model learns"
+        reason = "it does not change the model that is trained"
     if reason:
         raise HeadwiseError(f"{where} cannot be searched: {reason}")
 
@@ -280,18 +282,18 @@ def _range(where: str, values: dict[str, Any], kind: Any) -> Range:
         raise HeadwiseError(f"{where}.low is {low} and .high is {high}; low must be less than high")
     log = values.get("log", False)
     if not isinstance(log, bool):
-        raise HeadwiseError(f"{where}.log is {log!r}; it is true or false")
+        raise HeadwiseError(f"{where}.log is {log!r}; give true or false")
     if log and low <= 0:
-        raise HeadwiseError(f"{where}.low is {low}; a range with log: true begins above 0")
+        raise HeadwiseError(f"{where}.low is {low}; a range with log: true must begin above 0")
     for part, least in (("step", 1), ("points", 2)):
         if (value := values.get(part)) is not None:
             _must_be_number(f"{where}.{part}", value, True)
             in_range(f"{where}.{part}", value, least, 2**31 if part == "step" else MOST_TRIALS)
     step = values.get("step")
     if step is not None and (log or not whole):
-        raise HeadwiseError(f"{where}.step is for whole numbers without log; leave it out")
+        raise HeadwiseError(f"{where}.step applies only to whole numbers without log; remove it")
     if step is not None and (high - low) % step:
-        raise HeadwiseError(f"{where}.high is {high}, which no number of steps of {step} from {low} reaches")
+        raise HeadwiseError(f"{where}.high is {high}, which steps of {step} from {low} do not reach")
     points = values.get("points")
     return Range(low, high, log, whole, int(step or 1), None if points is None else int(points))
 

@@ -87,7 +87,7 @@ def train(
             refuse_other_run(folder, config, data)
             sweep(folder.path)
             if folder.read_status()["state"] == "finished":
-                return folder.read_summary() | {"reason": "it was before; nothing is left to do"}
+                return folder.read_summary() | {"reason": "the run had already ended; nothing is left to do"}
         refuse_too_large(config, world)
         model = Decoder(config.model, config.data.seq_len).to(world.device)
         trainer = Trainer(config, model, data, world, folder, progress=progress or Silent())

@@ -138,7 +138,7 @@ def test_a_claim_without_runs_counts_and_one_stated_twice_does_not() -> None:
     assert with_empty[0].p == pytest.approx(2 * alone.p)
     assert with_empty[0].confidence == pytest.approx(0.975)
     assert (with_empty[1].decision, with_empty[1].p) == ("not resolved", None)
-    assert "no seed in common" in with_empty[1].why
+    assert "no common seed" in with_empty[1].why
     assert [d.p for d in twice] == [alone.p, alone.p]
     assert decide([], {}) == []
 
@@ -173,7 +173,7 @@ def test_the_same_seed_twice_is_not_two_seeds() -> None:
         [*a, *(Value(9 + v.seed, v.value) for v in a)], [*b, *(Value(9 + v.seed, v.value) for v in b)]
     )
     assert (copied.difference, copied.p) == (plain.difference, plain.p)
-    assert "seeds 0 and 9 of A gave the same value, counted once" in copied.notes
+    assert "seeds 0 and 9 of A gave exactly the same value, counted once" in copied.notes
 
 
 def test_two_values_of_one_seed_are_a_fault_that_is_said() -> None:
@@ -187,7 +187,7 @@ def test_failed_runs_and_seeds_without_a_pair_are_said_and_never_averaged() -> N
     found = one(a, noisy(1.0, 3, seed=1))
     assert found.seeds == (0, 1, 2)
     assert "3 of 7 seeds of A gave no value: 3 (diverged), 4 (not finite), 5 (not finite)" in found.notes
-    assert "seed 6 of A without a pair" in found.notes
+    assert "seed 6 of A omitted: B has no value" in found.notes
     huge = one([*noisy(0.9, 3), Value(3, 1e308), Value(4, -1e200)], runs([1.0, 1.5, 1.7, -1e308, 1.0]))
     assert huge.seeds == (0, 1, 2)
     assert any("too large to compare" in note for note in huge.notes)
@@ -202,8 +202,8 @@ def test_failed_runs_and_seeds_without_a_pair_are_said_and_never_averaged() -> N
         ([Value(s, 1.0) for s in range(4)], "not independent"),
         ([Value(s, 0.9 + s / 7, configuration=str(s % 2)) for s in range(4)], "2 configurations"),
         ([Value(s, 0.9 + s / 7, data="other") for s in range(4)], "different data"),
-        ([Value(0, 1.5), Value(1, 2.5), Value(2, 3.5)], "no spread"),
-        ([], "no seed in common"),
+        ([Value(0, 1.5), Value(1, 2.5), Value(2, 3.5)], "spread is unknown"),
+        ([], "no common seed"),
     ],
 )
 def test_what_cannot_be_compared_resolves_nothing(a: list[Value], part: str) -> None:
@@ -218,7 +218,7 @@ def test_runs_that_agree_digit_for_digit_are_equal_and_rounding_is_no_spread() -
     a = noisy(1.0, 3)
     assert one(a, a, "equal", 0.01).decision == "supported"
     assert one(a, a, "lower").decision == "refuted"
-    assert "digit for digit" in one(a, a, "lower").why
+    assert "exactly the same value" in one(a, a, "lower").why
     coarse = runs([0.5, 0.75, 1.0])
     assert one(coarse, coarse, "equal", 0.01).decision == "not resolved"
     assert one(runs([1e99, 1e98, 1e97]), runs([1e-9, 1e-99, 2e-9])).decision == "not resolved"

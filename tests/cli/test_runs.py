@@ -96,7 +96,7 @@ def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_an_absent_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(HeadwiseError, match="no folder"):
+    with pytest.raises(HeadwiseError, match="does not exist"):
         main([str(tmp_path / "absent")])
 
 

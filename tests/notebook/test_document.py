@@ -58,10 +58,10 @@ def test_a_fence_that_is_shown_is_not_a_block(hidden: str) -> None:
         ("```headwise a/b\nheadwise train\n```\n", "line 1: block 'a/b' cannot name a folder"),
         ("```headwise a--b\nheadwise train\n```\n", "line 1: block 'a--b' has '--' in its name"),
         ("```headwise a\n# nothing\n```\n", "line 1: the fence has no command"),
-        ("```headwise a\n\nls\n```\n", "line 3: 'ls' is not headwise"),
+        ("```headwise a\n\nls\n```\n", "line 3: the command is 'ls'"),
         ("Compare: a and b\n", "line 1: 'a and b' is not `A vs B"),
         ("Compare: a vs b, val_loss, better\n", "line 1: direction 'better' is not known"),
-        ("Compare: a vs b, val_loss, equal\n", "line 1: no interval shows"),
+        ("Compare: a vs b, val_loss, equal\n", "line 1: no interval can show"),
         ("Compare: a vs a, val_loss, lower\n", "line 1: 'a' is compared with itself"),
         ("Compare: a vs b, val_loss, lower, at least x\n", "line 1: smallest_difference is 'x'"),
         ("Compare: a vs b, x, lower\n\nCompare: a vs  b, x, lower.\n", "line 3: the comparison"),
@@ -99,7 +99,7 @@ def test_names_come_from_the_fence_the_folder_or_the_study(
     text += "```headwise\nheadwise study --workers 2 s.yaml\n```\n"
     assert names(text) == {"wide": 1, "mine": 4}
     for wrong, reason in (
-        (block() + block(), "lines 1 and 4 both name a block 'a'"),
+        (block() + block(), "the blocks in lines 1 and 4 are both called 'a'"),
         (block("a") + block("A"), "blocks 'a' and 'A' would share the folder"),
         (block(""), "line 1: the block has no name"),
         ("```headwise\nheadwise study\n```\n", "line 2: `headwise study` names no study file"),

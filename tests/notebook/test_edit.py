@@ -109,10 +109,10 @@ def test_an_editor_that_still_writes_the_replaced_file_loses_nothing(
 @pytest.mark.parametrize(
     ("now", "reason"),
     [
-        ("# nothing left\n", "block 'a' is not in n.md any more"),
-        (TEXT.replace("headwise a", "headwise c"), "block 'a' is not in n.md any more"),
+        ("# nothing left\n", "block 'a' is no longer in n.md"),
+        (TEXT.replace("headwise a", "headwise c"), "block 'a' is no longer in n.md"),
         (TEXT.replace("--seed 0", "--seed 1"), "block 'a' was changed while it ran"),
-        (TEXT + "```\nhalf", "n.md cannot be rewritten just now: line 8: a fence begins here"),
+        (TEXT + "```\nhalf", "n.md could not be rewritten: line 8: a fence begins here"),
         (None, "n.md was deleted or renamed"),
     ],
 )

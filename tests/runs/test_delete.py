@@ -23,13 +23,13 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_only_copy_is_refused_and_a_verified_one_lets_it_go(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["runs", "delete", str(run), "--yes"]) == 2
-    assert "only copy of 1 files of weights" in capsys.readouterr().err
+    assert "only copy of 1 file of weights" in capsys.readouterr().err
     push(run, tmp_path / "copy")
     assert main(["runs", "delete", str(run)]) == 2
     assert "pass --yes" in capsys.readouterr().err
     assert run.is_dir()
     assert main(["runs", "delete", str(run), "--yes"]) == 0
-    assert f"weights are at {tmp_path / 'copy'}" in capsys.readouterr().out
+    assert f"weights are also at {tmp_path / 'copy'}" in capsys.readouterr().out
     assert not run.exists()
     pull(tmp_path / "copy", run)
     assert main(["runs", "delete", str(run), "--yes"]) == 0
@@ -68,7 +68,7 @@ def test_a_copy_counts_while_it_holds_the_same_weights(run: Path, tmp_path: Path
         there.write_bytes(content)
     assert may_delete([run])[0].copy == str(tmp_path / "copy")
     here.write_bytes(content[:-1] + b"\7")
-    with pytest.raises(HeadwiseError, match=r"only copy.*holds no checkpoints/step_00000010/model"):
+    with pytest.raises(HeadwiseError, match=r"only copy.*has no checkpoints/step_00000010/model"):
         may_delete([run])
 
 
@@ -76,7 +76,7 @@ def test_a_copy_that_is_to_be_deleted_too_does_not_count(run: Path, tmp_path: Pa
     push(run, tmp_path / "copy")
     pull(tmp_path / "copy", tmp_path / "runs" / "b")
     assert len(may_delete([run, tmp_path / "runs" / "b"])) == 2
-    with pytest.raises(HeadwiseError, match="lies in what is to be deleted"):
+    with pytest.raises(HeadwiseError, match="lies inside a folder that is to be deleted"):
         may_delete([run, tmp_path / "copy"])
 
 
@@ -92,8 +92,8 @@ def test_a_run_that_others_start_from_is_refused(run: Path, tmp_path: Path, monk
 def test_what_is_no_run_or_runs_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run)
     for folder, message in (
-        (tmp_path / "absent", "no folder"), (tmp_path / "runs", "is no run"),
-        (tmp_path / "link", "is a link"), (run / "checkpoints", "is no run"),
+        (tmp_path / "absent", "is not a folder"), (tmp_path / "runs", "is not a run"),
+        (tmp_path / "link", "is a link"), (run / "checkpoints", "is not a run"),
         (run_folder(tmp_path / "busy", state="running").path, "is running"),
     ):  # fmt: skip
         with pytest.raises(HeadwiseError, match=message):
@@ -133,5 +133,5 @@ def test_a_run_that_went_on_after_its_push_is_the_only_copy_again(tmp_path: Path
     folder = run_folder(tmp_path / "run", state="interrupted")
     push(folder.path, tmp_path / "copy")
     train_on(folder, 20)
-    with pytest.raises(HeadwiseError, match=r"holds no checkpoints/step_00000020"):
+    with pytest.raises(HeadwiseError, match=r"has no checkpoints/step_00000020"):
         may_delete([folder.path])

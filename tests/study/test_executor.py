@@ -186,11 +186,11 @@ def test_a_missing_package_names_its_extra(
     [
         (Where("moon"), {}, "choose from local, ray, slurm"),
         (Where("ray", cpus=0), {}, "--cpus-per-run"),
-        (Where("ray", gpus=2), {"device": "cpu"}, "do not go together"),
-        (Where("ray", gpus=2), {"fit_batch": True}, "several GPUs does not fit its batch"),
+        (Where("ray", gpus=2), {"device": "cpu"}, "contradicts"),
+        (Where("ray", gpus=2), {"fit_batch": True}, "several GPUs cannot halve its batch"),
         (Where("slurm"), {"max_length_at": "1GiB"}, "measures this machine"),
-        (Where("slurm"), {"device": "cuda:1"}, "names a GPU of one machine"),
-        (Where("ray", gpus=0), {"device": "cuda"}, "do not go together"),
+        (Where("slurm"), {"device": "cuda:1"}, "names one GPU of one machine"),
+        (Where("ray", gpus=0), {"device": "cuda"}, "contradicts"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -202,13 +202,13 @@ def test_options_that_do_not_go_together_are_refused(
 
 
 def test_a_url_is_no_folder_of_runs() -> None:
-    with pytest.raises(HeadwiseError, match="give one that all machines mount"):
+    with pytest.raises(HeadwiseError, match="give a folder that all machines mount"):
         Where("ray").check(Study("demo", variants={"flash": Variant()}), Path("s3://bucket/runs"))
 
 
 @pytest.mark.parametrize(("name", "option"), [("local", {"address": "x:1"}), ("ray", {"slurm": ["a=b"]})])
 def test_an_option_of_another_executor_is_refused(name: str, option: Any, tmp_path: Path) -> None:
-    with pytest.raises(HeadwiseError, match=r"belongs to --executor"):
+    with pytest.raises(HeadwiseError, match=r"is an option of --executor"):
         executor_named(name, Resources(), tmp_path, **option)
 
 

@@ -94,7 +94,7 @@ def test_trials_come_first_and_only_the_winner_on_fresh_seeds_is_compared(tmp_pa
     }
     assert all(run.trial for run in first)
     assert still_to_come(study, tmp_path) == 8
-    assert waiting(study, tmp_path)["a"] == "waits for its search, of whose 3 trials 0 have ended"
+    assert waiting(study, tmp_path)["a"] == "waits for its search: 0 of 3 trials have ended"
     runs = carried(study, tmp_path)
     found = by_name(runs)
     assert {name: found[name] for name in ("a/7", "a/8", "b/7", "b/8")} == {
@@ -235,7 +235,7 @@ def test_an_option_of_one_kind_is_searched_where_that_kind_runs(tmp_path: Path) 
         "tt@trial=default"
     }
     assert {run.config.seed for run in runs if run.variant == "plain"} == {100, 101, 102}
-    assert "it runs as it is" in reported(study, tmp_path)["search"]["variants"][0]["text"][0]
+    assert "it runs unchanged" in reported(study, tmp_path)["search"]["variants"][0]["text"][0]
 
 
 def test_a_combination_that_cannot_be_counts_as_worst_and_a_search_of_none_is_refused(tmp_path: Path) -> None:
@@ -257,26 +257,26 @@ RANGE = {"low": 1e-4, "high": 1e-2}
         ({"keys": {}}, "search.keys is empty"),
         ({"keys": {"training.lrr": [1, 2]}}, "did you mean 'training.lr'"),
         ({"keys": {LR: {"low": 1.0, "high": 1.0}}}, "low must be less than high"),
-        ({"keys": {LR: {"low": 0, "high": 1, "log": True}}}, "begins above 0"),
+        ({"keys": {LR: {"low": 0, "high": 1, "log": True}}}, "must begin above 0"),
         ({"keys": {LR: {"low": "x", "high": 1}}}, "give a number"),
         ({"keys": {LR: {"low": 1}}}, "has no high"),
         ({"keys": {LR: RANGE | {"lg": True}}}, "did you mean 'log'"),
-        ({"keys": {LR: RANGE | {"step": 2}}}, "step is for whole numbers"),
+        ({"keys": {LR: RANGE | {"step": 2}}}, "step applies only to whole numbers"),
         ({"keys": {LR: RANGE}}, "needs one of them"),
         ({"keys": {LR: RANGE | {"points": 1}}}, "must be at least 2"),
         ({"keys": {"model.d_ff": {"low": 1.5, "high": 8}}}, "give a whole number"),
-        ({"keys": {"model.d_ff": {"low": 8, "high": 33, "step": 8}}}, "no number of steps"),
+        ({"keys": {"model.d_ff": {"low": 8, "high": 33, "step": 8}}}, "do not reach"),
         ({"keys": {"training.schedule": {"low": 1, "high": 2}}}, "it has no range"),
         ({"keys": {LR: [1e-3]}}, "two values or more"),
         ({"keys": {LR: [1e-3, 1e-3]}}, "a value twice"),
         ({"keys": {"seed": [1, 2]}}, "is luck"),
         ({"keys": {KIND: ["flash", "mha"]}}, "make each a variant"),
-        ({"keys": {"data.seq_len": [8, 16]}}, "what the loss is measured on"),
+        ({"keys": {"data.seq_len": [8, 16]}}, "the data on which the loss is measured"),
         (GRID | {"sampler": "tpa"}, "did you mean 'tpe'"),
         (GRID | {"by": "loss"}, "search.by 'loss' is not known"),
         (GRID | {"trials": 0}, "at least 1"),
         (GRID | {"trials": 2}, "has 3 combinations"),
-        (GRID | {"confirm_seeds": [0, 1]}, "has not seen"),
+        (GRID | {"confirm_seeds": [0, 1]}, "no trial has used"),
         (GRID | {"seeds": []}, "different seeds"),
         (GRID | {"sampler": "random"}, "search.trials is not given"),
         (GRID | {"sampler": "random", "trials": 4}, "only 3 combinations"),
@@ -343,7 +343,7 @@ def test_a_searched_study_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     command = ["study", str(file), f"--out={tmp_path}"]
     assert main([*command, "--plan"]) == 0
-    assert "2 runs are planned, and at most 1 follow" in capsys.readouterr().out
+    assert "2 runs are planned; at most 1 more depend" in capsys.readouterr().out
     assert main(command) == 0
     planned = Planned.read(tmp_path / "real")
     assert [run.state for run in planned.runs + planned.trials] == ["finished"] * 3

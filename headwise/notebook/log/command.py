@@ -23,8 +23,8 @@ LIMIT = 16 << 20
 """Bytes of a log."""
 
 DESCRIPTION = """Translate the selective attention log, a Markdown file whose fences are commands of
-andrew-healey/context-compression, into a notebook, and print what was found, inferred and left out. Beside
-the notebook lies a YAML file of its name, which the blocks share."""
+andrew-healey/context-compression, into a notebook, and print counts of the runs found, the values inferred
+and the flags left out. A YAML file of the same name holds the configuration that the blocks share."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,27 +32,29 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="headwise notebook import", description=DESCRIPTION, allow_abbrev=False
     )
-    made.add_argument("file", help="the log, UTF-8, at most 16 MB")
+    made.add_argument("file", help="the log: UTF-8, at most 16 MiB")
     made.add_argument("--out", required=True, metavar="FILE", help="the notebook, a new .md file")
     made.add_argument(
         "--preset", default="full", choices=PRESETS,
-        help="full: the log's sizes; smallest: every distinct configuration once, a few steps on a CPU",
+        help="full: the sizes of the log; smallest: each distinct configuration for a few steps on a CPU",
     )  # fmt: skip
     made.add_argument(
         "--reading", default="meant", choices=READINGS,
-        help="meant: what flags are named for; ran: what that program is known to have computed",
+        help="meant: as the names of the flags promise; ran: as the original program computed, where known",
     )  # fmt: skip
-    made.add_argument("--data", metavar="FOLDER", help="token shards (default: data/edu_fineweb10B)")
+    made.add_argument(
+        "--data", metavar="FOLDER", help="folder of token shards (default: data/edu_fineweb10B)"
+    )
     return made
 
 
 def main(argv: list[str]) -> int:
-    """Import; returns 1 where a run could not be translated."""
+    """Import a log; returns 1 if a run could not be translated."""
     arguments = parser().parse_args(argv)
     out = Path(arguments.out)
     shared = out.with_suffix(".yaml")
     if out.suffix.lower() not in (".md", ".markdown"):
-        raise HeadwiseError(f"--out {arguments.out} is no Markdown file; give a name that ends with .md")
+        raise HeadwiseError(f"--out {arguments.out} is not a Markdown file; give a name that ends with .md")
     if not (folder_name(out.stem, "--out")[0].isalnum() or out.stem[0] == "_"):
         raise HeadwiseError(f"--out {arguments.out}: a notebook's name begins with a letter or a digit")
     for place in (out, shared):
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
     try:
         text = reading.read_text(arguments.file, limit=LIMIT)
         if "\0" in text:
-            raise reading.Unreadable(arguments.file, "it is no text: it has a NUL character")
+            raise reading.Unreadable(arguments.file, "it is not a text file: it contains a NUL character")
         imported = import_log(
             text, out.stem, preset=arguments.preset, reading=arguments.reading, data=arguments.data,
             show=_Progress(),
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 
 class _Progress:
-    """Fences done, in a line that is written over, where that takes long and somebody looks."""
+    """Shows the fences done in one line of a terminal, if the import takes longer than half a second."""
 
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()

@@ -1,4 +1,4 @@
-"""What an import counts, as lines for a terminal and as tables of a notebook."""
+"""The counts of an import, as lines for a terminal and as tables of a notebook."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Counts:
     """Counts of an import.
 
     Attributes:
-        meaningless: by flag and reason.
-        steps: first words of commands that are not runs, in the fences of runs.
-        not_runs: lines of fences without a run, and what they do.
-        untranslated: lines of runs that could not be translated, and why.
-        broken: lines of broken continuations and quotes, and how they were read.
+        meaningless: (flag, reason) -> number of flags without a meaning here.
+        steps: first words of the other commands in fences with runs.
+        not_runs: line and commands of each fence without a run.
+        untranslated: line of each run that could not be translated, and the reason.
+        broken: line of each broken continuation or quotation mark, and how it was read.
         numbered, renamed: names before and after.
-        inferred: values by their flag.
-        states: of that program, by run.
+        inferred: flag -> number of inferred values.
+        states: state of the original program -> number of runs.
     """
 
     fences: int = 0
@@ -42,25 +42,25 @@ class Counts:
     states: Counter[str] = field(default_factory=Counter)
 
     def rows(self) -> list[tuple[str, int]]:
-        """Every count with its name; those that are 0 and would surprise nobody left out."""
+        """Every count with its name; unusual ones only if they are not 0."""
         always = [
             ("fences", self.fences),
             ("runs found", self.runs),
             ("runs translated", self.translated),
             ("distinct configurations", self.distinct),
             ("runs that name no attention kind", self.without_kind),
-            ("values inferred from that program's defaults", self.inferred.total()),
+            ("values inferred from the original program's defaults", self.inferred.total()),
             ("duplicate names numbered", len(self.numbered)),
-            ("flags and names without a meaning here", self.meaningless.total()),
+            ("flags and variables without a meaning here", self.meaningless.total()),
         ]
         seldom = [
             ("fences that are not runs", len(self.not_runs)),
             ("runs that could not be translated", len(self.untranslated)),
-            ("names changed for what a folder can be called", len(self.renamed)),
-            ("broken continuations and quotes", len(self.broken)),
+            ("names changed because a folder cannot have them", len(self.renamed)),
+            ("broken continuations and quotation marks", len(self.broken)),
             ("flags given more than once", self.repeated),
-            ("blocks added for the weights that runs start from", self.sources),
-            ("lines of prose changed, which a notebook would read as its own", len(self.changed)),
+            ("blocks added to make the initial weights of runs", self.sources),
+            ("lines of prose escaped because a notebook would interpret them", len(self.changed)),
             ("fences that are not closed", self.unclosed),
         ]
         return always + [row for row in seldom if row[1]]
@@ -95,7 +95,7 @@ def _more(n: int) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A Markdown table, whose cells hold no markup of the log's."""
+    """A Markdown table; markup of the log in its cells is escaped."""
     return [
         "| " + " | ".join(head) + " |",
         "| " + " | ".join("---" for _ in head) + " |",
@@ -104,7 +104,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def plain(text: str, most: int = 60) -> str:
-    """A text of the log's on one line, printable and short."""
+    """A text from the log on one line, printable and shortened."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return shown if len(shown) <= most else f"{shown[:most]}…"
 

@@ -1,9 +1,9 @@
-"""What the log's program did where a command is silent, by the state that the program was in.
+"""The original program's defaults for flags that a command omits, for each state of that program.
 
-Read in the history of `andrew-healey/context-compression` on 2026-11-28. The log does not say at which
-commit a run was started, so the state follows from the words of the command: the script of one file, the
-module with environment names, with flags that name the attention (which it required then), with the flags of
-its later months, or those with the mini model.
+They were read from the history of `andrew-healey/context-compression` on 2026-11-28. The log does not record
+the commit of a run, so the state follows from the words of the command: the script of one file, the module
+with environment variables, with flags and a required `--attention_kind`, with the flags of its later months,
+or with the mini model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Defaults:
     Attributes:
         name: of the state.
         source: where they were read.
-        values: by the names of flags; what has none has its name in the program.
+        values: flag -> value; a setting without a flag has the name of its variable in the program.
     """
 
     name: str
@@ -63,8 +63,8 @@ NAMES = Defaults(
 )  # fmt: skip
 EARLY = Defaults(
     "early flags",
-    "the first context_compression/train.py with flags, which requires --attention_kind; a new head goes to "
-    "the start since --add_head_to_end exists",
+    "the first context_compression/train.py with flags, which requires --attention_kind; a new head is added "
+    "at the start, because --add_head_to_end exists",
     _ALWAYS
     | {
         "max_steps": 10000, "n_heads": 12, "use_compile": False, "vocab_size": 50304, "eval_every": 25,
@@ -94,13 +94,13 @@ OF_THE_LATER = (
     "n_sliced_masks", "n_latent_masks", "disable_selection", "residual_attention_masks", "mask_layernorm",
     "decay_lr", "use_mini_model", "debug_cum_sum",
 )  # fmt: skip
-"""Flags that the program did not have while it required --attention_kind."""
+"""Flags that the program did not yet have while it required --attention_kind."""
 
 GAME_ONE_BY_ONE = (
     "scratch_pretrain_with_extra_head_4", "scratch_pretrain_with_extra_head_5",
     "scratch_pretrain_with_extra_head_6", "debugging_protection",
 )  # fmt: skip
-"""Groups before the "stable protect-and-attack": the game was summed one query after another."""
+"""Groups before the "stable protect-and-attack", in which the game was summed one query after another."""
 
 NORMAL_COMBINATION = ("scratch_pretrain_with_extra_head_4", "scratch_pretrain_with_extra_head_6")
 """Groups before the combination's start at head zero took effect, by the order of the log."""
@@ -128,7 +128,7 @@ def defaults_of(call: Call, asked: Asked) -> Defaults:
 
 
 def why_mini(call: Call, asked: Asked) -> str | None:
-    """Why a run that does not say so is taken for one of the mini model."""
+    """Why a run without `use_mini_model` is treated as a run of the mini model; None if it has that flag."""
     if asked.values.get("use_mini_model"):
         return None
     if call.launched == "python":

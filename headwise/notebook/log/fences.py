@@ -1,4 +1,4 @@
-"""Prose and fences of a Markdown log, as CommonMark finds them: a longer close closes too."""
+"""Prose and fences of a Markdown log, by CommonMark's rules: a longer closing fence also closes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HIDDEN = re.compile(r"((?:`{3,}|~{3,})[ \t]*)(?=headwise(?![\w-]))")
 
 @dataclass(frozen=True)
 class Prose:
-    """Lines that are not a fence, kept as they are but for those that a notebook would read as its own."""
+    """Lines outside fences, unchanged except those that a notebook would interpret, which are escaped."""
 
     lines: tuple[str, ...]
     changed: tuple[int, ...]
@@ -30,7 +30,7 @@ class Fence:
         line: of its opening, counted from 1.
         info: its info string.
         body: its lines.
-        closed: whether the log closes it; at the end of the log one may be open.
+        closed: whether the log closes it; the last fence may be open.
         mark: its back-ticks or tildes.
     """
 
@@ -73,16 +73,17 @@ def split(text: str) -> list[Prose | Fence]:
 
 
 class _Ends:
-    """Where HTML that hides what is in it ends; a log of ten thousand openings is searched once."""
+    """Finds the ends of HTML comments and raw HTML; each kind of end is searched for once per log."""
 
     def __init__(self, lines: list[str]) -> None:
         self._lines = lines
         self._next: dict[str, list[int]] = {}
 
     def of(self, at: int) -> int | None:
-        """The last line of a comment or raw HTML that begins at a line; None where none does, or none ends.
+        """The last line of a comment or raw HTML that begins at this line; None if none begins or it never
+        ends.
 
-        A notebook's own comments do not count: a log has none that mean anything.
+        The comments of a notebook's own format do not count, because they have no meaning in a log.
         """
         line = self._lines[at]
         if _COMMENT.match(line) and not _MARK.match(line):
@@ -102,7 +103,7 @@ class _Ends:
 
 
 def _harmless(line: str) -> str:
-    """A line of prose that a notebook does not read as its own; it looks the same when it is rendered."""
+    """A line of prose, escaped so that a notebook does not interpret it; it renders the same."""
     if _MARK.match(line) or _COMMENT.match(line) or _RAW.match(line):
         return line.replace("<", "&lt;", 1)
     line = _COMPARE.sub(r"\1&#8203;", line)

@@ -1,4 +1,4 @@
-"""What a run of the log asks for: its flags and environment names, typed, and which have no meaning here."""
+"""The typed values of a run's flags and environment variables, and those that have no meaning here."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ SWITCHES: dict[str, tuple[str, bool]] = {
     "no_use_compile": ("use_compile", False),
     "no_decay_lr": ("decay_lr", False),
 }  # fmt: skip
-"""Flags without a value: the name that they set, and to what."""
+"""Flags without a value: the name that each sets, and the value."""
 
 OPTIONAL = {"selection_head_linear_combo": "true"}
-"""Flags whose value may be left out, and what that means."""
+"""Flags whose value may be omitted, and the value that is meant then."""
 
 ENVIRONMENT = {
     name.upper(): name
@@ -66,25 +66,25 @@ ENVIRONMENT = {
         "add_head_to_start", "max_steps", "use_mini_model",
     )
 } | {"DEBUG_CUM_SUM": "debug_cum_sum"}  # fmt: skip
-"""Environment names that are flags by another name."""
+"""Environment variables that have the meaning of a flag."""
 
-_MACHINE = "how a run is launched on its machines is not part of a configuration"
+_MACHINE = "the launch of a run on its machines is not part of a configuration"
 _TRACKER = "a run is recorded in its folder; --training.trackers=[wandb] adds the service"
-_HUB = "weights stay in the run folder; nothing is uploaded by itself"
-_MUP = "muP is not a feature here yet: the width is translated, the parametrisation is not"
+_HUB = "weights stay in the run folder; nothing is uploaded automatically"
+_MUP = "muP is not supported yet: the width is translated, the parametrisation is not"
 
 MEANINGLESS: dict[str, tuple[bool, str]] = {
     "mup": (False, _MUP),
     "mup_enable_coord_check_logging": (
         False,
-        "the check of coordinates belongs to muP, which is not here yet",
+        "the coordinate check belongs to muP, which is not supported yet",
     ),
     "mup_zero_init": (False, _MUP),
     "readout_zero_init": (False, _MUP),
     "query_zero_init": (False, _MUP),
     "compute_base_shapes": (False, _MUP),
     "base_shapes_savefile": (True, _MUP),
-    "kill_self_after_run": (False, "it ends a rented machine"),
+    "kill_self_after_run": (False, "it shuts down a rented machine"),
     "no_use_wandb": (False, _TRACKER),
     "no-wandb": (False, _TRACKER),
     "upload_to_hf": (False, _HUB),
@@ -92,30 +92,30 @@ MEANINGLESS: dict[str, tuple[bool, str]] = {
     "hellaswag": (False, "HellaSwag is not measured here"),
     "no-hellaswag": (False, "HellaSwag is not measured here"),
     "key": (True, "runs are grouped by their blocks"),
-    "latent_mask_scale": (True, "the size of a latent map's first weights is not a key here"),
-    "latent_mask_precision": (True, "the precision of latent masks alone is not a key here"),
-    "l1_loss": (False, "it looked for a fault in that program"),
-    "debugpy": (False, "it looked for a fault in that program"),
+    "latent_mask_scale": (True, "there is no key for the scale of a latent map's initial weights"),
+    "latent_mask_precision": (True, "there is no key for the precision of latent masks alone"),
+    "l1_loss": (False, "it was used to debug the original program"),
+    "debugpy": (False, "it was used to debug the original program"),
 }
-"""Flags without a meaning here: whether a value follows, and why they have none."""
+"""Flags without a meaning here: whether a value follows, and the reason."""
 
 MEANINGLESS_NAMES = {
     "CUDA_VISIBLE_DEVICES": _MACHINE,
     "SKIP_WANDB": _TRACKER,
     "SKIP_HELLASWAG": "HellaSwag is not measured here",
-    "KILL_SELF_AFTER_RUN": "it ends a rented machine",
+    "KILL_SELF_AFTER_RUN": "it shuts down a rented machine",
 }
-UNKNOWN = "this import does not know it"
+UNKNOWN = "the import does not know it"
 
 
 @dataclass
 class Asked:
-    """What a command asks for.
+    """The values that a command sets.
 
     Attributes:
-        values: by the flags' names; of a flag that is repeated the last, as that program took it.
+        values: flag -> value. The last value of a repeated flag counts, as it did in the original program.
         repeated: flags given more than once with different values.
-        meaningless: flags and names without a meaning here, each with the reason.
+        meaningless: flags and variables without a meaning here, each with the reason.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -123,17 +123,17 @@ class Asked:
     meaningless: list[tuple[str, str]] = field(default_factory=list)
 
     def set(self, name: str, value: Value, *, again: bool = True) -> None:
-        """Take a value; `again` where an earlier one on the same command line counts as a repetition."""
+        """Set a value; with `again`, a different earlier value counts as a repetition."""
         if again and self.values.get(name, value) != value and name not in self.repeated:
             self.repeated.append(name)
         self.values[name] = value
 
 
 def read_flags(call: Call) -> Asked:
-    """The flags and environment names of a run.
+    """The flags and environment variables of a run.
 
     Raises:
-        HeadwiseError: a value that is none: a word where a number belongs, a kind that is not known.
+        HeadwiseError: an invalid value, such as a word instead of a number, or an unknown kind.
     """
     asked = Asked()
     for name, text in call.environment:
@@ -151,7 +151,7 @@ def read_flags(call: Call) -> Asked:
 
 
 def _pairs(words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Flags with their values; a word that belongs to no flag comes alone, without `--`."""
+    """Flags with their values; a word that belongs to no flag is yielded alone, without `--`."""
     at = 0
     while at < len(words):
         word, following = words[at], words[at + 1] if at + 1 < len(words) else None
@@ -179,7 +179,7 @@ def _set_flag(asked: Asked, flag: str, given: str | None) -> None:
         asked.meaningless.append((flag, MEANINGLESS[name][1]))
     elif name in SWITCHES:
         if given is not None:
-            raise HeadwiseError(f"{flag} takes no value, and is given {_short(given)}")
+            raise HeadwiseError(f"{flag} takes no value, but has the value {_short(given)}")
         asked.set(*SWITCHES[name])
     elif name in (*INTEGERS, *NUMBERS, *WORDS, *TEXTS):
         if given is None and name not in OPTIONAL:
@@ -205,7 +205,7 @@ def _set_name(asked: Asked, name: str, text: str) -> None:
 
 def _truth(name: str, text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise HeadwiseError(f"{name} is {_short(text)}; that program takes true or false")
+        raise HeadwiseError(f"{name} is {_short(text)}, but the original program takes true or false")
     return text.lower() == "true"
 
 
@@ -213,11 +213,11 @@ def _typed(name: str, text: str) -> Value:
     """A value of the type that its flag has.
 
     Raises:
-        HeadwiseError: it is of another.
+        HeadwiseError: the text has another type.
     """
     if name in INTEGERS:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-            raise HeadwiseError(f"--{name} is {_short(text)}, and a whole number is needed")
+            raise HeadwiseError(f"--{name} is {_short(text)}, but must be a whole number")
         return int(text)
     if name in NUMBERS:
         try:
@@ -225,14 +225,14 @@ def _typed(name: str, text: str) -> Value:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise HeadwiseError(f"--{name} is {_short(text)}, and a number is needed")
+            raise HeadwiseError(f"--{name} is {_short(text)}, but must be a number")
         return number
     if name in WORDS:
         try:
             return one_of(f"--{name}", text.lower(), WORDS[name])
         except HeadwiseError:
             raise HeadwiseError(
-                f"--{name} is {_short(text)}, and this import knows {', '.join(WORDS[name])}"
+                f"--{name} is {_short(text)}, but the import knows only {', '.join(WORDS[name])}"
             ) from None
     return text
 

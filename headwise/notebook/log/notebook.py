@@ -1,4 +1,4 @@
-"""The blocks of a translated log: their names, where each starts from, and the lines that run them."""
+"""The blocks of a translated log: their names, their initial weights, and their commands."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Block:
     Attributes:
         commands: words of each, `headwise` first.
         comments: lines above them.
-        same: the block whose configuration this one has; its commands are not written then.
-        made: it makes weights that the log's runs start from, and is no run of the log.
+        same: an earlier block with the same configuration; the commands of this one are then omitted.
+        made: it makes initial weights for runs of the log, and is not itself a run of the log.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass
 class Kept:
-    """A fence that stays as it is: no run, or one that could not be translated, with the reason."""
+    """A fence that is kept as text: it has no run, or a run that could not be translated, with the reason."""
 
     fence: Fence
     reason: str | None = None
@@ -57,7 +57,7 @@ class Kept:
 
 @dataclass
 class Imported:
-    """A translated log: its parts, top to bottom, what was counted, the shared configuration."""
+    """A translated log: its parts, top to bottom, the counts, and the shared configuration."""
 
     parts: list[Prose | Block | Kept]
     counts: Counts
@@ -67,14 +67,14 @@ class Imported:
 
 @dataclass
 class _Place:
-    """A run that later ones may start from: its block, its seed, its steps."""
+    """A run from which later runs may start: its block, its seed, its steps."""
 
     name: str
     seed: int
     steps: int
 
     def keeps(self, step: int) -> bool:
-        """Whether its folder has the checkpoint of a step when it has ended: the last two stay."""
+        """Whether its folder holds the checkpoint of a step after its end; the last two are kept."""
         every = BASE["training.checkpoint_every"]
         last = [self.steps, (self.steps - 1) // every * every]
         return step > 0 and step in last
@@ -104,7 +104,7 @@ class _State:
         return smallest(values) if self.small else values
 
     def check(self, values: dict[str, Any]) -> None:
-        """Refuse values that make no run; the same values are checked once."""
+        """Refuse an invalid configuration; equal ones are checked once."""
         key = frozenset(values.items())
         if key not in self.checked:
             configured(values).validate()
@@ -144,9 +144,9 @@ def import_log(
     """Translate a log.
 
     Args:
-        stem: of the notebook's name; runs go below `runs/STEM`.
-        data: the folder of token shards; None for the log's own.
-        show: called with the fences that are done and all of them.
+        stem: the notebook's name without its ending; its runs lie below `runs/STEM`.
+        data: the folder of token shards; None for the default.
+        show: called with the number of fences done and the number of all fences.
 
     Raises:
         HeadwiseError: it has no fences, or too many.
@@ -156,7 +156,7 @@ def import_log(
     if not fences:
         raise HeadwiseError("it has no fences; a log has its commands between lines of ```")
     if fences > MOST_FENCES:
-        raise HeadwiseError(f"it has {fences:,} fences, and at most {MOST_FENCES:,} are read")
+        raise HeadwiseError(f"it has {fences:,} fences, but at most {MOST_FENCES:,} can be imported")
     full = BASE | ({"data.path": data} if data else {})
     small = preset == "smallest"
     state = _State(stem, small, smallest(full) if small else full, Counts(fences=fences))
@@ -192,7 +192,7 @@ def _fence(fence: Fence, state: _State, full: dict[str, Any], reading: str) -> l
     counts.steps.update(script.steps)
     for step in script.steps:
         if step.startswith("git checkout"):
-            reason = "a revision of that program, which is not run here"
+            reason = "a revision of the original program, which is not run here"
             counts.meaningless["git checkout", reason] += 1
     found: list[Prose | Block | Kept] = []
     for call in script.calls:
@@ -209,7 +209,7 @@ def _fence(fence: Fence, state: _State, full: dict[str, Any], reading: str) -> l
         counts.inferred.update(run.inferred.keys())
         counts.meaningless.update(run.meaningless)
         if run.group:
-            counts.meaningless["--group", "written above the block; runs are grouped by their blocks"] += 1
+            counts.meaningless["--group", "kept as a comment in the block; runs are grouped by block"] += 1
         counts.repeated += len(run.repeated)
         counts.without_kind += not run.names_kind
         found += blocks
@@ -226,7 +226,7 @@ def _translated(call: Call, full: dict[str, Any], reading: str) -> Run:
 def _blocks(
     run: Run, fence: Fence, state: _State, broken: list[tuple[int, str]], steps: list[str]
 ) -> list[Block]:
-    """The block of a run, after those of the weights that it starts from."""
+    """The block of a run, preceded by the blocks that make its initial weights."""
     state.check(run.values)
     values = state.scaled(run.values)
     state.check(values)
@@ -242,7 +242,7 @@ def _blocks(
         notes.append(f"called {run.log_dir!r} in the log")
     if name != wanted:
         state.counts.numbered.append((wanted, name))
-        notes.append(f"another run of the log is called {wanted} too")
+        notes.append(f"another run of the log is also called {wanted}")
     block = Block(name, [], _comments(run, fence, notes, broken, steps))
     if first:
         block.same, place = first.name, first
@@ -257,7 +257,7 @@ def _blocks(
 
 
 def _free_name(state: _State, wanted: str) -> str:
-    """A name that no other block has, whatever its case: numbered on where it is taken."""
+    """An unused name, compared without case; a name that is taken gets a number."""
     number, name = state.numbers.get(wanted, 1), wanted
     while name.casefold() in state.names:
         number += 1
@@ -268,7 +268,7 @@ def _free_name(state: _State, wanted: str) -> str:
 
 
 def _cleaned(log_dir: str) -> str:
-    """The last part of a folder's name, with nothing in it that a block's name cannot have."""
+    """The last part of a folder's name, without characters that a block's name cannot have."""
     name = PurePosixPath(log_dir).name
     name = re.sub(r"[^A-Za-z0-9._-]", "_", name)
     name = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", "_", name)).strip("._-") or "run"
@@ -277,11 +277,11 @@ def _cleaned(log_dir: str) -> str:
 
 
 def _place_start(run: Run, state: _State, added: list[Block], notes: list[str]) -> str | None:
-    """What the run's weights are called here; blocks that make them are added."""
+    """The place of the run's initial weights; blocks that make them are added to `added`."""
     if run.start is None:
         return None
     if run.start.source is None:
-        what = "a model before a head is added to it, trained for the one step that a run has at least"
+        what = "the model before a head is added to it, trained for one step, the shortest possible run"
         return _made(sources.fresh(run), f"fresh_{run.seed}", run.seed, state, added, what)
     source, note = sources.named(run.start.source)
     notes += [note] if note else []
@@ -290,12 +290,12 @@ def _place_start(run: Run, state: _State, added: list[Block], notes: list[str]) 
         folder = state.folder(place)
         if not state.small and place.keeps(saved[1]):
             return f"{folder}/{STEP.format(saved[1])}"
-        notes.append(f"the run's last weights in the place of those of step {saved[1]:,}")
+        notes.append(f"starts from that run's last weights instead of those of step {saved[1]:,}")
         return folder
     if state.small:
-        notes.append(f"a small model stands in for {source}")
+        notes.append(f"a small model replaces {source}")
         name = f"source_{_cleaned(source.rpartition('/')[0])}"
-        what = f"a small model that stands in for {source}, whose weights are not here"
+        what = f"a small model that replaces {source}, whose weights are not available"
         return _made(sources.stand_in(run, source), name, STAND_IN_SEED, state, added, what)
     return source
 
@@ -303,7 +303,7 @@ def _place_start(run: Run, state: _State, added: list[Block], notes: list[str]) 
 def _made(
     values: dict[str, Any], wanted: str, seed: int, state: _State, added: list[Block], comment: str
 ) -> str:
-    """The folder of a model that is made for runs to start from, by a block of its own, once."""
+    """The folder of initial weights that an additional block makes; equal weights are made once."""
     values = state.scaled(values)
     state.check(values)
     key = (frozenset(values.items()), wanted, seed)
@@ -337,11 +337,12 @@ def _commands(
 
 
 NOT_OPERATED = ("training.max_steps", "model.n_heads", "model.head_dim")
-"""Not flags of `surgery` like the others: a length would train at once, and the new head's are said apart."""
+"""Keys that `surgery` does not get like the others: a length would start training, sizes are given
+separately."""
 
 
 def _flags(values: dict[str, Any], base: dict[str, Any]) -> list[str]:
-    """The keys that differ from the shared file."""
+    """Flags for the keys that differ from the shared file."""
     return [
         f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in values.items()
@@ -356,12 +357,14 @@ def _comments(
     found = [f"the log, line {fence.line}{state}{f'; group {run.group}' if run.group else ''}:"]
     found += [f"    {line}" for line in fence.body]
     if "finished" in fence.info or "running" in fence.info:
-        found.append(f"the log says {fence.info}; its results are not here, so the block is planned")
+        found.append(f"its state in the log is {fence.info}; without its results here, the block is planned")
     if run.inferred:
         told = ", ".join(f"{name}={value}" for name, value in run.inferred.items())
         found.append(f"inferred, from the defaults of the state '{run.defaults.name}': {told}")
     found += [f"line {line}: {what}" for line, what in broken]
-    found += [f"{step}: a revision of that program" for step in steps if step.startswith("git checkout")]
+    found += [
+        f"{step}: a revision of the original program" for step in steps if step.startswith("git checkout")
+    ]
     if run.meaningless:
         flags = ", ".join(dict.fromkeys(flag for flag, _ in run.meaningless))
         found.append(f"without a meaning here: {flags}")

@@ -1,4 +1,4 @@
-"""A run at another size: `full` as the log has it, `smallest` in a second on a CPU, nothing downloaded."""
+"""Sizes of a run: `full` as in the log; `smallest` trains in a second on a CPU and downloads nothing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SMALL: dict[str, Any] = {
     "data.name": "copy", "data.vocab_size": 32, "data.eval_sequences": 8, "training.compile": False,
     "training.eval_every": 0, "training.checkpoint_every": 0, "measure.maps": 0, "measure.sequences": 1,
 }  # fmt: skip
-"""What all small runs have instead of the log's."""
+"""The values that replace the log's in all small runs."""
 
 DROPPED = ("data.path", "model.vocab_size")
 
 
 def smallest(values: dict[str, Any]) -> dict[str, Any]:
-    """A run with its switches, heads and ratios, and with small sizes.
+    """A run with the same switches, heads and ratios at a small size.
 
-    Widths keep their ratio to the width of a head, lengths are their square root, batches a quarter, the
-    passes of a step a thirty-second, and steps their order of magnitude.
+    The width keeps its ratio to the width of a head. The length is reduced to its square root, the batch to a
+    quarter, the passes of a step to 1/32, and the number of steps to its order of magnitude.
     """
     small = {key: value for key, value in values.items() if key not in DROPPED} | SMALL
     width = _head_width(values)
@@ -45,7 +45,7 @@ def smallest(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head_width(values: dict[str, Any]) -> int:
-    """The least width that the run's slices of a head divide."""
+    """The smallest width of a head that the number of the run's slices divides."""
     masks = values.get(f"{SELECTIVE}.n_masks", 1)
     sliced = values.get(f"{SELECTIVE}.mask_heads", "sliced") == "sliced"
     return WIDTH * masks // math.gcd(WIDTH, masks) if sliced and 1 <= masks <= HEADS_AT_MOST else WIDTH

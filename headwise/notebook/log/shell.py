@@ -1,8 +1,8 @@
-"""The commands of a fence of the log, read as a shell reads them, without running any.
+"""Parses the commands of a fence of the log as a shell would, without executing any.
 
-A fence may change folders, pull, check a revision out, set variables and wrap its command for another
-machine; one of its commands is the run. A line that lacks its backslash is joined to the command before it,
-as it was meant, and noted.
+A fence may change folders, pull, check out a revision, set variables and wrap its command for another
+machine; its runs are calls of the original program. A line without its backslash is joined to the command
+before it, as it was meant, and noted.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 LONGEST = 1 << 16
-"""Characters of a fence that are read; a longer one holds no command."""
+"""The most characters of a fence; a longer one is not parsed."""
 
 DEEPEST = 3
-"""Commands within quotes within quotes."""
+"""The deepest nesting of commands within quotation marks."""
 
 TRAINER = "context_compression.train"
 SCRIPT = "perplexity_loss_only.py"
@@ -34,14 +34,14 @@ _TAKE_VALUES = (
 
 @dataclass
 class Call:
-    """A run: a call of the log's program.
+    """A run: a call of the original program.
 
     Attributes:
-        line: where it begins, counted from 1.
-        script: the program was the first, one file.
-        launched: `torchrun`, or `python` on one machine.
-        environment: variables set for it, in order.
-        launch: options of the launcher.
+        line: its first line, counted from 1.
+        script: whether it calls the earliest version, a script of one file.
+        launched: `torchrun` or `python`.
+        environment: the variables set for it, in order.
+        launch: the options of the launcher.
         words: its arguments.
     """
 
@@ -55,12 +55,12 @@ class Call:
 
 @dataclass
 class Script:
-    """What a fence does.
+    """The commands of a fence.
 
     Attributes:
         calls: its runs.
         steps: first words of its other commands, `git checkout REV` whole.
-        broken: lines where a continuation or a quote is broken, with what was read.
+        broken: the lines of broken continuations and quotation marks, with the interpretation of each.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -84,14 +84,14 @@ def _read(body: str, first: int, script: Script, exported: dict[str, str], depth
 
 
 def _joined(commands: list[tuple[int, list[str]]], script: Script) -> list[tuple[int, list[str]]]:
-    """Commands, a line of flags alone joined to the command before it."""
+    """Commands; a line that has only flags is joined to the command before it."""
     found: list[tuple[int, list[str]]] = []
     for line, words in commands:
         if words[0].startswith("--") and found:
             found[-1][1].extend(words)
             missing = " ".join(words)
             script.broken.append(
-                (line, f"the line before has no backslash: a shell ran it without {missing}")
+                (line, f"the line before has no backslash, so a shell ran the command without {missing}")
             )
         else:
             found.append((line, words))
@@ -193,7 +193,7 @@ def _commands(text: str, first: int, script: Script) -> list[tuple[int, list[str
             if blanks:
                 if blanks[0].strip("\n"):
                     script.broken.append(
-                        (line, "a space after the backslash: a shell ended the command here")
+                        (line, "a space follows the backslash, so a shell ended the command here")
                     )
                 end_word()
                 line, at = line + 1, blanks.end()
@@ -220,7 +220,7 @@ def _commands(text: str, first: int, script: Script) -> list[tuple[int, list[str
             word = (word or "") + letter
     if quote:
         script.broken.append(
-            (began, f"a {quote} is not closed: the command was read to the end of the fence")
+            (began, f"a quotation mark ({quote}) is not closed; the command was read to the end of the fence")
         )
     end_command()
     return found

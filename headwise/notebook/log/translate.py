@@ -1,4 +1,5 @@
-"""A run of the log as keys of this project's configuration, with what was inferred and what differs."""
+"""Translates a run of the log into keys of this project's configuration, with inferred values and
+differences."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ BASE: dict[str, Any] = {
     "training.weight_decay": 0.1, "training.beta1": 0.9, "training.beta2": 0.95, "training.grad_clip": 1.0,
     "training.compile": True, "training.eval_every": 50, "training.checkpoint_every": 2500,
 }  # fmt: skip
-"""The program in its later state, as it is without a flag: what runs share, in a file beside the notebook."""
+"""The defaults of the original program in its later state; they are written to the file beside the
+notebook."""
 
 ACCUMULATE = {
     "none": "torch", "custom_cumsum": "torch", "none_custom_cumsum": "sequential",
@@ -43,24 +45,24 @@ ACCUMULATE = {
     "none_custom_cumsum_bliasson_fp64": "float64", "none_torch_cumsum_fp64": "float64",
     "zero_fp64": "float64", "head_two_fp64": "float64",
 }  # fmt: skip
-"""How the log's kinds of protection summed, where their name says it."""
+"""The running sums of those kinds of protection whose names specify them."""
 
 
 GAME = {
     "leaky_relu_alpha": "alpha", "leaky_relu_bias": "offset", "protection_head_scaling_factor": "scale",
     "protection_head_bias": "bias",
 }  # fmt: skip
-"""Flags of the game, and their keys below `protection`."""
+"""Flags of the game of protection -> keys below `protection`."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The weights that a run starts from.
+    """The initial weights of a run.
 
     Attributes:
-        source: as in the log; None for a fresh model, whose head is added before training.
-        place, init: of the head that is added; None where none is.
-        keep_optimizer: carry its state along.
+        source: as in the log; None for a new model to which a head is added before training.
+        place, init: of the added head; None if no head is added.
+        keep_optimizer: also continue with the state of the optimizer.
     """
 
     source: str | None
@@ -74,11 +76,11 @@ class Run:
     """A translated run.
 
     Attributes:
-        values: every key that a run of the log decides.
-        seed: of the run.
-        start: None for a fresh model without surgery.
-        inferred: what the command does not say, by that program's names.
-        notes: what a reader of the block must know.
+        values: every key that a run of the log sets.
+        seed: the seed of the run.
+        start: None for a new model without surgery.
+        inferred: values that the command omits, by the original program's names.
+        notes: comments for a reader of the block.
         meaningless: flags without a meaning here, each with the reason.
     """
 
@@ -97,7 +99,7 @@ class Run:
 
 
 class _Taken:
-    """Values of a command over the defaults; what is taken from the defaults is written down."""
+    """The values of a command, completed by defaults; values from the defaults are recorded as inferred."""
 
     def __init__(self, asked: Asked, defaults: Defaults) -> None:
         self._asked, self._defaults = asked.values, defaults.values
@@ -120,24 +122,25 @@ def translate(call: Call, asked: Asked, defaults: Defaults, reading: str) -> Run
     """A run as keys of the configuration.
 
     Args:
-        reading: `meant`: what the flags are named for; `ran`: what that program is known to have computed.
+        reading: `meant` for what the names of the flags promise; `ran` for what the original program
+            computed.
 
     Raises:
-        HeadwiseError: it does not say what it would train.
+        HeadwiseError: the command is incomplete or has an invalid value.
     """
     take = _Taken(asked, defaults)
     values = dict(BASE)
     notes: list[str] = []
     if defaults is MINI and (why := why_mini(call, asked)):
         take.inferred["use_mini_model"] = True
-        notes.append(f"taken for a run of the mini model: {why}")
+        notes.append(f"treated as a run of the mini model: {why}")
     start = _start(take, notes)
     _sizes(values, take, start, mini=defaults is MINI)
     _training(values, take, start, notes)
     group = str(asked.values.get("group", ""))
     _attention(values, take, group, reading, notes)
     for name in asked.repeated:
-        notes.append(f"--{name} is given more than once; the last counts, as in that program")
+        notes.append(f"--{name} is given more than once; the last value counts, as in the original program")
     return Run(
         call.line, str(take.given("log_dir") or ""), group, values, _seed(take("random_seed")), start,
         defaults, take.inferred, notes, asked.meaningless, asked.repeated, "attention_kind" in asked.values,
@@ -189,7 +192,7 @@ def _training(values: dict[str, Any], take: _Taken, start: Start | None, notes: 
     if start and start.keep_optimizer and "max_steps" in take.inferred:
         done = _step_of(str(start.source))
         if 0 < done < steps:
-            notes.append(f"{steps:,} steps in all, of which the weights have {done:,}")
+            notes.append(f"{steps:,} steps in all, of which the initial weights already have {done:,}")
             steps -= done
     values["training.max_steps"] = steps
     values["training.lr"] = take("max_lr")
@@ -205,7 +208,7 @@ def _training(values: dict[str, Any], take: _Taken, start: Start | None, notes: 
 
 
 def _step_of(source: str) -> int:
-    """7500 of `…/model_07500.pt`; 0 where the name does not say."""
+    """7500 for `…/model_07500.pt`; 0 for other names."""
     digits = source.rpartition("/")[2].removeprefix("model_").removesuffix(".pt")
     return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else 0
 
@@ -221,14 +224,14 @@ def _attention(values: dict[str, Any], take: _Taken, group: str, reading: str, n
         values[f"{SELECTIVE}.{key}"] = value
 
     def ran(what: str, instead: dict[str, Any]) -> None:
-        """A difference between what was meant and what ran, taken or told."""
+        """Apply a difference between the intended and the actual computation, or note it."""
         if reading == "ran":
-            notes.append(f"as it ran: {what}")
+            notes.append(f"translated as it ran: {what}")
             for key, value in instead.items():
                 put(key, value)
         else:
             words = " ".join(f"--{SELECTIVE}.{key}={_text(value)}" for key, value in instead.items())
-            notes.append(f"as it is meant; what ran there: {what}{f' ({words})' if words else ''}")
+            notes.append(f"translated as it was meant, but it ran as: {what}{f' ({words})' if words else ''}")
 
     if take("disable_selection"):
         put("enabled", False)
@@ -259,9 +262,7 @@ def _combination(take: _Taken, put: Any, ran: Any, group: str, notes: list[str])
     heads = take("n_heads") + (1 if take("add_a_head") else 0)
     for flag, word in (("n_sliced_masks", "n_sliced_masks"), ("n_latent_masks", "n_latent_masks")):
         if combination == word and take.given(flag) is None:
-            raise HeadwiseError(
-                f"--selection_head_linear_combo {word} without --{flag} does not say how many"
-            )
+            raise HeadwiseError(f"--selection_head_linear_combo {word} needs --{flag}, which is missing")
         if combination != word and take.given(flag) is not None:
             notes.append(f"--{flag} has no effect without --selection_head_linear_combo {word}")
     if combination in ("true", "with_head_zero", "with_head_zero_and_bias"):
@@ -295,7 +296,7 @@ def _combination(take: _Taken, put: Any, ran: Any, group: str, notes: list[str])
             put("latent_init", "inverse")
         if (factor := take.given("latent_mask_runtime_multiplier")) is not None:
             put("latent_scale", factor)
-        ran("latent masks had a bias, whose mass F also took up before a key existed; the nearest here",
+        ran("latent masks had a bias, which also added to F before a key existed; nearest setting here",
             {"latent_bias": True})  # fmt: skip
 
 
@@ -306,7 +307,7 @@ def _protection(take: _Taken, put: Any, ran: Any, group: str, notes: list[str]) 
     sums = ACCUMULATE.get(kind) or ("sequential" if group in GAME_ONE_BY_ONE else "fused")
     put("accumulate", sums)
     if kind not in ACCUMULATE:
-        notes.append(f"summed {sums}, by where the log stands: before or after its stable scan")
+        notes.append(f"running sum: {sums}, because of its place in the log before or after the stable scan")
     if kind.endswith("_fp64"):
         ran("its float64 sums rounded their input to float32 first", {})
     if not plays:
@@ -326,11 +327,11 @@ def _text(value: Any) -> str:
 
 
 def one_head_less(values: dict[str, Any]) -> dict[str, Any]:
-    """The model that a head is added to: plain, with one head less."""
+    """The model to which a head is added: plain attention, with one head less."""
     without = {key: value for key, value in values.items() if not key.startswith(f"{SELECTIVE}.")}
     return without | {KIND: "flash", "model.n_heads": values["model.n_heads"] - 1}
 
 
 def least_log(number: float) -> int:
-    """The order of magnitude of a count, at least 2: steps of a small copy of a run."""
+    """The order of magnitude of a count, at least 2: the number of steps of a small copy of a run."""
     return max(2, round(math.log10(max(1, number))))

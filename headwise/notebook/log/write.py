@@ -1,4 +1,5 @@
-"""The notebook's text: the log's prose, a block for each run, and how the import came about."""
+"""The text of the imported notebook: the log's prose, a block for each run, and a section about the
+import."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ LONGEST_LINE = 4000
 
 
 def notebook_text(imported: Imported) -> str:
-    """The notebook, whole."""
+    """The whole text of the notebook."""
     found: list[str] = []
     for part in imported.parts:
         if isinstance(part, Prose):
@@ -39,12 +40,12 @@ def shared_text(base: dict[str, Any]) -> str:
         for part in path:
             section = section.setdefault(part, {})
         section[last] = value
-    head = f"# What the runs share: the defaults of {REPOSITORY} in its later state, read on {READ}.\n"
+    head = f"# Shared by all runs: the defaults of {REPOSITORY} in its later state, read on {READ}.\n"
     return head + reading.to_yaml(nested)
 
 
 def command_text(words: list[str]) -> str:
-    """A command on lines of at most some hundred characters, with backslashes between them."""
+    """A command on lines of about a hundred characters at most, continued by backslashes."""
     lines, line = [], ""
     for word in map(shlex.quote, words):
         if line and len(line) + len(word) > 98:
@@ -58,14 +59,14 @@ def command_text(words: list[str]) -> str:
 def _block(block: Block) -> list[str]:
     comments = [f"# {part}".rstrip() for line in block.comments for part in _wrapped(line)]
     if block.same is not None:
-        same = f"# {block.name}: the configuration of block {block.same} with another name or seed"
+        same = f"# {block.name}: the same configuration as block {block.same}, with another name or seed"
         return ["```text", same, *comments, "```"]
     commands = [line for words in block.commands for line in command_text(words).split("\n")]
     return [f"```headwise:planned {block.name}", *comments, *commands, "```"]
 
 
 def _wrapped(line: str) -> list[str]:
-    """A comment on lines that fit; a line of the log stays whole."""
+    """A comment, wrapped; a line quoted from the log is not wrapped."""
     shown = plain(line, LONGEST_LINE)
     if shown.startswith("    "):
         return [shown]
@@ -91,13 +92,14 @@ def _about(imported: Imported) -> list[str]:
     counts = imported.counts
     found = [
         "## About this import", "",
-        f"`headwise notebook import` made this notebook from a log of `{REPOSITORY}`. Each block holds the "
-        "log's command as comments, what was inferred, and what differs. Results of the log are not here: "
-        "its runs are planned.", "",
-        *table(("count", "what"), [(count, what) for what, count in counts.rows()]),
+        f"`headwise notebook import` made this notebook from a log of `{REPOSITORY}`. The comments of each "
+        "block hold the log's command, the inferred values and the differences. The results of the log are "
+        "not "
+        "included; all runs are planned.", "",
+        *table(("count", "item"), [(count, what) for what, count in counts.rows()]),
     ]  # fmt: skip
-    read = f"Values that a command does not name, read in the program's history on {READ}."
-    found += ["", "### Defaults of that program", "", read, ""]
+    read = f"Values for flags that a command omits, read from the program's history on {READ}."
+    found += ["", "### Defaults of the original program", "", read, ""]
     names = [name for name in STATES[-1].values if len({state.values.get(name) for state in STATES}) > 1]
     rows = [(state.name, counts.states[state.name], state.source,
              *(state.values.get(name, "") for name in names)) for state in STATES]  # fmt: skip
@@ -108,13 +110,13 @@ def _about(imported: Imported) -> list[str]:
         found += ["", "### Values inferred", ""]
         found += table(("value", "runs"), counts.inferred.most_common())
     if counts.meaningless:
-        found += ["", "### Flags and names without a meaning here", ""]
+        found += ["", "### Flags and variables without a meaning here", ""]
         found += table(("flag", "count", "reason"), counts.flags())
     for title, pairs in (("Fences that are not runs", counts.not_runs),
                          ("Runs that could not be translated", counts.untranslated),
-                         ("Broken continuations and quotes", counts.broken)):  # fmt: skip
+                         ("Broken continuations and quotation marks", counts.broken)):  # fmt: skip
         if pairs:
-            found += ["", f"### {title}", "", *table(("line of the log", "what"), pairs)]
+            found += ["", f"### {title}", "", *table(("line of the log", "description"), pairs)]
     for title, names_ in (("Duplicate names", counts.numbered), ("Names changed", counts.renamed)):
         if names_:
             found += ["", f"### {title}", "", *table(("in the log", "here"), names_)]

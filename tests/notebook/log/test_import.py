@@ -113,7 +113,7 @@ def test_prose_and_states() -> None:
         assert f"\n{line}\n" in f"\n{text}"
     assert "```bash\npip install torch tiktoken" in text
     assert text.count("```headwise:planned ") == 15
-    assert "the log says vastrunning/17952360; its results are not here" in text
+    assert "its state in the log is vastrunning/17952360; without its results here" in text
     between = text[
         text.index("Hypothesis: as good as without.") : text.index("```headwise:planned scratch_0.02")
     ]
@@ -202,15 +202,15 @@ def test_weights_come_from_runs_of_the_log_where_they_keep_them() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("--max_steps many", "--max_steps is 'many', and a whole number is needed"),
-        ("--max_lr nan", "a number is needed"),
-        ("--attention_kind banana", "this import knows self, selective"),
+        ("--max_steps many", "--max_steps is 'many', but must be a whole number"),
+        ("--max_lr nan", "must be a number"),
+        ("--attention_kind banana", "the import knows only self, selective"),
         ("--random_seed -1", "a seed is at least 0"),
-        ("--selection_head_linear_combo n_latent_masks", "does not say how many"),
+        ("--selection_head_linear_combo n_latent_masks", "which is missing"),
         ("--n_heads 0", "model.n_heads is 0"),
         ("--batch_size 7", "training.total_batch_tokens"),
         ("--max_steps", "--max_steps has no value"),
-        ("--resume_checkpoint -x --attention_kind self", "names no file"),
+        ("--resume_checkpoint -x --attention_kind self", "not the name of a file"),
     ],
 )
 def test_what_cannot_be_translated_is_kept_with_the_reason(words: str, reason: str) -> None:
@@ -283,6 +283,10 @@ def test_odd_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
             main([str(LOG), "--out", str(out)])
         assert (tmp_path / taken).read_text() == "mine"
         (tmp_path / taken).unlink()
-    for name, reason in (("out.txt", "no Markdown file"), ("-x.md", "begins with"), ("#x.md", "begins with")):
+    for name, reason in (
+        ("out.txt", "not a Markdown file"),
+        ("-x.md", "begins with"),
+        ("#x.md", "begins with"),
+    ):
         with pytest.raises(HeadwiseError, match=reason):
             main([str(LOG), "--out", str(tmp_path / name)])
