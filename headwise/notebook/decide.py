@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headwise.analysis.claims import Claim, Decision, NoiseFloor, Value, decide, noise_floor
 from headwise.analysis.conclusion import signed
-from headwise.notebook.document import Compare, Document, Fence
+from headwise.notebook.document import Compare, Document, Fence, claim
 from headwise.notebook.edit import Board
 from headwise.notebook.memory import Memory, now
 from headwise.notebook.naming import commands_sum
@@ -18,13 +18,19 @@ from headwise.runs.folder import RESULTS
 
 @dataclass(frozen=True)
 class Decided:
-    """A `Compare:` line with its decision, or, while its runs have not ended, the reason in `waits`."""
+    """A `Compare:` line with its decision, or, while its runs have not ended, the reason in `waits`.
+
+    Attributes:
+        removed: comparisons with the same second group that were decided and are no longer in the notebook.
+            They count in the correction.
+    """
 
     compare: Compare
     decision: Decision | None
     exploratory: bool
     looks: int
     waits: str = ""
+    removed: int = 0
 
     @property
     def word(self) -> str:
@@ -59,12 +65,26 @@ def decided(document: Document, memory: Memory, blocks: Mapping[str, Fence]) -> 
     found = {}
     for section in dict.fromkeys(compare.section for compare in document.compares):
         mine = [compare for compare in document.compares if compare.section == section]
-        claims = [claim_of(compare, memory) for compare in mine]
-        for compare, claim, decision in zip(mine, claims, decide(claims, values), strict=True):
+        earlier = [
+            past
+            for past in _removed(document, memory)
+            if any((past.b, past.measure) == (compare.b, compare.measure) for compare in mine)
+        ]
+        claims = [claim_of(compare, memory) for compare in [*mine, *earlier]]
+        for compare, stated, decision in zip(mine, claims, decide(claims, values), strict=False):
             waits = _waits(compare, groups, memory, blocks)
             looks = len(memory.compares.get(compare.text, {"looks": []})["looks"])
-            found[compare] = Decided(compare, None if waits else decision, claim.exploratory, looks, waits)
+            found[compare] = Decided(
+                compare, None if waits else decision, stated.exploratory, looks, waits, len(earlier)
+            )  # fmt: skip
     return [found[compare] for compare in document.compares]
+
+
+def _removed(document: Document, memory: Memory) -> list[Compare]:
+    """The comparisons that were decided and are no longer in the document."""
+    present = {compare.text for compare in document.compares}
+    gone = [text for text, past in memory.compares.items() if past["looks"] and text not in present]
+    return [claim(0, text, "") for text in gone]
 
 
 def groups_by_name(memory: Memory, blocks: Mapping[str, Fence]) -> dict[str, Group]:
@@ -166,6 +186,10 @@ def facts(one: Decided, floor: NoiseFloor | None, looks: int) -> list[str]:
     if floor is not None:
         found.append(f"noise floor: {floor.text}")
     found += decision.notes
+    if one.removed:
+        found.append(
+            f"removed from the notebook after a decision, and still counted in the correction: {one.removed}"
+        )
     if looks > 1:
         found.append(f"decided {looks} times, each time with more seeds; the interval allows for this")
     return found

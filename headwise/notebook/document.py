@@ -215,7 +215,7 @@ def parse(text: str) -> Document:
             found.hypotheses.append((at, last))
             at = last
         elif compare := _COMPARE.fullmatch(line):
-            found.compares.append(_claim(at, compare[1], section))
+            found.compares.append(claim(at, compare[1], section))
         at += 1
     _refuse_double(found)
     return found
@@ -297,7 +297,12 @@ def _paragraph_end(found: Document, at: int) -> int:
     return last
 
 
-def _claim(at: int, text: str, section: str) -> Compare:
+def claim(at: int, text: str, section: str) -> Compare:
+    """The comparison that a line states.
+
+    Raises:
+        HeadwiseError: it states none; names the line.
+    """
     text = " ".join(text.replace("`", "").strip("*_ ").split())
     match = _CLAIM.fullmatch(text) if len(text) <= LONGEST_CLAIM else None
     if match is None:

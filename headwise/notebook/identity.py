@@ -23,7 +23,7 @@ from headwise.config.run import Config, flatten, load, to_dict
 from headwise.errors import HeadwiseError
 from headwise.files import writing
 from headwise.notebook.commands import Command
-from headwise.runs.environment import git_state
+from headwise.runs.environment import git_changes, git_state
 from headwise.runs.folder import RunFolder, state_of
 from headwise.runs.read import Run
 from headwise.training.run import SAME_RUN
@@ -46,10 +46,15 @@ def fingerprint(value: Any) -> str:
 
 @functools.cache
 def code_revision() -> str:
-    """The commit of the running checkout, with `+dirty` if files differ from it; otherwise the version."""
+    """The commit of the running checkout; the version outside of one.
+
+    Where files differ from the commit, `+dirty` and a checksum of the changes follow it.
+    """
     from headwise import __version__
 
-    return _code(git_state() | {"headwise": __version__})
+    state = git_state()
+    changes = f".{git_changes()}" if state["git_dirty"] else ""
+    return _code(state | {"headwise": __version__}) + changes
 
 
 def _code(env: dict[str, Any]) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
+"""The checkout that this file may lie in."""
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
@@ -33,19 +37,26 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any]:
     """The commit of the source tree that runs and whether it differs from it; None outside a checkout."""
-    root = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(root), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD") if (root / ".git").exists() else None
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
+    commit = _git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None
     return {"git_commit": commit, "git_dirty": dirty}
+
+
+def git_changes() -> str:
+    """Eight hexadecimal digits of what differs from the commit; `unknown` where git does not tell."""
+    found = _git("diff", "--binary", "HEAD")
+    return "unknown" if found is None else hashlib.sha256(found.encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _processor() -> str:

@@ -65,3 +65,20 @@ def test_the_noise_floor_is_corrected_as_its_comparisons_are(memory: Memory) -> 
     (mine,) = (one for name, _, one in both if name == "b")
     (other,) = (one for name, _, one in floors(alone, memory, named(alone)) if name == "b")
     assert mine.detectable[0].difference > other.detectable[0].difference
+
+
+def test_a_comparison_that_is_removed_after_a_decision_still_counts(memory: Memory) -> None:
+    def confidence(text: str) -> tuple[float, int]:
+        document = parse(text)
+        first = decided(document, memory, named(document))[0]
+        assert first.decision is not None
+        return first.decision.confidence, first.removed
+
+    two = TEXT.replace("# Two\n", "")
+    one = two.replace("Compare: c vs b, val_loss, lower\n", "")
+    memory.compares["c vs b, val_loss, lower"] = {"seen": "", "exploratory": False, "looks": []}
+    alone, _ = confidence(one)
+    memory.compares["c vs b, val_loss, lower"]["looks"].append({"n": 4, "at": ""})
+    assert confidence(one)[1] == 1
+    assert confidence(one)[0] > alone
+    assert confidence(two)[1] == 0
