@@ -75,7 +75,7 @@ def made(root: Path) -> None:
     )
     past = {"id": "0123abcd", "code": "version 0", "data": "0", "commands": "dfc22ba9972ba1a8",
             "configuration": "0", "verbs": [], "study": None,
-            "runs": [{"path": "study/a/seed_0", "id": "0", "group": "a", "seed": 0}]}  # fmt: skip
+            "runs": [{"path": "study/a/seed_0", "id": "00000000", "group": "a", "seed": 0}]}  # fmt: skip
     seen = {"seen": "2026-01-01", "exploratory": False, "looks": [{"n": 1, "at": "2026-01-01"}]}
     (root / "nb.headwise.json").write_text(
         json.dumps({"format": 1, "blocks": {"a": past}, "compares": {"a vs b, val_loss, lower": seen}})

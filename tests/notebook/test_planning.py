@@ -113,7 +113,7 @@ def test_a_comparison_may_name_what_a_study_has_not_planned_yet(
 @pytest.mark.parametrize(
     ("outs", "reason"),
     [
-        (("x", "y/../x"), "run in one folder"),
+        (("x", "y/../x"), "have the same folder"),
         (("x", "x/y"), "line 2: --out .*x holds that of line 3"),
         ((".",), "line 2: --out .* holds the notebook"),
         (("..",), "line 2: --out .* holds the notebook"),

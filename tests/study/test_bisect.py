@@ -106,7 +106,7 @@ def test_an_end_that_cannot_run_ends_the_search(
     made: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bisect(made, tmp_path / "out", good=f"main~{7 - BROKEN}") == 2
-    assert "the good end cannot run" in capsys.readouterr().err
+    assert "the good commit cannot run" in capsys.readouterr().err
 
 
 def test_the_reliability_that_is_printed_was_simulated() -> None:
