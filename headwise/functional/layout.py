@@ -47,3 +47,8 @@ def room_like(x: Tensor) -> Tensor:
     """Uninitialised memory of the shape of x, packed; laid out as x where x has neither gaps nor repeats."""
     room = torch.empty_like(x)
     return room if room.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def room_by_token(x: Tensor) -> Tensor:
+    """Uninitialised memory of the shape of `x (B, H, T, D)`, laid out `(B, T, H, D)`."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

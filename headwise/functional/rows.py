@@ -23,12 +23,6 @@ def places(ptr, stride_b, stride_h, stride_t, tokens, HEADS: tl.constexpr, BLOCK
     return at + (rows // HEADS).to(tl.int64) * stride_t, rows // HEADS
 
 
-def laid_out(x: Tensor) -> Tensor:
-    """Room for a result of the shape of `x (B, H, T, D)`, laid out `(B, T, H, D)`."""
-    batch, heads, tokens, width = x.shape
-    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
 def launch(x: Tensor, parts: int = 1) -> tuple[tuple[int], dict[str, Any]]:
     """The grid for `x (B, H, T, D)`, and the sizes of a program that reads a row in so many parts."""
     batch, heads, tokens, width = x.shape

@@ -64,6 +64,12 @@ def _code(env: dict[str, Any]) -> str:
     )
 
 
+def short_code(code: str) -> str:
+    """A revision of the code as pages and messages show it."""
+    commit, plus, dirty = code.partition("+")
+    return code if code.startswith("version") else f"{commit[:10]}{plus}{dirty}"
+
+
 @dataclass
 class Identities:
     """Identities of runs and verbs, top to bottom; the identity of a run includes those of its inputs."""

@@ -17,6 +17,7 @@ from headwise.files import write_text
 from headwise.names import place_inside
 from headwise.notebook.decide import facts, floors
 from headwise.notebook.document import Document
+from headwise.notebook.identity import short_code
 from headwise.notebook.results import label, links, measures_of, picture_of, table, troubles, url
 from headwise.notebook.status import BlockStatus, NotebookStatus
 from headwise.notebook.verbs import result_of, state_of_verb, tail
@@ -61,7 +62,7 @@ def render(status: NotebookStatus) -> str:
     script = templates().get_template("theme.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     done, total = (sum(getattr(block, key) for block in status.blocks) for key in ("done", "total"))
-    codes = dict.fromkeys(_code(memory.blocks[name]["code"]) for name in names if name in memory.blocks)
+    codes = dict.fromkeys(short_code(memory.blocks[name]["code"]) for name in names if name in memory.blocks)
     return templates().get_template("notebook.html.j2").render(
         title=document.title or status.path.stem,
         name=status.path.name,
@@ -79,11 +80,6 @@ def render(status: NotebookStatus) -> str:
         script=script,
         digest=digest,
     )  # fmt: skip
-
-
-def _code(code: str) -> str:
-    commit, plus, dirty = code.partition("+")
-    return code if code.startswith("version") else f"{commit[:10]}{plus}{dirty}"
 
 
 def _parts(document: Document, blocks: list[BlockStatus]) -> list[tuple[str, BlockStatus | None]]:

@@ -17,7 +17,7 @@ from headwise.notebook import decide, results
 from headwise.notebook.document import Document, Fence, read
 from headwise.notebook.edit import Board
 from headwise.notebook.execute import execute
-from headwise.notebook.identity import Identities, bring_back, code_revision, make_room
+from headwise.notebook.identity import Identities, bring_back, code_revision, make_room, short_code
 from headwise.notebook.memory import Memory, PastBlock
 from headwise.notebook.naming import named
 from headwise.notebook.planning import Block, Item, Options, Verb, plan_blocks, study_items
@@ -337,15 +337,10 @@ def _reason(block: Block, past: PastBlock | None, *, up_to_date: bool) -> str:
     elif past["configuration"] != block.configuration:
         changed.append("a file that its commands name changed")
     if past["code"] != block.code:
-        changed.append(f"the code changed from {_short(past['code'])} to {_short(block.code)}")
+        changed.append(f"the code changed from {short_code(past['code'])} to {short_code(block.code)}")
     if past["data"] != block.data:
         changed.append("its data or its initial weights changed")
     return f"{block.name}: runs again as far as necessary: {', '.join(changed)}"
-
-
-def _short(code: str) -> str:
-    commit, plus, dirty = code.partition("+")
-    return code if code.startswith("version") else f"{commit[:10]}{plus}{dirty}"
 
 
 def _make_rooms(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headwise.functional.dispatch import HAS_KERNELS
+from headwise.functional.layout import room_by_token
 
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """In the order tried: on Hopper cuDNN's kernels are the fastest of the three."""
@@ -77,7 +78,7 @@ def attention(
 
 @attention.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _room(q), q.new_empty(q.shape[:3], dtype=_precise(q))
+    return room_by_token(q), q.new_empty(q.shape[:3], dtype=_precise(q))
 
 
 @torch.library.custom_op("headwise::attention_with_lse_backward", mutates_args=())
@@ -95,7 +96,7 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sink, `(H,)` float32 or better; empty where there is none."""
-    grad = grad if grad.stride() == y.stride() else _room(y).copy_(grad)
+    grad = grad if grad.stride() == y.stride() else room_by_token(y).copy_(grad)
     given = (q, k, v)
     grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
     name = backend(q, k, v, biased=bias is not None, causal=causal, window=window, scale=scale)
@@ -244,13 +245,8 @@ def _precise(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _room(q: Tensor) -> Tensor:
-    """Room for an output of the shape of `q (B, H, T, D)`, laid out `(B, T, H, D)`."""
-    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 def _laid_out(y: Tensor) -> Tensor:
-    room = _room(y)
+    room = room_by_token(y)
     return y if y.stride() == room.stride() else room.copy_(y)
 
 

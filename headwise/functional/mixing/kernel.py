@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from headwise.functional.layout import packed
-from headwise.functional.rows import laid_out, launch, places
+from headwise.functional.layout import packed, room_by_token
+from headwise.functional.rows import launch, places
 
 
 @triton.jit
@@ -114,7 +114,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, other: Tensor, by: Tensor, by_other: Tensor) -> Tensor:
         own, other = packed(own), packed(other)
-        out = laid_out(own)
+        out = room_by_token(own)
         grid, sizes = launch(own)
         mix_kernel[grid](
             own, other, by, by_other, out, *own.stride()[:3], *other.stride()[:3], *out.stride()[:3],
@@ -128,7 +128,7 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         own, other, by, by_other = ctx.saved_tensors
         dy = packed(dy)
-        d_own, d_other = laid_out(own), laid_out(other)
+        d_own, d_other = room_by_token(own), room_by_token(other)
         grid, sizes = launch(own)
         sums = torch.empty(grid[0], 2, dtype=torch.float32, device=own.device)
         mix_backward_kernel[grid](
@@ -146,7 +146,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, logits: Tensor) -> Tensor:
         y = packed(y)
         logits = logits if logits.shape[-1] == 1 else packed(logits)
-        out = laid_out(y)
+        out = room_by_token(y)
         grid, sizes = launch(y)
         gate_kernel[grid](
             y, logits, out, *y.stride()[:3], *logits.stride()[:3], *out.stride()[:3], y.shape[2],
@@ -160,7 +160,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         y, logits = ctx.saved_tensors
         dy = packed(dy)
-        d_y, d_logits = laid_out(y), laid_out(logits)
+        d_y, d_logits = room_by_token(y), room_by_token(logits)
         grid, sizes = launch(y)
         gate_backward_kernel[grid](
             y, logits, dy, d_y, d_logits, *y.stride()[:3], *logits.stride()[:3], *dy.stride()[:3],

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from headwise.functional.layout import packed
-from headwise.functional.rows import laid_out, launch, places
+from headwise.functional.layout import packed, room_by_token
+from headwise.functional.rows import launch, places
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def forward(
     """x `(B, H, T, D)` normalised where there is a weight, and rotated where there are tables."""
     x = packed(x)
     cos, sin, weight = (None if part is None else part.contiguous() for part in (cos, sin, weight))
-    out = laid_out(x)
+    out = room_by_token(x)
     grid, sizes = launch(x, 2)
     table = x if cos is None else cos
     forward_kernel[grid](
@@ -120,7 +120,7 @@ def backward(
     dy = packed(dy)
     x = dy if x is None else packed(x)
     cos, sin, weight = (None if part is None else part.contiguous() for part in (cos, sin, weight))
-    dx = laid_out(dy)
+    dx = room_by_token(dy)
     grid, sizes = launch(dy, 2)
     table = dy if cos is None else cos
     rows = 1 if weight is None else grid[0]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.functional.layout import room_by_token
+
 LIBRARY = torch.library.Library("headwise_rotation", "DEF")
 LIBRARY.define("forward(Tensor x, Tensor cos, Tensor sin, Tensor weight, float epsilon) -> Tensor")
 LIBRARY.define(
@@ -41,10 +43,6 @@ def _backward(
     return dx, d_weight
 
 
-def _room(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.epsilon = inputs
     ctx.save_for_backward(*tensors)
@@ -58,11 +56,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 for name, function in (("forward", _forward), ("backward", _backward)):
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "headwise_rotation::forward", lambda x, cos, sin, weight, epsilon: _room(x), lib=LIBRARY
+    "headwise_rotation::forward", lambda x, cos, sin, weight, epsilon: room_by_token(x), lib=LIBRARY
 )
 torch.library.register_fake(
     "headwise_rotation::backward",
-    lambda grad, x, cos, sin, weight, epsilon: (_room(x), torch.empty_like(weight)),
+    lambda grad, x, cos, sin, weight, epsilon: (room_by_token(x), torch.empty_like(weight)),
     lib=LIBRARY,
 )
 torch.library.register_autograd("headwise_rotation::forward", _gradients, setup_context=_keep, lib=LIBRARY)
